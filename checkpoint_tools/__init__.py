@@ -1,0 +1,1 @@
+"""Scripts around checkpoints: conversion both ways, averaging, inspection."""

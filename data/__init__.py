@@ -1,0 +1,1 @@
+"""Rows to supervised tokens, the index, bins and the global order of documents."""

@@ -1,0 +1,183 @@
+"""Rows of a data set -> conversations: messages in OpenAI's chat form, checked and made uniform."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from data.prompt import Prompt
+
+_CHOICE = "with --fields.question and --fields.answer"
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# (question, answer) columns that are taken without being told
+PAIRS = (
+    ("input", "output"),
+    ("problem", "solution"),
+    ("problem", "generated_solution"),
+    ("question", "answer"),
+)
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a turn's thinking
+
+
+class RowError(ValueError):
+    """A row that cannot be used: `reason` is what rows are counted by, `detail` says what this one shows."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self):
+        return RowError, (self.reason, self.detail)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """Names of the columns of question-and-answer rows, where they are none of the usual ones."""
+
+    question: str | None = None
+    """Column with the question, e.g. `prompt`."""
+    answer: str | None = None
+    """Column with the answer, e.g. `completion`."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages ready for a chat template, and the JSON schemas of the tools they may call."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+
+
+def to_conversation(row: Any, fields: Fields = Fields(), prompt: Prompt | None = None) -> Conversation:
+    """The conversation of one row.
+
+    `messages` are taken where the row has them, unless a prompt or a field's name asks for the
+    question and the answer. Raises RowError for a row that cannot be used.
+    """
+    if not isinstance(row, dict):
+        raise RowError("not an object", f"a row must be a JSON object, this is a {type(row).__name__}")
+    if not row:
+        raise RowError("empty row")
+    if row.get("messages") is not None and prompt is None and fields == Fields():
+        listed = _list(row["messages"], "messages")
+        messages = [_message(message, index) for index, message in enumerate(listed)]
+        tools = _tools(row.get("tools"))
+    else:
+        question, answer = _pair(row, fields)
+        if prompt is None:
+            messages = [{"role": "user", "content": _text(row, question)}]
+        else:
+            messages = _prompted(prompt, row)
+        messages.append({"role": "assistant", "content": _text(row, answer)})
+        tools = None
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise RowError("no assistant turn", f"the roles are {', '.join(roles) or 'none'}")
+    return Conversation(messages, tools)
+
+
+def _pair(row: dict, fields: Fields) -> tuple[str, str]:
+    """Names of the question's and the answer's columns in this row."""
+    pairs = [(fields.question or question, fields.answer or answer) for question, answer in PAIRS]
+    found = [pair for pair in dict.fromkeys(pairs) if pair[0] in row and pair[1] in row]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        choices = " or ".join(f"{question}/{answer}" for question, answer in found)
+        raise RowError("ambiguous fields", f"the row has {choices}: choose {_CHOICE}")
+    raise RowError("unknown fields", f"the row has {', '.join(map(str, row))}: name two of them {_CHOICE}")
+
+
+def _prompted(prompt: Prompt, row: dict) -> list[dict[str, Any]]:
+    try:
+        return prompt.messages(row)
+    except ValueError as error:
+        raise RowError("missing prompt field", str(error)) from error
+
+
+def _text(row: dict, name: str) -> str:
+    value = row[name]
+    if not isinstance(value, str):
+        raise RowError("not text", f"{name} is {_kind(value)}, a string is needed")
+    if not value.strip():
+        raise RowError("empty text", f"{name} is empty")
+    return value
+
+
+def _message(message: Any, index: int) -> dict[str, Any]:
+    """One checked message; columns that a table filled with nulls are left out."""
+    if not isinstance(message, dict):
+        raise RowError("malformed message", f"message {index} is {_kind(message)}, an object is needed")
+    message = {key: value for key, value in message.items() if value is not None}
+    role = message.get("role")
+    if role not in ROLES:
+        raise RowError("unknown role", f"message {index} has role {role!r}, known are {', '.join(ROLES)}")
+    calls = _list(message.pop("tool_calls", []), "tool_calls")
+    if calls and role != "assistant":
+        raise RowError("malformed tool call", f"message {index} calls a tool but its role is {role}")
+    message["content"] = _content(message.get("content", ""), index)
+    if calls:
+        message["tool_calls"] = [_tool_call(call, index) for call in calls]
+    reasoning = next((message[name] for name in REASONING if name in message), None)
+    if reasoning is not None:
+        if not isinstance(reasoning, str):
+            raise RowError("not text", f"the thinking of message {index} is {_kind(reasoning)}")
+        # the same two names that transformers gives templates
+        message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    if role in ("user", "assistant") and not calls and not message["content"].strip():
+        raise RowError("empty text", f"message {index} ({role}) is empty")
+    return message
+
+
+def _content(content: Any, index: int) -> str:
+    """Content as one string: a list of text parts is joined, since most templates take strings only."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RowError("not text", f"the content of message {index} is {_kind(content)}, a string is needed")
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, dict) else _kind(part)
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise RowError("not text", f"message {index} has a part of type {kind}, only text is taken")
+    return "".join(part["text"] for part in content)
+
+
+def _tool_call(call: Any, index: int) -> dict[str, Any]:
+    """A call as templates expect it: nested under `function`, the arguments an object instead of its JSON."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise RowError("malformed tool call", f"a tool call of message {index} has no function name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise RowError("malformed tool call", f"the arguments in message {index} are not JSON") from error
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise RowError("malformed tool call", f"the arguments in message {index} are {_kind(arguments)}")
+    identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _tools(tools: Any) -> list[dict[str, Any]] | None:
+    tools = _list(tools, "tools") if tools is not None else []
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("malformed tools", "tools must be a list of JSON schemas")
+    return tools or None
+
+
+def _list(value: Any, name: str) -> list:
+    """A list, which tables often hold as JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowError(f"malformed {name}", f"{name} is text that is not JSON") from error
+    if not isinstance(value, list):
+        raise RowError(f"malformed {name}", f"{name} is {_kind(value)}, a list is needed")
+    return value
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"of type {type(value).__name__}"

@@ -1,0 +1,232 @@
+"""Microbatches of packed documents for one data-parallel rank, resumable under any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data.order import Counts, GlobalOrder
+
+if TYPE_CHECKING:
+    from data.index import DocumentIndex
+
+# Free space is cut into padding documents of about this many tokens: attention over one filler bin
+# as a single document would cost more than any bin of real ones.
+PADDING_DOCUMENT = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Microbatch:
+    """`micro_batch_size` bins laid end to end; n = micro_batch_size * seq_len tokens.
+
+    A document's padding follows its tokens and belongs to it; the free tail of a bin is made of
+    documents that are all padding, whose lengths are multiples of the padding unit as well.
+    """
+
+    tokens: np.ndarray  # int64 [n]
+    labels: np.ndarray  # int64 [n], the document's next token where it is supervised, else 0
+    loss_mask: np.ndarray  # bool [n], true where the label counts
+    positions: np.ndarray  # int64 [n], from 0 in every document
+    cu_seqlens: np.ndarray  # int32 [documents + 1], padded boundaries from 0 to n
+    document_lengths: np.ndarray  # int32 [documents], tokens before padding; 0 where all is padding
+    max_seqlen: int  # the longest stretch between two boundaries
+    sample_ids: list[tuple[int, int]]  # (source, document) of the real documents, as they lie
+    real_tokens: int
+    supervised_tokens: int  # the sum of loss_mask
+    padding_tokens: int  # n - real_tokens
+
+
+class Loader:
+    """The steps of a run in the global order, as lists of this rank's microbatches.
+
+    A step's documents depend on the sources, the settings, the seed and the step, never on the
+    layout: ranks share out the bins of one batch. Every rank gets the same number of microbatches, a
+    multiple of `microbatch_multiple`; empty bins make up the count. The next step is prepared in a
+    thread while the current one trains.
+
+    sources: (index, weight), where weight is how often an epoch sees each document; with
+    `shuffle=False` documents and bins stay in the order of the sources, as held-out data wants it.
+    Lengths are in tokens; `global_batch_size` counts what `batch_unit` says. Raises ValueError.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[DocumentIndex, float]],
+        *,
+        seq_len: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        batch_unit: str,
+        pad_documents_to: int,
+        too_long: str,
+        seed: int,
+        dp_rank: int,
+        dp_size: int,
+        microbatch_multiple: int = 1,
+        pad_token: int = 0,
+        shuffle: bool = True,
+    ):
+        if micro_batch_size < 1:
+            raise ValueError(f"--micro-batch-size is {micro_batch_size}; it must be at least 1.")
+        assert 0 <= dp_rank < dp_size and microbatch_multiple >= 1
+        self._order = GlobalOrder(
+            sources,
+            seq_len=seq_len,
+            global_batch_size=global_batch_size,
+            batch_unit=batch_unit,
+            pad_documents_to=pad_documents_to,
+            too_long=too_long,
+            seed=seed,
+            shuffle=shuffle,
+        )
+        self._micro_batch_size, self._microbatch_multiple = micro_batch_size, microbatch_multiple
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._pad_token = pad_token
+        self.epoch, self.consumed = 0, 0  # the epoch of the next step, and its steps already taken
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self._ahead: tuple[tuple[int, int], Future[list[Microbatch]]] | None = None
+
+    @property
+    def counts(self) -> Counts:
+        """How many documents there are, and how many of them were dropped or truncated."""
+        return self._order.counts
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        """Return the number of steps in the epoch; counted in sequences, it has to be packed first."""
+        return self._order.steps_in_epoch(epoch)
+
+    def next_step(self) -> list[Microbatch]:
+        """Return this rank's microbatches of the next step and move on, into the next epoch if need be."""
+        self._skip_finished_epochs()
+        at = (self.epoch, self.consumed)
+        if self._ahead is not None and self._ahead[0] == at:
+            microbatches = self._ahead[1].result()
+        else:
+            microbatches = self.step(*at)
+        self.consumed += 1
+        self._skip_finished_epochs()
+        upcoming = (self.epoch, self.consumed)
+        self._ahead = (upcoming, self._thread.submit(self.step, *upcoming))
+        return microbatches
+
+    def step(self, epoch: int, number: int) -> list[Microbatch]:
+        """Return this rank's microbatches of any step of any epoch; the loader stays where it is."""
+        batch = self._order.batch(epoch, number)
+        work = batch.sums(np.square(self._order.padded(batch.items), dtype=np.int64))
+        a_round = self._dp_size * self._micro_batch_size * self._microbatch_multiple
+        microbatches = -(-len(batch) // a_round) * self._microbatch_multiple
+        mine = deal(work, self._dp_rank, self._dp_size)
+        bins = [batch[row] for row in mine]
+        bins += [batch.items[:0]] * (microbatches * self._micro_batch_size - len(bins))
+        return [
+            assemble(self._order, bins[first : first + self._micro_batch_size], self._pad_token)
+            for first in range(0, len(bins), self._micro_batch_size)
+        ]
+
+    def state_dict(self) -> dict:
+        """Return where the run stands, as handed out: plain values, the same on every rank."""
+        return {
+            "seed": self._order.seed,
+            "epoch": self.epoch,
+            "consumed": self.consumed,
+            "fingerprint": self._order.fingerprint(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where the state was taken, under this or another layout.
+
+        Raises ValueError naming everything that differs and would change the order of the data.
+        """
+        was = {**state["fingerprint"], "--seed": state["seed"]}
+        now = {**self._order.fingerprint(), "--seed": self._order.seed}
+        changed = [
+            f"{name} (was {was.get(name)}, is {now.get(name)})"
+            for name in {**was, **now}
+            if was.get(name) != now.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                "The run cannot continue in the order of its data because of a changed "
+                f"{', '.join(changed)}: put it back, or start a new run with another --output."
+            )
+        self.epoch, self.consumed = state["epoch"], state["consumed"]
+
+    def _skip_finished_epochs(self) -> None:
+        # A loop, because an epoch of a tiny fraction of the data may be empty.
+        while self.consumed >= self._order.steps_in_epoch(self.epoch):
+            self.epoch, self.consumed = self.epoch + 1, 0
+
+
+def deal(work: np.ndarray, dp_rank: int, dp_size: int) -> np.ndarray:
+    """Return the numbers of the bins that one rank gets, heaviest first.
+
+    work: [bins], what a bin costs beyond its fixed number of tokens: the squares of its documents'
+    lengths, as attention has it. Bins are dealt by falling work, forwards and backwards in turn, so
+    that ranks differ by little in sum and all work on bins of like weight at the same time.
+    """
+    heaviest_first = np.argsort(-work, kind="stable")
+    rounds = np.arange(-(-len(work) // dp_size))
+    places = rounds * dp_size + np.where(rounds % 2 == 0, dp_rank, dp_size - 1 - dp_rank)
+    return heaviest_first[places[places < len(work)]]
+
+
+def assemble(order: GlobalOrder, bins: list[np.ndarray], pad_token: int) -> Microbatch:
+    """Lay bins, given as ordinals of their documents, end to end into one microbatch."""
+    size = len(bins) * order.seq_len
+    documents = np.concatenate(bins)
+    lengths = order.lengths[documents].astype(np.int64)
+    starts, cu_seqlens = _boundaries(order, bins)
+    tokens = np.full(size, pad_token, np.int64)
+    spans = [np.zeros((0, 2), np.int64)]
+    sources, numbers = order.locate(documents)
+    sample_ids = list(zip(sources.tolist(), numbers.tolist(), strict=True))
+    for (source, number), start, length in zip(sample_ids, starts.tolist(), lengths.tolist(), strict=True):
+        stored = order.indexes[source].tokens(number)
+        spans.append(order.indexes[source].spans(number))
+        tokens[start : start + length] = stored[:length]
+        if len(stored) > length:  # truncated: it still has to end, or a model learns never to stop
+            end = int(spans[-1][-1, 1]) if len(spans[-1]) else len(stored)
+            tokens[start + length - 1] = stored[end - 1]
+
+    # A span beyond the cut of a truncated document becomes empty and adds nothing.
+    spans_in = [len(own) for own in spans[1:]]  # [real documents]
+    ranges = np.minimum(np.concatenate(spans), np.repeat(lengths, spans_in)[:, None])
+    ranges = ranges + np.repeat(starts, spans_in)[:, None]
+    depth = np.bincount(ranges[:, 0], minlength=size + 1) - np.bincount(ranges[:, 1], minlength=size + 1)
+    supervised = np.cumsum(depth)[:size] > 0
+    supervised[starts] = False  # nothing in its document predicts the first token
+    loss_mask = np.append(supervised[1:], False)
+    real_tokens = int(lengths.sum())
+    document_lengths = np.zeros(len(cu_seqlens) - 1, np.int32)
+    document_lengths[np.searchsorted(cu_seqlens, starts)] = lengths
+    return Microbatch(
+        tokens=tokens,
+        labels=np.where(loss_mask, np.append(tokens[1:], 0), 0),
+        loss_mask=loss_mask,
+        positions=np.arange(size) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens)),
+        cu_seqlens=cu_seqlens.astype(np.int32),
+        document_lengths=document_lengths,
+        max_seqlen=int(np.diff(cu_seqlens).max()),
+        sample_ids=sample_ids,
+        real_tokens=real_tokens,
+        supervised_tokens=int(loss_mask.sum()),
+        padding_tokens=size - real_tokens,
+    )
+
+
+def _boundaries(order: GlobalOrder, bins: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the starts of the real documents [documents] and all boundaries [all documents + 1]."""
+    unit = order.pad_documents_to
+    padding_document = -(-PADDING_DOCUMENT // unit) * unit
+    starts: list[np.ndarray] = []
+    boundaries: list[np.ndarray] = []
+    for number, documents in enumerate(bins):
+        base = number * order.seq_len
+        ends = base + np.append(0, np.cumsum(order.padded(documents)))
+        starts.append(ends[:-1])
+        boundaries += [ends[:-1], np.arange(ends[-1], base + order.seq_len, padding_document)]
+    return np.concatenate(starts), np.concatenate([*boundaries, [len(bins) * order.seq_len]])

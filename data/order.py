@@ -1,0 +1,244 @@
+"""The global order: which documents are in which bins of which batch, the same for every layout."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from data.packing import Bins, pack
+
+if TYPE_CHECKING:
+    from data.index import DocumentIndex
+
+# The first word of every random stream, so that no two uses of one seed share numbers.
+_DOCUMENTS, _EPOCH, _BINS = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What becomes of the documents of all sources, each counted once whatever its weight."""
+
+    documents: int
+    dropped: int
+    dropped_tokens: int
+    truncated: int
+    truncated_tokens: int  # the tokens cut away, not those kept
+
+
+class Plan(NamedTuple):
+    """One epoch: its documents in order and, where batches are counted in sequences, its bins."""
+
+    epoch: int
+    documents: np.ndarray  # [documents of the epoch], ordinals over all sources
+    bins: Bins | None  # items are positions in `documents`
+    bin_order: np.ndarray | None  # [bins]
+
+
+def permutation(size: int, *entropy: int) -> np.ndarray:
+    """Return a permutation of range(size) that depends on the entropy alone: int64 [size].
+
+    numpy promises that the raw stream of a bit generator never changes, but not what
+    `Generator.permutation` makes of it; a run resumed under another numpy must see the same order.
+    """
+    bits = np.uint64(max(size - 1, 1).bit_length())
+    keys = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(size)
+    # The index sits in the low bits: keys are distinct, so any sorting algorithm gives one result.
+    keys = (keys << bits) | np.arange(size, dtype=np.uint64)
+    keys.sort()
+    return (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+
+
+class GlobalOrder:
+    """The batches of every epoch as a pure function of (sources, weights, settings, seed, epoch).
+
+    A source of weight w is a stream of permutations of its documents, of which each epoch takes the
+    next w times as many as there are documents: a fraction visits all before it repeats one.
+    Documents are named by ordinals that count through the sources in their order.
+
+    Raises ValueError where no order can be made of what the user gave.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[DocumentIndex, float]],
+        *,
+        seq_len: int,
+        global_batch_size: int,
+        batch_unit: str,
+        pad_documents_to: int,
+        too_long: str,
+        seed: int,
+        shuffle: bool,
+    ):
+        _check_settings(seq_len, global_batch_size, batch_unit, pad_documents_to, too_long, seed)
+        _check_sources(sources)
+        self.indexes = [index for index, _ in sources]
+        # Through its decimal form, so that a weight of 0.3 is three tenths and epochs come out even.
+        self._weights = [Fraction(repr(float(weight))) for _, weight in sources]
+        self._settings = {
+            "--data": [index.fingerprint for index in self.indexes],
+            "the weights of --data": [float(weight) for weight in self._weights],
+            "--seq-len": seq_len,
+            "--global-batch-size": global_batch_size,
+            "--batch-unit": batch_unit,
+            "--pad-documents-to": pad_documents_to,
+            "--too-long": too_long,
+            "shuffling": shuffle,
+        }
+        self.seq_len, self.pad_documents_to, self.seed = seq_len, pad_documents_to, seed
+        self._batch_size, self._shuffle = global_batch_size, shuffle
+        self._by_conversation = batch_unit == "conversations"
+        self._bounds = np.cumsum([0, *map(len, self.indexes)])  # [sources + 1], in ordinals
+        self._read_lengths(too_long)
+        # Packing an epoch takes seconds at millions of documents, so one plan is kept; a loader
+        # asks from two threads.
+        self._lock = threading.Lock()
+        self._plan: Plan | None = None
+        self._bins_in_epoch: dict[int, int] = {}
+
+    def _read_lengths(self, too_long: str) -> None:
+        """Set `lengths` (int32, as trained), the documents each source offers, and `counts`."""
+        lengths = np.concatenate([np.zeros(0, np.int32), *(index.lengths for index in self.indexes)])
+        long = np.flatnonzero(lengths > self.seq_len)
+        if len(long) and too_long == "error":
+            raise ValueError(
+                f"{len(long):,} of {len(lengths):,} documents are longer than --seq-len {self.seq_len} "
+                f"(the longest has {int(lengths.max()):,} tokens): raise --seq-len, or choose "
+                "--too-long drop or --too-long truncate."
+            )
+        drops = too_long == "drop"
+        excess = int((lengths[long] - (0 if drops else self.seq_len)).sum(dtype=np.int64))
+        self.counts = Counts(
+            documents=len(lengths),
+            dropped=len(long) if drops else 0,
+            dropped_tokens=excess if drops else 0,
+            truncated=0 if drops else len(long),
+            truncated_tokens=0 if drops else excess,
+        )
+        if len(lengths) == self.counts.dropped:
+            raise ValueError(
+                f"--data leaves nothing to train on: it has {len(lengths):,} documents, of which "
+                f"{self.counts.dropped:,} are dropped as longer than --seq-len {self.seq_len}; give other "
+                "data or a larger --seq-len."
+            )
+        self.lengths = np.minimum(lengths, np.int32(self.seq_len))
+        # [documents offered] for each source, ordinals within the source; None: all of them.
+        self._offered: list[np.ndarray | None] = [
+            np.flatnonzero(index.lengths <= self.seq_len) if drops else None for index in self.indexes
+        ]
+        self._sizes = [
+            len(index) if offered is None else len(offered)
+            for index, offered in zip(self.indexes, self._offered, strict=True)
+        ]
+
+    def padded(self, documents: np.ndarray) -> np.ndarray:
+        """Return the padded lengths, in tokens, of the documents: int32, the shape of `documents`."""
+        return -(-self.lengths[documents] // self.pad_documents_to) * self.pad_documents_to
+
+    def locate(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (source, document within the source) of each ordinal."""
+        source = np.searchsorted(self._bounds, documents, side="right") - 1
+        return source, documents - self._bounds[source]
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        """Return the number of batches in the epoch, the last of which may be smaller."""
+        if self._by_conversation:
+            ranges = (self._stream(source, epoch) for source in range(len(self._sizes)))
+            count = sum(end - begin for begin, end in ranges)
+        else:
+            # With whole weights every epoch holds the same lengths, hence as many bins.
+            key = 0 if all(weight.denominator == 1 for weight in self._weights) else epoch
+            if key not in self._bins_in_epoch:
+                bins = self._planned(epoch).bins
+                assert bins is not None
+                self._bins_in_epoch[key] = len(bins)
+            count = self._bins_in_epoch[key]
+        return -(-count // self._batch_size)
+
+    def batch(self, epoch: int, number: int) -> Bins:
+        """Return one batch packed into bins; the items are ordinals of documents."""
+        plan = self._planned(epoch)
+        begin, end = number * self._batch_size, (number + 1) * self._batch_size
+        if plan.bins is None or plan.bin_order is None:
+            documents = plan.documents[begin:end]
+            bins = pack(self.padded(documents), self.seq_len)
+            return Bins(bins.offsets, documents[bins.items])
+        rows = [plan.documents[plan.bins[row]] for row in plan.bin_order[begin:end]]
+        return Bins(np.cumsum([0, *map(len, rows)]), np.concatenate(rows))
+
+    def fingerprint(self) -> dict:
+        """Return all that the order depends on apart from the seed, under the names users know."""
+        return dict(self._settings)
+
+    def _stream(self, source: int, epoch: int) -> tuple[int, int]:
+        """Return the half-open range of the source's stream that the epoch takes."""
+        share = self._weights[source] * self._sizes[source]
+        return int(share * epoch), int(share * (epoch + 1))
+
+    def _planned(self, epoch: int) -> Plan:
+        with self._lock:
+            if self._plan is None or self._plan.epoch != epoch:
+                self._plan = None  # never two plans in memory
+                self._plan = self._make_plan(epoch)
+            return self._plan
+
+    def _make_plan(self, epoch: int) -> Plan:
+        documents = np.concatenate([self._take(source, epoch) for source in range(len(self._sizes))])
+        documents = documents[self._permutation(len(documents), _EPOCH, epoch)]
+        if self._by_conversation:
+            return Plan(epoch, documents, None, None)
+        bins = pack(self.padded(documents), self.seq_len)
+        return Plan(epoch, documents, bins, self._permutation(len(bins), _BINS, epoch))
+
+    def _take(self, source: int, epoch: int) -> np.ndarray:
+        """Return the ordinals that the source gives to the epoch, in the order of its stream."""
+        begin, end = self._stream(source, epoch)
+        size, parts = self._sizes[source], [np.zeros(0, np.int64)]
+        for turn in range(begin // size, -(-end // size)) if end > begin else ():
+            part = self._permutation(size, _DOCUMENTS, turn, source)
+            parts.append(part[max(begin - turn * size, 0) : end - turn * size])
+        taken, offered = np.concatenate(parts), self._offered[source]
+        taken = (taken if offered is None else offered[taken]) + self._bounds[source]
+        return taken.astype(np.int32 if self._bounds[-1] < 2**31 else np.int64)
+
+    def _permutation(self, size: int, use: int, turn: int, source: int = 0) -> np.ndarray:
+        return permutation(size, self.seed, use, turn, source) if self._shuffle else np.arange(size)
+
+
+def _check_sources(sources: Sequence[tuple[DocumentIndex, float]]) -> None:
+    for index, weight in sources:
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"--data {index.path} has weight {weight}; give one above 0, or leave it out.")
+        if len(index) and int(index.lengths.min()) < 1:
+            raise ValueError(f"--data {index.path} has documents without a single token; prepare it again.")
+
+
+def _check_settings(
+    seq_len: int, global_batch_size: int, batch_unit: str, pad_documents_to: int, too_long: str, seed: int
+) -> None:
+    for flag, value, least in (
+        ("--seq-len", seq_len, 1),
+        ("--global-batch-size", global_batch_size, 1),
+        ("--pad-documents-to", pad_documents_to, 1),
+        ("--seed", seed, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{flag} is {value}; it must be at least {least}.")
+    for flag, word, choices in (
+        ("--batch-unit", batch_unit, ("sequences", "conversations")),
+        ("--too-long", too_long, ("error", "drop", "truncate")),
+    ):
+        if word not in choices:
+            raise ValueError(f"{flag} is {word!r}; choose one of {', '.join(choices)}.")
+    if seq_len % pad_documents_to:
+        lower = seq_len // pad_documents_to * pad_documents_to
+        nearest = f"{lower} or {lower + pad_documents_to}" if lower else f"{pad_documents_to}"
+        raise ValueError(
+            f"--seq-len {seq_len} is not a multiple of --pad-documents-to {pad_documents_to}; "
+            f"choose --seq-len {nearest}."
+        )

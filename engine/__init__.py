@@ -1,0 +1,1 @@
+"""The training engine: configuration, process groups, the loop, and checkpoints."""

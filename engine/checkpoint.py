@@ -1,0 +1,158 @@
+"""Checkpoints of a running job: complete or absent, self-contained, loadable under any other layout."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from torch import distributed
+
+from engine.checkpoint_format import HF, STATE, read_manifest, sync_directory, sync_tree, write_manifest
+from engine.mesh import Mesh
+from models.build import SHARDING_METADATA
+
+LATEST = "latest"
+
+
+def step_directory(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return Path(run) / "checkpoints" / f"step_{step:06d}"
+
+
+def sharding_metadata(mesh: Mesh) -> dict[str, Any]:
+    """What megatron-core wants to know when it describes this rank's pieces of global tensors."""
+    # Optimizer state passes through gloo to the first data-parallel rank: 12 bytes a parameter there alone.
+    return SHARDING_METADATA | {
+        "dp_cp_group": mesh.groups.dp_cp,
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+    }
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint to continue from, with its manifest."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """The last step whose update the checkpoint holds."""
+        return self.manifest["step"]
+
+
+def find_latest(run: Path) -> ResumePoint | None:
+    """Finds the checkpoint that `latest` names; None for a run without one, ValueError for one that is not whole."""
+    pointer = Path(run) / "checkpoints" / LATEST
+    if not pointer.exists():
+        return None
+    directory = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    try:
+        return ResumePoint(directory, read_manifest(directory))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; write the name of a whole checkpoint into {pointer}, or start with another --output "
+            "or --checkpoint.no-resume"
+        ) from None
+
+
+def _model_state(chunks: list, metadata: dict) -> dict[str, Any]:
+    """Describes the weights of every chunk; a backend's private `_extra_state` stays out of the contract."""
+    state = {}
+    for number, chunk in enumerate(chunks):
+        entries = chunk.module.sharded_state_dict(metadata=metadata)
+        kept = {key: entry for key, entry in entries.items() if not key.endswith("_extra_state")}
+        state[f"model{number}"] = kept
+    return state
+
+
+def save(
+    run: Path,
+    step: int,
+    chunks: list,
+    optimizer: Any,
+    mesh: Mesh,
+    *,
+    model_files: Path,
+    manifest: dict[str, Any],
+    keep: int = 0,
+) -> Path:
+    """Writes the checkpoint of `step` on all ranks together and returns its directory.
+
+    It is written beside, verified, then renamed; `latest` moves last, and only then older checkpoints
+    beyond `keep` go. `model_files` is copied to `hf/`. A rank that cannot write raises OSError: the other
+    ranks are inside collectives then, so the caller must end the process.
+    """
+    target = step_directory(run, step)
+    partial = target.with_name(target.name + ".tmp")
+    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
+    try:
+        if mesh.rank == 0:
+            _check_space(target.parent, chunks, mesh)
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / STATE).mkdir(parents=True)
+        distributed.barrier()
+        metadata = sharding_metadata(mesh)
+        state = _model_state(chunks, metadata)
+        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=metadata)
+        dist_checkpointing.save(state, str(partial / STATE))
+        if mesh.rank == 0:
+            shutil.copytree(model_files, partial / HF)
+            write_manifest(partial, manifest | {"step": step})
+            sync_tree(partial)
+            read_manifest(partial)
+            shutil.rmtree(target, ignore_errors=True)  # the same step of a run that did not resume
+            os.rename(partial, target)
+            point_latest(target)
+            _remove_old(target.parent, keep)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    distributed.barrier()
+    return target
+
+
+def point_latest(target: Path) -> None:
+    """Moves `latest` to a checkpoint in one step."""
+    beside = target.parent / (LATEST + ".tmp")
+    beside.write_text(target.name + "\n", encoding="utf-8")
+    os.replace(beside, target.parent / LATEST)
+    sync_directory(target.parent)
+
+
+def _check_space(folder: Path, chunks: list, mesh: Mesh) -> None:
+    """Refuses to start a save that cannot fit: other ranks would wait for one that ran out of space."""
+    folder.mkdir(parents=True, exist_ok=True)
+    local = sum(p.numel() * (p.element_size() + 12) for chunk in chunks for p in chunk.parameters())
+    needed = local * mesh.layout.tp * mesh.layout.pp
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"no space for a checkpoint in {folder}: about {needed / 2**30:.2f} GiB are needed and "
+            f"{free / 2**30:.2f} GiB are free; earlier checkpoints are whole, and the run resumes from the latest"
+        )
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    """Removes the oldest complete checkpoints beyond `keep`; 0 keeps all."""
+    steps = sorted(path for path in folder.glob("step_*") if path.suffix != ".tmp")
+    for path in steps[: -keep if keep else 0]:
+        shutil.rmtree(path)
+
+
+def load(point: ResumePoint, chunks: list, optimizer: Any, mesh: Mesh) -> None:
+    """Fills model and optimizer from a checkpoint saved under this or any other layout."""
+    metadata = sharding_metadata(mesh)
+    state = _model_state(chunks, metadata)
+    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
+    state = dist_checkpointing.load(state, str(point.directory / STATE))
+    for number, chunk in enumerate(chunks):
+        missing, unexpected = chunk.module.load_state_dict(state[f"model{number}"], strict=False)
+        strange = [key for key in (*missing, *unexpected) if not key.endswith("_extra_state")]
+        assert not strange, f"checkpoint and model disagree on {strange}"
+    optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,177 @@
+"""The whole run as frozen dataclasses, and every check of a value, before any process group exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from engine.mesh import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 2e-5
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Where cosine, linear and wsd end."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Course of the learning rate after warmup."""
+    warmup_steps: int = 0
+    """Steps of linear warmup."""
+    warmup_init: float = 0.0
+    """Learning rate at which warmup starts."""
+    decay_steps: int = 0
+    """Length of the final decay of wsd."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    decay_one_dimensional: bool = False
+    """Also decay norms and biases."""
+    clip_grad: float = 1.0
+    """Gradient norm above which gradients are scaled down; 0 never clips."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    every: int = 0
+    """Save every N steps; the last step is always saved."""
+    keep: int = 0
+    """Keep the newest N checkpoints; 0 keeps all."""
+    resume: bool = True
+    """Continue from RUN's latest checkpoint where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverrideConfig:
+    """Changes to the base model's config; they reach the export."""
+
+    rope_theta: float | None = None
+    max_position_embeddings: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where metrics go besides metrics.jsonl and TensorBoard."""
+
+    wandb: bool = False
+    """Also log to Weights & Biases (pip install lathe[track])."""
+    wandb_project: str = "lathe"
+    print_every: int = 10
+    """Steps between progress lines when the output is no terminal."""
+    peak_tflops: float = 0.0
+    """One device's peak in TFLOP/s, for mfu; 0 leaves mfu unknown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run."""
+
+    model: str | None = None
+    """Hugging Face directory or hub name, or one of our checkpoints; left out, the built-in demo's model."""
+    data: tuple[str, ...] = ()
+    """Prepared data directories, each with an optional :WEIGHT; left out, the built-in demo's data."""
+    valid: tuple[str, ...] = ()
+    """Prepared data directories for the held-out loss."""
+    valid_every: int = 0
+    """Steps between held-out losses; 0 measures after the last step only."""
+    valid_batches: int = 0
+    """Batches of each held-out measurement; 0 takes all."""
+    output: Path = Path("runs/default")
+    """RUN: where config, metrics, checkpoints and the report go."""
+
+    tp: int = 1
+    """Tensor parallelism."""
+    cp: int = 1
+    """Context parallelism."""
+    pp: int = 1
+    """Pipeline parallelism."""
+    vpp: int = 1
+    """Interleaved stages a pipeline rank holds."""
+    ep: int = 1
+    """Expert parallelism."""
+    etp: int = 1
+    """Expert tensor parallelism."""
+    sp: Literal["auto", "on", "off"] = "auto"
+    """Sequence parallelism; auto is on with --tp above 1."""
+
+    seq_len: int = 4096
+    """Tokens of a bin."""
+    micro_batch_size: int = 1
+    """Bins a microbatch."""
+    global_batch_size: int = 128
+    """Batch of a step, in --batch-unit."""
+    batch_unit: Literal["sequences", "conversations"] = "conversations"
+    """Whether a batch is counted in packed sequences or in conversations."""
+    pad_documents_to: int | None = None
+    """Each document is padded to a multiple of this; 2*cp unless given, and kept on resume."""
+    too_long: Literal["error", "drop", "truncate"] = "error"
+    """What happens to documents longer than --seq-len."""
+    steps: int | None = None
+    """Length of the run in steps."""
+    epochs: float | None = None
+    """Length of the run in epochs; 1 where neither is given."""
+    seed: int = 1234
+    """Seed of the data's order."""
+
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """Arithmetic of weights and activations; master weights and gradient reduction are fp32."""
+    fp8: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    """FP8 recipe of --precision fp8."""
+    backend: Literal["auto", "te", "native"] = "auto"
+    """Transformer Engine's layers or native torch's."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in the backward pass: none, the attention's, or whole layers'."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    override: OverrideConfig = field(default_factory=OverrideConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    mcore: Annotated[dict[str, object], tyro.conf.Suppress] = field(default_factory=dict)
+    """TransformerConfig fields by name, given as --mcore.FIELD=VALUE."""
+
+    @property
+    def layout(self) -> Layout:
+        """The degrees of parallelism with sequence parallelism resolved."""
+        sp = self.tp > 1 if self.sp == "auto" else self.sp == "on"
+        return Layout(tp=self.tp, cp=self.cp, pp=self.pp, vpp=self.vpp, ep=self.ep, etp=self.etp, sp=sp)
+
+    @property
+    def pad_multiple(self) -> int:
+        """Documents are padded to a multiple of this many tokens."""
+        return self.pad_documents_to or 2 * self.cp
+
+
+def check_values(config: RunConfig) -> None:
+    """Refuses values that cannot be meant; ValueError in one sentence that names flag, value and mend."""
+    positive = ("seq_len", "micro_batch_size", "global_batch_size", "steps", "epochs", "pad_documents_to")
+    for name in positive:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
+    if config.steps is not None and config.epochs is not None:
+        raise ValueError("--steps and --epochs both set the length of the run; give one of them")
+    if config.pad_multiple % 2 and config.cp > 1:
+        raise ValueError(f"--pad-documents-to {config.pad_multiple} must be a multiple of 2*cp = {2 * config.cp}")
+    optim = config.optim
+    for name in ("lr", "min_lr", "warmup_steps", "warmup_init", "weight_decay", "clip_grad", "decay_steps"):
+        if getattr(optim, name) < 0:
+            raise ValueError(f"--optim.{name.replace('_', '-')} {getattr(optim, name)} must not be negative")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optim, name) < 1:
+            raise ValueError(f"--optim.{name} {getattr(optim, name)} must lie in [0, 1)")
+    if optim.schedule == "wsd" and not optim.decay_steps:
+        raise ValueError("--optim.schedule wsd needs --optim.decay-steps, the length of its final decay")
+    if config.checkpoint.every < 0 or config.checkpoint.keep < 0:
+        raise ValueError("--checkpoint.every and --checkpoint.keep must not be negative")
+    if bool(config.model) != bool(config.data):
+        missing = "--data" if config.model else "--model"
+        raise ValueError(f"{missing} is missing: give both --model and --data, or neither for the built-in demo")

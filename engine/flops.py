@@ -1,0 +1,41 @@
+"""Model operations of a step, and what share of the device's peak they are."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from models.registry import ModelDescription
+
+# Dense bf16 peaks in TFLOP/s from the vendors' data sheets, by a part of the device's name.
+PEAKS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}
+
+
+def matrix_parameters(description: ModelDescription) -> int:
+    """Parameters that multiply every token: all matrices but the embedding's look-up, the head included."""
+    fields = description.transformer
+    hidden, layers = fields["hidden_size"], fields["num_layers"]
+    per_layer = sum(
+        int(np.prod(rule.shape))
+        for rule in description.rules
+        if rule.key.startswith("decoder.layers.0.") and len(rule.shape) == 2
+    )
+    return layers * per_layer + description.vocab_size * hidden
+
+
+def step_flops(description: ModelDescription, tokens: int, squared_lengths: int) -> float:
+    """Operations of forward and backward over `tokens`, without recomputation.
+
+    6 per parameter and token, and for causal attention 6 * heads * head_dim per layer and pair of tokens
+    (`squared_lengths` is the sum of squared document lengths, half of which causality leaves; as in
+    Chowdhery et al., 2022, arXiv:2204.02311, appendix B, with the half taken off).
+    """
+    fields = description.transformer
+    width = fields["num_attention_heads"] * fields["kv_channels"]
+    return 6.0 * matrix_parameters(description) * tokens + 6.0 * fields["num_layers"] * width * squared_lengths
+
+
+def device_peak(name: str | None) -> float | None:
+    """The bf16 peak of a CUDA device by name in TFLOP/s, None where it is not known."""
+    if name is None:
+        return None
+    return next((peak for part, peak in PEAKS.items() if part in name), None)

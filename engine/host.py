@@ -1,0 +1,122 @@
+"""What lets megatron-core 0.16.1 train without CUDA, over gloo.
+
+The only file of Lathe that replaces anything of torch or megatron-core, and it does nothing where CUDA
+is present. `tests/test_host.py` holds the contract: it fails when megatron-core moves what is leaned on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_HOST = torch.device("cpu")
+_enabled: _HostMode | None = None
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _HostMode(TorchFunctionMode):
+    """Sends what megatron-core places on "cuda" to the host's memory."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The optimizers accept a parameter by the string "torch.cuda.FloatTensor".
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": _HOST}
+        if func is torch.Tensor.to and any(map(_is_cuda, args)):
+            args = tuple(_HOST if _is_cuda(argument) else argument for argument in args)
+        return func(*args, **kwargs)
+
+
+class _Event:
+    """An event that has happened: work on the host is in order."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    record = wait = synchronize = __init__
+
+    def query(self) -> bool:
+        return True
+
+
+class _Stream(_Event):
+    """The only stream of the host."""
+
+    wait_stream = wait_event = _Event.__init__
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+
+def _replace_cuda_runtime() -> None:
+    stream = _Stream()
+    replacements = {
+        "current_device": lambda: _HOST,
+        "synchronize": lambda device=None: None,
+        "Stream": _Stream,
+        "Event": _Event,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
+
+
+def _replace_rng_access() -> None:
+    """Activation recomputation saves and restores one generator here, not two."""
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def _replace_collectives() -> None:
+    """Gloo wants split sizes as ints, where megatron-core hands over tensors that only CUDA turns to lists."""
+    from torch import distributed
+
+    all_to_all_single = distributed.all_to_all_single
+
+    def with_int_splits(output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
+        def ints(sizes):
+            return sizes if sizes is None else [int(size) for size in sizes]
+
+        return all_to_all_single(output, input, ints(output_split_sizes), ints(input_split_sizes), **kwargs)
+
+    distributed.all_to_all_single = with_int_splits
+
+
+def enable() -> bool:
+    """Prepares this process for training on the host; returns False, changing nothing, where CUDA is present.
+
+    Call it once, before a model is built. Calling it again does nothing.
+    """
+    global _enabled
+    if torch.cuda.is_available():
+        return False
+    if _enabled is None:
+        _replace_cuda_runtime()
+        _replace_rng_access()
+        _replace_collectives()
+        from megatron.core.transformer.moe import moe_utils
+
+        # Defined by Transformer Engine alone, read without it (megatron-core 0.16.1: NameError).
+        if not hasattr(moe_utils, "te_general_gemm"):
+            moe_utils.te_general_gemm = None
+        _enabled = _HostMode()
+        _enabled.__enter__()
+    return True

@@ -1,0 +1,222 @@
+"""Process groups and the layout: the only file that touches megatron-core's `parallel_state`."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import distributed
+
+from models.registry import ModelDescription
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Degrees of parallelism; data parallelism is what remains of the world."""
+
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    etp: int = 1
+    sp: bool = False
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Ranks that hold one copy of the model and its tokens."""
+        return self.tp * self.cp * self.pp
+
+    def product(self, world_size: int) -> str:
+        """The whole product in words, for messages."""
+        dp = world_size / self.ranks_per_replica
+        return f"tp {self.tp} x cp {self.cp} x pp {self.pp} x dp {dp:g} = {world_size} ranks"
+
+
+def _divisors(number: int, limit: int) -> str:
+    return ", ".join(str(n) for n in range(1, min(number, limit) + 1) if number % n == 0)
+
+
+def _require(number: int, by: int, what: str, flag: str) -> None:
+    """Refuses a degree that does not divide `number`, naming those that do."""
+    if number % by:
+        nearest = max(n for n in range(1, by + 1) if number % n == 0)
+        raise ValueError(
+            f"{flag} {by} does not divide {what} ({number}); the nearest smaller choice is {nearest} "
+            f"(all: {_divisors(number, 64)})"
+        )
+
+
+def check_layout(layout: Layout, world_size: int, description: ModelDescription) -> None:
+    """Refuses a layout that ranks or model do not allow; ValueError in one sentence, before any group exists."""
+    for name in ("tp", "cp", "pp", "vpp", "ep", "etp"):
+        if getattr(layout, name) < 1:
+            raise ValueError(f"--{name} {getattr(layout, name)} must be at least 1")
+    replica = layout.ranks_per_replica
+    if world_size % replica:
+        below, above = world_size // replica * replica, (world_size // replica + 1) * replica
+        choices = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"{world_size} ranks cannot be split as tp {layout.tp} x cp {layout.cp} x pp {layout.pp} = {replica} "
+            f"ranks per model replica; start {choices} ranks (torchrun --nproc-per-node) or lower a degree"
+        )
+    expert = layout.ep * layout.etp * layout.pp
+    if world_size % expert:
+        raise ValueError(
+            f"{world_size} ranks cannot be split as ep {layout.ep} x etp {layout.etp} x pp {layout.pp} = {expert} "
+            f"ranks for the experts; choose --ep times --etp among {_divisors(world_size // layout.pp, 64)}"
+        )
+    fields = description.transformer
+    layers = fields["num_layers"]
+    _require(fields["num_attention_heads"], layout.tp, "the attention heads", "--tp")
+    _require(fields["num_query_groups"], layout.tp, "the key-value heads", "--tp")
+    _require(fields["ffn_hidden_size"], layout.tp, "the feed-forward size", "--tp")
+    _require(description.padded_vocab_size, layout.tp, "the padded vocabulary", "--tp")
+    _require(layers, layout.pp, "the layers", "--pp")
+    if layout.vpp > 1:
+        if layout.pp == 1:
+            raise ValueError(f"--vpp {layout.vpp} interleaves pipeline stages and needs --pp of at least 2")
+        _require(layers // layout.pp, layout.vpp, f"the layers of a pipeline stage at --pp {layout.pp}", "--vpp")
+    experts = fields.get("num_moe_experts")
+    if experts is None and layout.ep * layout.etp > 1:
+        raise ValueError(f"--ep {layout.ep} --etp {layout.etp}: this model has no experts; leave both at 1")
+    if experts is not None:
+        _require(experts, layout.ep, "the experts", "--ep")
+    if layout.sp and layout.tp == 1:
+        raise ValueError("--sp on splits the sequence over tensor-parallel ranks and needs --tp of at least 2")
+
+
+def check_sequence(layout: Layout, seq_len: int, pad_documents_to: int) -> None:
+    """Refuses a sequence length that the layout cannot split; ValueError in one sentence."""
+    if pad_documents_to % (2 * layout.cp) and layout.cp > 1:
+        raise ValueError(
+            f"--pad-documents-to {pad_documents_to} is no multiple of 2*cp = {2 * layout.cp}, into which context "
+            f"parallelism cuts each document; start with --pad-documents-to {2 * layout.cp} or leave it out"
+        )
+    step = math.lcm(pad_documents_to, layout.cp * (layout.tp if layout.sp else 1))
+    if seq_len % step:
+        below = seq_len // step * step
+        raise ValueError(
+            f"--seq-len {seq_len} does not divide into documents padded to {pad_documents_to} tokens over cp "
+            f"{layout.cp} and {'sequence-parallel ' if layout.sp else ''}tp {layout.tp}; the nearest choices are "
+            f"{below or step} and {below + step}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostGroups:
+    """Gloo twins of the groups over which optimizer state is gathered for a checkpoint."""
+
+    dp_cp: object
+    expert_dp: object
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """This process in the grid of ranks; `groups` is what megatron-core's modules take."""
+
+    layout: Layout
+    world_size: int
+    rank: int
+    dp_size: int
+    dp_rank: int
+    tp_rank: int
+    cp_rank: int
+    pp_rank: int
+    device: torch.device
+    groups: object  # megatron.core.process_groups_config.ProcessGroupCollection
+    host_groups: HostGroups
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pp_rank == self.layout.pp - 1
+
+    @property
+    def is_logger(self) -> bool:
+        """Whether this rank writes what the run prints and logs: the first of the last stage, who knows losses."""
+        return self.is_last_stage and self.dp_rank == self.tp_rank == self.cp_rank == 0
+
+
+def world_from_environment() -> tuple[int, int, int]:
+    """Returns (rank, world size, local rank) as torchrun and SLURM set them; a lone process is (0, 1, 0)."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "MASTER_ADDR" in env:
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
+    return 0, 1, 0
+
+
+def build_mesh(layout: Layout, *, timeout_minutes: int = 30) -> Mesh:
+    """Joins the world and creates every process group. The layout must have passed `check_layout`."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    rank, world_size, local_rank = world_from_environment()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not distributed.is_initialized():
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if world_size == 1 and "MASTER_ADDR" not in os.environ:
+            store = distributed.HashStore()
+            distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        else:
+            distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        create_gloo_process_groups=cuda,
+        distributed_timeout_minutes=timeout_minutes,
+    )
+    # Nothing is drawn at random in training, but sequence parallelism forks these generators.
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    host_groups = HostGroups(dp_cp=groups.intra_dp_cp, expert_dp=groups.intra_expt_dp)
+    if cuda:
+        host_groups = HostGroups(
+            dp_cp=parallel_state.get_data_parallel_group_gloo(with_context_parallel=True, partial_data_parallel=True),
+            expert_dp=parallel_state.get_expert_data_parallel_group_gloo(partial_expert_data_parallel=True),
+        )
+    return Mesh(
+        layout=layout,
+        world_size=world_size,
+        rank=rank,
+        dp_size=groups.dp.size(),
+        dp_rank=groups.dp.rank(),
+        tp_rank=groups.tp.rank(),
+        cp_rank=groups.cp.rank(),
+        pp_rank=groups.pp.rank(),
+        device=device,
+        groups=groups,
+        host_groups=host_groups,
+    )
+
+
+def set_virtual_stage(stage: int | None) -> None:
+    """Tells megatron-core which interleaved stage is being built."""
+    from megatron.core import parallel_state
+
+    parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
+
+
+def destroy_mesh() -> None:
+    """Forgets the groups (a process may then build another mesh) and leaves the world's group standing."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()

@@ -1,0 +1,229 @@
+"""What a run reports while it trains: `metrics.jsonl`, TensorBoard, Weights & Biases, one line of progress.
+
+`metrics.jsonl` is the record; everything else is a mirror of it. It holds exactly one line a step. A run
+that resumes from step N first drops every later line, so that the file of an interrupted run reads like the
+file of a run that was never interrupted.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from engine.progress import ProgressLine
+
+# What every line holds, in this order; a caller may add fields after them.
+FIELDS = (
+    "step",
+    "loss",
+    "grad_norm",
+    "lr",
+    "tokens",
+    "supervised_tokens",
+    "padding_tokens",
+    "seconds",
+    "tokens_per_second",
+    "supervised_tokens_per_second",
+    "tflops",
+    "mfu",
+)
+# Decimals of the fields that come from a clock; counts, losses and rates of learning keep every digit.
+DECIMALS = {
+    "seconds": 6,
+    "tokens_per_second": 1,
+    "supervised_tokens_per_second": 1,
+    "tflops": 3,
+    "mfu": 4,
+}
+
+
+def rewind(path: str | Path, step: int) -> int:
+    """Drop the lines of `path` that come after `step`, and a half-written last line; return how many stay.
+
+    The file is replaced in one move, so a crash in the middle leaves the old one. A missing file counts as
+    empty. Raises `ValueError` where a line before the last is not JSON: then this is no metrics file.
+    """
+    path = Path(path)
+    if not path.exists():
+        return 0
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            line_step = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number} is not a step's JSON object: {line[:80]!r}") from None
+        if line_step <= step:
+            kept.append(line)
+    beside = path.with_name(path.name + ".rewound")
+    beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(beside, path)
+    return len(kept)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The steps of a `metrics.jsonl`, in order; a half-written last line of a running job is left out."""
+    steps: list[dict[str, Any]] = []
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            steps.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is not JSON: {line[:80]!r}") from None
+    return steps
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON knows it: one-element tensors and arrays become numbers, NaN and infinity null."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _start_wandb(run_dir: Path, project: str, config: dict[str, Any] | None) -> Any:
+    """A Weights & Biases run; a resumed job goes on in the run whose id stands in `RUN/wandb_id`."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            f"Weights & Biases was asked for (project {project!r}) but is not installed: "
+            "run `pip install wandb`, or leave it out"
+        ) from None
+    id_file = run_dir / "wandb_id"
+    run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
+    run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), id=run_id, resume="allow", config=config)
+    id_file.write_text(run.id, encoding="utf-8")
+    # Its own counter only goes up; over our step, the repeated steps of a resume lie where they belong.
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+class MetricsLog:
+    """Appends one JSON line a step to `RUN/metrics.jsonl`, mirrors it and shows progress.
+
+    Build it on one rank only. With `start_step` N the file is first rewound to step N (0: a new run, which
+    starts with an empty file). `wandb` names a Weights & Biases project; it is imported only then. Where
+    `stream` (standard error unless given) is no terminal, one plain line is printed every `progress_every`
+    steps. Usable as a context manager. Raises `ValueError` where wandb is asked for but not installed, or
+    where the existing file is not a metrics file.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        tensorboard: bool = True,
+        wandb: str | None = None,
+        config: dict[str, Any] | None = None,
+        progress_every: int = 10,
+        stream: TextIO | None = None,
+    ) -> None:
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = run_dir / "metrics.jsonl"
+        self.last_step = start_step
+        rewind(self.path, start_step)
+        self.wandb = _start_wandb(run_dir, wandb, config) if wandb else None
+        self.tensorboard = None
+        if tensorboard:
+            # Takes seconds to import, which a run without it should not pay.
+            from torch.utils.tensorboard import SummaryWriter
+
+            # TensorBoard hides what earlier event files hold from this step on: the rewinding of its mirror.
+            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.progress = ProgressLine(start_step, total_steps, max(1, progress_every), stream or sys.stderr)
+
+    def write(
+        self,
+        step: int,
+        *,
+        loss: float | None,
+        grad_norm: float | None,
+        lr: float,
+        tokens: int,
+        supervised_tokens: int,
+        padding_tokens: int,
+        seconds: float,
+        tflops: float | None = None,
+        mfu: float | None = None,
+        **extra: Any,
+    ) -> dict[str, Any]:
+        """Record one step and return its line.
+
+        `tokens` are the documents' own, without the `padding_tokens`; `seconds` is the whole step's time;
+        `tflops` the model's rate per device in 1e12 operations a second; `mfu` a fraction of 1. Further
+        fields (`valid_loss`, `bins`, ...) follow as they are. Raises `ValueError` where `step` does not
+        follow the last one.
+        """
+        if step != self.last_step + 1:
+            raise ValueError(f"step {step} does not follow step {self.last_step}: one line a step, in order")
+        rate = 1.0 / seconds if seconds > 0 else math.nan
+        values = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": tokens,
+            "supervised_tokens": supervised_tokens,
+            "padding_tokens": padding_tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens * rate,
+            "supervised_tokens_per_second": supervised_tokens * rate,
+            "tflops": tflops,
+            "mfu": mfu,
+        }
+        line = {name: _plain(value) for name, value in {**values, **extra}.items()}
+        for name, decimals in DECIMALS.items():
+            if line[name] is not None:
+                line[name] = round(float(line[name]), decimals)
+        self.file.write(json.dumps(line, allow_nan=False) + "\n")
+        self.file.flush()
+        self.last_step = step
+        self._mirror(line)
+        self.progress.show(line)
+        return line
+
+    def _mirror(self, line: dict[str, Any]) -> None:
+        """Send the numbers of a line to TensorBoard and Weights & Biases; what is unknown is left out."""
+        numbers = {
+            name: value
+            for name, value in line.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        if self.tensorboard is not None:
+            now = time.time()
+            for name, value in numbers.items():
+                if name != "step":
+                    self.tensorboard.add_scalar(name, value, line["step"], walltime=now)
+        if self.wandb is not None:
+            self.wandb.log(numbers)
+
+    def close(self) -> None:
+        """Write out what the mirrors still hold and end the progress line."""
+        self.progress.close()
+        self.file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

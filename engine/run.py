@@ -1,0 +1,200 @@
+"""From a `RunConfig` to everything a training loop needs; each user's mistake is found before it costs anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.index import DocumentIndex
+from data.loader import Loader
+from engine.artifacts import check_tokenizer
+from engine.checkpoint import ResumePoint, find_latest
+from engine.checkpoint_format import HF, STATE, read_manifest
+from engine.config import RunConfig, check_values
+from engine.mesh import Mesh, check_layout, check_sequence
+from models.backend import choose_backend
+from models.hf_io import HFReader, read_shard, source_dtype
+from models.registry import ModelDescription, check_directory, describe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the base weights and the model's files come from: a Hugging Face directory or a checkpoint of ours."""
+
+    weights: Path
+    files: Path  # config, tokenizer and the rest, in Hugging Face's form
+    is_checkpoint: bool
+    dtype: str  # of the source's weights, "bfloat16", "float32", ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that passed every check."""
+
+    config: RunConfig
+    source: Source
+    description: ModelDescription
+    backend: str
+    backend_reason: str
+    data: tuple[tuple[DocumentIndex, float], ...]
+    valid: tuple[tuple[DocumentIndex, float], ...]
+    resume: ResumePoint | None
+    pad_multiple: int
+
+
+def find_source(model: str) -> Source:
+    """Resolves --model: a directory of ours, a Hugging Face directory, or a hub name."""
+    path = Path(model)
+    if (path / STATE).is_dir():
+        manifest = read_manifest(path)
+        return Source(weights=path / STATE, files=path / HF, is_checkpoint=True, dtype=manifest["source_dtype"])
+    if not path.is_dir():
+        path = _from_hub(model)
+    dtype = str(source_dtype(path)).removeprefix("torch.")
+    return Source(weights=path, files=path, is_checkpoint=False, dtype=dtype)
+
+
+def _from_hub(model: str) -> Path:
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ValueError(f"--model {model}: there is no such directory")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+    except Exception as error:
+        raise ValueError(
+            f"--model {model} is neither a directory here nor to be had from the hub ({type(error).__name__})"
+        ) from None
+
+
+def open_sources(arguments: tuple[str, ...], flag: str) -> tuple[tuple[DocumentIndex, float], ...]:
+    """Opens DATA or DATA:WEIGHT arguments; ValueError in one sentence for a path or weight that is wrong."""
+    opened = []
+    for argument in arguments:
+        path, colon, weight = argument.rpartition(":")
+        if not colon or Path(argument).is_dir():
+            path, weight = argument, "1"
+        try:
+            factor = float(weight)
+        except ValueError:
+            path, factor = argument, 1.0
+        if factor <= 0:
+            raise ValueError(f"{flag} {argument}: the weight must be above 0")
+        opened.append((DocumentIndex(path), factor))
+    return tuple(opened)
+
+
+def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
+    """Checks values, layout, model, data and resume point; raises ValueError before any process group exists."""
+    check_values(config)
+    assert config.model is not None and config.data, "the entry script fills in the built-in demo"
+    source = find_source(config.model)
+    overrides = dataclasses.asdict(config.override)
+    description = describe(source.files, overrides=overrides)
+    check_layout(config.layout, world_size, description)
+    if not source.is_checkpoint:
+        check_directory(description, HFReader(source.weights))
+    backend, reason = choose_backend(config.backend, cuda=cuda, fp8=config.precision == "fp8")
+    resume = find_latest(config.output) if config.checkpoint.resume else None
+    pad_multiple = _pad_multiple(config, resume)
+    check_sequence(config.layout, config.seq_len, pad_multiple)
+    if config.seq_len > description.max_position_embeddings:
+        raise ValueError(
+            f"--seq-len {config.seq_len} exceeds the model's max_position_embeddings "
+            f"{description.max_position_embeddings}; lower it or give --override.max-position-embeddings"
+        )
+    data, valid = open_sources(config.data, "--data"), open_sources(config.valid, "--valid")
+    for index, _ in data + valid:
+        check_tokenizer(source.files, index.path, index.meta)
+    return Prepared(
+        config=config,
+        source=source,
+        description=description,
+        backend=backend,
+        backend_reason=reason,
+        data=data,
+        valid=valid,
+        resume=resume,
+        pad_multiple=pad_multiple,
+    )
+
+
+def _pad_multiple(config: RunConfig, resume: ResumePoint | None) -> int:
+    """The padding of documents: what a resumed run had, else what was asked for, else 2*cp."""
+    if resume is None:
+        return config.pad_multiple
+    kept = resume.manifest["pad_documents_to"]
+    if config.pad_documents_to not in (None, kept):
+        raise ValueError(
+            f"--pad-documents-to {config.pad_documents_to}: the run in {config.output} pads to {kept}; leave the "
+            "flag out, or start a new run with another --output"
+        )
+    if config.cp > 1 and kept % (2 * config.cp):
+        raise ValueError(
+            f"--cp {config.cp} cannot resume the run in {config.output}, whose documents are padded to {kept}: "
+            f"resume with a --cp of which twice divides {kept}, or start the run with --pad-documents-to "
+            f"{2 * config.cp}"
+        )
+    return kept
+
+
+def make_loader(
+    prepared: Prepared, sources: tuple[tuple[DocumentIndex, float], ...], mesh: Mesh, *, shuffle: bool = True
+) -> Loader:
+    """The loader of this rank; held-out data (`shuffle=False`) is counted in bins and read in order."""
+    config = prepared.config
+    return Loader(
+        list(sources),
+        seq_len=config.seq_len,
+        micro_batch_size=config.micro_batch_size,
+        global_batch_size=config.global_batch_size if shuffle else config.micro_batch_size * mesh.dp_size * 8,
+        batch_unit=config.batch_unit if shuffle else "sequences",
+        pad_documents_to=prepared.pad_multiple,
+        too_long=config.too_long,
+        seed=config.seed,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        microbatch_multiple=mesh.layout.pp if mesh.layout.vpp > 1 else 1,
+        shuffle=shuffle,
+    )
+
+
+def weight_reader(prepared: Prepared) -> Any:
+    """Returns read(key, global offset, local shape) over the run's source."""
+    if not prepared.source.is_checkpoint:
+        reader = HFReader(prepared.source.weights)
+        return lambda key, offset, shape: read_shard(prepared.description, reader, key, offset, shape)
+    from engine.tensor_store import StoreReader
+
+    store = StoreReader(prepared.source.weights)
+
+    def read(key: str, offset: tuple[int, ...], shape: tuple[int, ...]):
+        rows = store.read(key, slice(offset[0], offset[0] + shape[0]))
+        return rows if len(shape) == 1 else rows[:, offset[1] : offset[1] + shape[1]]
+
+    return read
+
+
+def total_steps(config: RunConfig, loader: Loader) -> int:
+    """The length of the run: --steps, or the steps of --epochs (1 where neither is given)."""
+    if config.steps is not None:
+        return config.steps
+    epochs = config.epochs or 1.0
+    whole = int(epochs)
+    steps = sum(loader.steps_in_epoch(epoch) for epoch in range(whole))
+    if epochs > whole:
+        steps += round((epochs - whole) * loader.steps_in_epoch(whole))
+    return max(1, steps)
+
+
+def write_config(config: RunConfig) -> None:
+    """Writes RUN/config.yaml, which starts the same run again."""
+    plain = dataclasses.asdict(config)
+    plain["output"] = str(config.output)
+    plain["data"], plain["valid"] = list(config.data), list(config.valid)
+    config.output.mkdir(parents=True, exist_ok=True)
+    (config.output / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")

@@ -1,0 +1,180 @@
+"""One optimizer step: microbatches through megatron-core's schedules, summed losses, one checked update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, distributed
+
+from data.loader import Microbatch
+from engine.mesh import Mesh
+from models.build import PackedModel
+from models.documents import PackedDocuments, pack_documents, zigzag_indices
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceBatch:
+    """One microbatch as this rank's model takes it."""
+
+    tokens: Tensor  # int64 [1, local tokens]
+    targets: Tensor  # int64 [local supervised tokens]
+    packed: PackedDocuments
+    supervised: int  # tokens with a loss on this context-parallel rank
+
+
+def to_device(batch: Microbatch, mesh: Mesh, *, native: bool) -> DeviceBatch:
+    """Takes this context-parallel rank's tokens and plans what all layers share."""
+    cp_size, device = mesh.layout.cp, mesh.device
+    packed = pack_documents(
+        batch.cu_seqlens.astype(np.int64),
+        batch.document_lengths,
+        cp_group=mesh.groups.cp,
+        device=device,
+        native=native,
+    )
+    local = zigzag_indices(batch.cu_seqlens.astype(np.int64), cp_size, mesh.cp_rank)
+    supervised = np.flatnonzero(batch.loss_mask[local])
+    packed.supervised = torch.from_numpy(supervised).to(device, non_blocking=True)
+    return DeviceBatch(
+        tokens=torch.from_numpy(batch.tokens[local])[None].to(device, non_blocking=True),
+        targets=torch.from_numpy(batch.labels[local][supervised]).to(device, non_blocking=True),
+        packed=packed,
+        supervised=len(supervised),
+    )
+
+
+def wrap_chunks(chunks: list[PackedModel], mesh: Mesh) -> list[DistributedDataParallel]:
+    """Gives each chunk its gradient buffers: reduced in fp32, sharded over data-parallel ranks."""
+    overlap = mesh.device.type == "cuda"
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+        use_distributed_optimizer=True,
+        check_for_nan_in_grad=False,  # engine/optim.py checks the norm, which no non-finite gradient passes
+    )
+    wrapped = [
+        DistributedDataParallel(
+            chunk.config,
+            ddp_config,
+            chunk,
+            disable_bucketing=number > 0,
+            pg_collection=mesh.groups,
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+    config = chunks[0].config
+    config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=mesh.groups)
+    if overlap:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
+
+
+def _forward(batches: Iterator[DeviceBatch], model, loss_sums: list[Tensor]):
+    """megatron-core's forward step function: (output, loss function) of one microbatch."""
+    batch = next(batches)
+    output = model(
+        batch.tokens,
+        batch.packed.positions[None],
+        None,
+        labels=batch.targets,
+        packed_seq_params=batch.packed,
+    )
+
+    def loss(total: Tensor):
+        loss_sums.append(total.detach())
+        count = torch.tensor(batch.supervised, dtype=torch.int, device=total.device)
+        return total, count, {}
+
+    return output, loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTotals:
+    """What all ranks together put through the model in one step."""
+
+    loss_sum: float
+    supervised: int
+    tokens: int  # the documents' own
+    padding: int
+    squared_lengths: int  # the sum of squared document lengths, for counting attention's work
+    bad_samples: tuple[tuple[int, int], ...] = ()  # (source, document) of microbatches whose loss is not finite
+
+    @property
+    def loss(self) -> float:
+        """Mean over supervised tokens; 0 for a step without any."""
+        return self.loss_sum / self.supervised if self.supervised else 0.0
+
+
+def run_microbatches(
+    chunks: list, microbatches: list[Microbatch], mesh: Mesh, *, native: bool, forward_only: bool = False
+) -> StepTotals:
+    """Runs forward (and backward) over this rank's microbatches; returns the totals of all ranks.
+
+    All ranks must call it with equally many microbatches. Gradients are left reduced over all ranks and
+    divided by the global count of supervised tokens.
+    """
+    batches = [to_device(batch, mesh, native=native) for batch in microbatches]
+    loss_sums: list[Tensor] = []
+    iterators = [iter(batches) for _ in chunks]
+    get_forward_backward_func()(
+        forward_step_func=partial(_forward, loss_sums=loss_sums),
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=len(microbatches[0].tokens),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    losses = torch.stack(loss_sums) if loss_sums else torch.zeros(1, device=mesh.device)
+    return _reduce_totals(losses, microbatches, sum(batch.supervised for batch in batches), mesh)
+
+
+def _reduce_totals(losses: Tensor, microbatches: list[Microbatch], supervised: int, mesh: Mesh) -> StepTotals:
+    """Adds up over data- and context-parallel ranks and tells every pipeline stage."""
+    own = [0, 0, 0]
+    if mesh.cp_rank == 0:  # context-parallel ranks hold the same microbatches
+        own = [
+            sum(batch.real_tokens for batch in microbatches),
+            sum(batch.padding_tokens for batch in microbatches),
+            sum(int(np.square(batch.document_lengths, dtype=np.int64).sum()) for batch in microbatches),
+        ]
+    # Integers travel as float64, exact up to 2**53.
+    totals = torch.tensor([0.0, supervised, *own], dtype=torch.float64, device=mesh.device)
+    totals[0] = losses.sum(dtype=torch.float64)
+    distributed.all_reduce(totals, group=mesh.groups.dp_cp)
+    if mesh.layout.pp > 1:
+        last = distributed.get_global_rank(mesh.groups.pp, mesh.layout.pp - 1)
+        distributed.broadcast(totals, src=last, group=mesh.groups.pp)
+    loss_sum, *counts = totals.tolist()
+    bad = () if math.isfinite(loss_sum) else _bad_samples(losses, microbatches)
+    supervised, tokens, padding, squared = map(int, counts)
+    return StepTotals(
+        loss_sum=loss_sum,
+        supervised=supervised,
+        tokens=tokens,
+        padding=padding,
+        squared_lengths=squared,
+        bad_samples=bad,
+    )
+
+
+def _bad_samples(losses: Tensor, microbatches: list[Microbatch]) -> tuple[tuple[int, int], ...]:
+    """Collects, on every rank, the samples of microbatches whose loss is not finite."""
+    own: set[tuple[int, int]] = set()
+    if len(losses) == len(microbatches):  # else an earlier pipeline stage, which sees no loss
+        for loss, batch in zip(losses.tolist(), microbatches, strict=True):
+            if not math.isfinite(loss):
+                own.update(batch.sample_ids)
+    gathered: list[set[tuple[int, int]]] = [set()] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, own)
+    return tuple(sorted(set().union(*gathered)))

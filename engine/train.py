@@ -1,0 +1,248 @@
+"""The training loop: plain calls, in the order in which things happen."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import distributed
+
+from engine import checkpoint, host
+from engine.artifacts import write_model_files
+from engine.flops import device_peak, step_flops
+from engine.mesh import Mesh, build_mesh
+from engine.metrics import MetricsLog
+from engine.optim import build_optimizer, learning_rate, update
+from engine.report import write_report
+from engine.run import Prepared, make_loader, total_steps, weight_reader, write_config
+from engine.step import StepTotals, run_microbatches, wrap_chunks
+from models.build import build_chunks, load_weights, transformer_config
+
+
+class Trainer:
+    """A run on this rank, ready to step: model, optimizer, data and where the run stands."""
+
+    def __init__(self, prepared: Prepared, mesh: Mesh):
+        config = prepared.config
+        self.prepared, self.config, self.mesh = prepared, config, mesh
+        self.loader = make_loader(prepared, prepared.data, mesh)
+        self.valid_loader = make_loader(prepared, prepared.valid, mesh, shuffle=False) if prepared.valid else None
+        self.native = prepared.backend == "native"
+        model_config = transformer_config(
+            prepared.description,
+            layout=mesh.layout,
+            precision=config.precision,
+            recompute=config.recompute,
+            fp8=config.fp8,
+            extra=config.mcore,
+        )
+        chunks = build_chunks(prepared.description, model_config, backend=prepared.backend, groups=mesh.groups)
+        if prepared.resume is None:
+            load_weights(chunks, checkpoint.sharding_metadata(mesh), weight_reader(prepared))
+        self.chunks = wrap_chunks(chunks, mesh)
+        self.optimizer = build_optimizer(config.optim, self.chunks, mesh, bf16=config.precision != "fp32")
+        self.step = 0
+        if prepared.resume is not None:
+            checkpoint.load(prepared.resume, self.chunks, self.optimizer, mesh)
+            self.loader.load_state_dict(prepared.resume.manifest["data"])
+            self.step = prepared.resume.step
+        self.total_steps = total_steps(config, self.loader)
+        self.model_files = config.output / "model_files"
+
+    def train_step(self) -> tuple[StepTotals, float, float]:
+        """One step: returns (totals, gradient norm, learning rate). FloatingPointError before a bad update."""
+        microbatches = self.loader.next_step()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        totals = run_microbatches(self.chunks, microbatches, self.mesh, native=self.native)
+        step = self.step + 1
+        if not math.isfinite(totals.loss_sum):
+            raise FloatingPointError(
+                f"step {step}: the loss is not finite, the update was not made; samples: "
+                f"{self._names(totals.bad_samples)}"
+            )
+        lr = learning_rate(self.config.optim, step, self.total_steps)
+        done = update(self.optimizer, lr=lr, clip_grad=self.config.optim.clip_grad)
+        if not done.applied:
+            samples = [sample for batch in microbatches for sample in batch.sample_ids]
+            raise FloatingPointError(
+                f"step {step}: the gradient's norm is {done.grad_norm}, the update was not made; samples of this "
+                f"rank: {self._names(tuple(samples))}"
+            )
+        self.step = step
+        return totals, done.grad_norm, lr
+
+    def _names(self, samples: tuple[tuple[int, int], ...]) -> str:
+        """Samples as DATA:document, at most twenty of them."""
+        names = [f"{self.prepared.data[source][0].path}:{document}" for source, document in samples[:20]]
+        return ", ".join(names) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
+
+    def valid_loss(self) -> float:
+        """The held-out loss per supervised token, over --valid in order."""
+        assert self.valid_loader is not None
+        batches = self.valid_loader.steps_in_epoch(0)
+        if self.config.valid_batches:
+            batches = min(batches, self.config.valid_batches)
+        loss_sum, supervised = 0.0, 0
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            for number in range(batches):
+                microbatches = self.valid_loader.step(0, number)
+                totals = run_microbatches(self.chunks, microbatches, self.mesh, native=self.native, forward_only=True)
+                loss_sum, supervised = loss_sum + totals.loss_sum, supervised + totals.supervised
+        for chunk in self.chunks:
+            chunk.train()
+        return loss_sum / max(supervised, 1)
+
+    def save(self) -> Path:
+        """Writes the checkpoint of the last step."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+        description = self.prepared.description
+        manifest = {
+            "family": description.family,
+            "source_dtype": self.prepared.source.dtype,
+            "vocab_size": description.vocab_size,
+            "padded_vocab_size": description.padded_vocab_size,
+            "tied": description.tied,
+            "precision": self.config.precision,
+            "pad_documents_to": self.prepared.pad_multiple,
+            "data": self.loader.state_dict(),
+        }
+        return checkpoint.save(
+            self.config.output,
+            self.step,
+            self.chunks,
+            self.optimizer,
+            self.mesh,
+            model_files=self.model_files,
+            manifest=manifest,
+            keep=self.config.checkpoint.keep,
+        )
+
+
+def train(prepared: Prepared) -> None:
+    """Runs a prepared job to its end on this rank; call it on every rank."""
+    config = prepared.config
+    on_host = host.enable()
+    mesh = build_mesh(config.layout)
+    trainer = Trainer(prepared, mesh)
+    if mesh.rank == 0:
+        first, _ = prepared.data[0]
+        meta = first.meta | {"tokenizer": first.path / "tokenizer"}
+        overrides = {"rope_theta": config.override.rope_theta}
+        overrides["max_position_embeddings"] = config.override.max_position_embeddings
+        write_config(config)
+        write_model_files(prepared.source.files, trainer.model_files, overrides=overrides, data=meta)
+        print(start_lines(trainer, on_host), flush=True)
+    distributed.barrier()
+    log = make_log(trainer) if mesh.is_logger else None
+    try:
+        loop(trainer, log)
+    finally:
+        if log is not None:
+            log.close()
+    if mesh.is_logger:
+        report = write_report(config.output, sample=sample_document(trainer), fill=None)
+        print(f"report: {report}", flush=True)
+    distributed.barrier()
+
+
+def loop(trainer: Trainer, log: MetricsLog | None) -> None:
+    """Steps until the run is over, saving and measuring on the way."""
+    config = trainer.config
+    while trainer.step < trainer.total_steps:
+        started = time.perf_counter()
+        totals, grad_norm, lr = trainer.train_step()
+        if trainer.mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        last = trainer.step == trainer.total_steps
+        extra = {}
+        every = config.valid_every
+        if trainer.valid_loader is not None and (last or (every and trainer.step % every == 0)):
+            extra["valid_loss"] = trainer.valid_loss()
+        if log is not None:
+            write_line(trainer, log, totals, grad_norm, lr, seconds, extra)
+        if last or (config.checkpoint.every and trainer.step % config.checkpoint.every == 0):
+            trainer.save()
+
+
+def write_line(
+    trainer: Trainer,
+    log: MetricsLog,
+    totals: StepTotals,
+    grad_norm: float,
+    lr: float,
+    seconds: float,
+    extra: dict[str, float],
+) -> None:
+    """Adds the step's line to metrics.jsonl and its mirrors."""
+    flops = step_flops(trainer.prepared.description, totals.tokens, totals.squared_lengths)
+    tflops = flops / seconds / trainer.mesh.world_size / 1e12
+    cuda = trainer.mesh.device.type == "cuda"
+    peak = trainer.config.log.peak_tflops or device_peak(torch.cuda.get_device_name() if cuda else None)
+    log.write(
+        trainer.step,
+        loss=totals.loss if totals.supervised else None,
+        grad_norm=grad_norm,
+        lr=lr,
+        tokens=totals.tokens,
+        supervised_tokens=totals.supervised,
+        padding_tokens=totals.padding,
+        seconds=seconds,
+        tflops=tflops,
+        mfu=tflops / peak if peak else None,
+        **extra,
+    )
+
+
+def make_log(trainer: Trainer) -> MetricsLog:
+    """Opens RUN's metrics, rewound to where the run stands."""
+    log = trainer.config.log
+    return MetricsLog(
+        trainer.config.output,
+        total_steps=trainer.total_steps,
+        start_step=trainer.step,
+        wandb=log.wandb_project if log.wandb else None,
+        progress_every=log.print_every,
+    )
+
+
+def start_lines(trainer: Trainer, on_host: bool) -> str:
+    """What a run says of itself before its first step."""
+    prepared, mesh, config = trainer.prepared, trainer.mesh, trainer.config
+    counts = trainer.loader.counts
+    parameters = sum(int(np.prod(rule.shape)) for rule in prepared.description.rules)
+    where = "host, gloo" if on_host else f"{torch.cuda.get_device_name()}, NCCL"
+    lines = [
+        f"model: {prepared.description.family}, {parameters / 1e6:,.1f} M parameters from {prepared.source.weights}",
+        f"layout: {mesh.layout.product(mesh.world_size)}, sp {'on' if mesh.layout.sp else 'off'}, {where}",
+        f"backend: {prepared.backend} ({prepared.backend_reason}), {config.precision}",
+        f"data: {counts.documents:,} documents, dropped {counts.dropped:,}, truncated {counts.truncated:,}, "
+        f"bins of {config.seq_len:,} tokens, documents padded to {prepared.pad_multiple}",
+        f"run: {trainer.total_steps:,} steps of {config.global_batch_size} {config.batch_unit} in {config.output}",
+    ]
+    if prepared.resume is not None:
+        lines.append(f"resumed from {prepared.resume.directory} after step {trainer.step}")
+    return "\n".join(lines)
+
+
+def sample_document(trainer: Trainer) -> list[tuple[str, bool]] | None:
+    """One document as (token text, supervised), for the report; None where the data has no tokenizer."""
+    index, _ = trainer.prepared.data[0]
+    if not (index.path / "tokenizer").is_dir():
+        return None
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(index.path / "tokenizer")
+    tokens, supervised = index.tokens(0)[:600], np.zeros(len(index.tokens(0)), dtype=bool)
+    for start, end in index.spans(0):
+        supervised[start:end] = True
+    return [(tokenizer.decode([int(t)]), bool(s)) for t, s in zip(tokens, supervised, strict=False)]

@@ -1,0 +1,1 @@
+"""Entry scripts and the small packages behind them."""

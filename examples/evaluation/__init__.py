@@ -1,0 +1,1 @@
+"""Answers generated for a data set's problems, and how many of them are right."""

@@ -1,0 +1,101 @@
+"""What an evaluation is told, and the checks of it that need no model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+class EvaluationError(ValueError):
+    """A mistake of the user's; its text is the one sentence that is shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """One evaluation of one model on one data set."""
+
+    model: str
+    """A Hugging Face directory or a hub name."""
+    data: str
+    """A .jsonl, .json or .parquet file, or a hub name (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT)."""
+    output: Path
+    """The folder for generations.jsonl and results.json."""
+    split: str | None = None
+    """The split of a hub data set."""
+    prompt: Path | None = None
+    """The prompt file the model was trained with: text with {problem}-style fields, or YAML."""
+    chat_template: Path | None = None
+    """A .jinja file, for models that ship without a chat template."""
+    answer_field: str | None = None
+    """The field with the right answer, where it has another name than expected_answer, answer or solution."""
+    limit: int | None = None
+    """Only the first so many rows."""
+    max_new_tokens: int = 2048
+    """The longest answer, in tokens; how many answers reach it is reported."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; above 0 answers are sampled."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that together have this probability."""
+    top_k: int = -1
+    """Sample from so many likeliest tokens; -1 for all."""
+    num_samples: int = 1
+    """Answers per problem, for pass@k and maj@k."""
+    seed: int = 0
+    """The seed of sampling."""
+    batch_size: int = 32
+    """Answers generated together by one process (transformers)."""
+    num_workers: int = 1
+    """Processes side by side, each with its own copy of the model (transformers)."""
+    backend: Literal["auto", "transformers", "vllm"] = "auto"
+    """auto takes vLLM where it and a GPU are there, else transformers."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """The precision of the weights; auto takes the model's own."""
+
+
+def check_options(options: EvaluationOptions) -> None:
+    """Raise `EvaluationError` for values that no evaluation can have and for paths that do not exist."""
+    for name in ("max_new_tokens", "num_samples", "batch_size", "num_workers"):
+        if getattr(options, name) < 1:
+            raise EvaluationError(f"{flag(name)} {getattr(options, name)} must be at least 1")
+    if options.limit is not None and options.limit < 1:
+        raise EvaluationError(f"--limit {options.limit} must be at least 1; leave it out for all rows")
+    if options.temperature < 0:
+        raise EvaluationError(f"--temperature {options.temperature} must be 0 (greedy) or above")
+    if not 0 < options.top_p <= 1:
+        raise EvaluationError(f"--top-p {options.top_p} must be above 0 and at most 1")
+    if options.top_k < 1 and options.top_k != -1:
+        raise EvaluationError(f"--top-k {options.top_k} must be at least 1, or -1 for all tokens")
+    if options.num_samples > 1 and options.temperature == 0:
+        raise EvaluationError(
+            f"--num-samples {options.num_samples} would give the same greedy answer each time: "
+            "add --temperature 0.7, or leave --num-samples out"
+        )
+    for name in ("prompt", "chat_template"):
+        path = getattr(options, name)
+        if path is not None and not path.is_file():
+            raise EvaluationError(f"{flag(name)} {path}: there is no such file")
+    _check_model(options.model)
+
+
+def _check_model(model: str) -> None:
+    """Refuse a path that does not exist and a folder that is not a Hugging Face model."""
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise EvaluationError(
+                f"--model {model} has no config.json; export a checkpoint of a run first with "
+                f"checkpoint_tools/mcore_to_hf.py --checkpoint {model} --output HF"
+            )
+    elif path.exists():
+        raise EvaluationError(f"--model {model} is a file; give the folder that holds config.json")
+    elif _looks_like_path(model):
+        raise EvaluationError(f"--model {model}: there is no such folder")
+
+
+def _looks_like_path(name: str) -> bool:
+    """Whether a name can only mean something on this machine: hub names are NAME or OWNER/NAME."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of an option."""
+    return "--" + name.replace("_", "-")

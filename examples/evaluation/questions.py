@@ -1,0 +1,125 @@
+"""Rows of a data set -> the messages that ask, and the gold answers they are graded by."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.prompt import Prompt, load_prompt
+from data.sources import Unreadable, open_source
+from examples.evaluation.extraction import last_boxed, stated_answer
+from examples.evaluation.options import EvaluationError, EvaluationOptions, flag
+
+PROBLEM_FIELDS = ("problem", "question", "input")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One row to be answered: the turns up to the answer, and the right answer."""
+
+    index: int
+    messages: list[dict[str, Any]]
+    gold: str
+
+
+def load_questions(options: EvaluationOptions) -> list[Question]:
+    """The questions of `--data`, in its order.
+
+    Raises `EvaluationError`, naming the row (counted from 1), where a row has no problem or no right answer.
+    """
+    rows = _read_rows(options)
+    try:
+        prompt = load_prompt(options.prompt) if options.prompt else None
+    except ValueError as error:
+        raise EvaluationError(str(error)) from error
+    questions = []
+    for index, row in enumerate(rows):
+        where = f"--data {options.data}, row {index + 1}"
+        if not isinstance(row, dict):
+            raise EvaluationError(f"{where} is a {type(row).__name__}, not an object with fields")
+        try:
+            messages = _messages(row, prompt)
+        except ValueError as error:
+            raise EvaluationError(f"{where}: {error}") from error
+        questions.append(Question(index=index, messages=messages, gold=_gold(row, options.answer_field, where)))
+    if not questions:
+        raise EvaluationError(f"--data {options.data} holds no rows")
+    return questions
+
+
+def dataset_name(data: str) -> str:
+    """What the result block calls the data set: a file's stem or the last part of a hub name."""
+    return Path(data).stem if Path(data).exists() else data.split(":")[0].split("/")[-1]
+
+
+def _read_rows(options: EvaluationOptions) -> list[Any]:
+    """All rows, or the first `--limit` of them."""
+    try:
+        source = open_source(options.data, split=options.split)
+    except ValueError as error:
+        raise EvaluationError(f"--data {str(error).removeprefix('--sources ')}") from error
+    ranges, _ = source.chunks(options.limit)
+    rows = list(source.read(ranges[0][0], ranges[-1][1])) if ranges else []
+    for number, row in rows:
+        if isinstance(row, Unreadable):
+            raise EvaluationError(f"--data {options.data}, line {number + 1} is {row.error}")
+    return [row for _, row in rows]
+
+
+def _messages(row: dict[str, Any], prompt: Prompt | None) -> list[dict[str, Any]]:
+    """The turns that the model answers: from the prompt file, else the row's messages, else its problem."""
+    if prompt is not None:
+        return prompt.messages(row)
+    if isinstance(row.get("messages"), list):
+        turns = row["messages"]
+        last = _last_assistant(turns)
+        asked = turns if last is None else turns[:last]
+        if not asked:
+            raise ValueError("`messages` has no turn before the last assistant turn")
+        return asked
+    for name in PROBLEM_FIELDS:
+        if isinstance(row.get(name), str) and row[name].strip():
+            return [{"role": "user", "content": row[name]}]
+    raise ValueError(
+        f"none of messages, {', '.join(PROBLEM_FIELDS)} is among its fields ({', '.join(row)}); "
+        "give --prompt FILE with the fields to use"
+    )
+
+
+def _last_assistant(turns: list[Any]) -> int | None:
+    """The index of the last assistant turn."""
+    places = [i for i, turn in enumerate(turns) if isinstance(turn, dict) and turn.get("role") == "assistant"]
+    return places[-1] if places else None
+
+
+def _gold(row: dict[str, Any], field: str | None, where: str) -> str:
+    """The right answer of a row, from the first field that states one."""
+    if field is not None:
+        if row.get(field) is None:
+            raise EvaluationError(f"{where} has no {flag('answer_field')} {field!r}; its fields: {', '.join(row)}")
+        text = str(row[field]).strip()
+        gold = stated_answer(text) or text
+    else:
+        gold = _usual_gold(row)
+    if not gold:
+        raise EvaluationError(
+            f"{where} has no right answer in expected_answer, answer, solution or its last assistant turn; "
+            f"name its field with {flag('answer_field')}"
+        )
+    return gold
+
+
+def _usual_gold(row: dict[str, Any]) -> str | None:
+    r"""The answer under its usual names: bare, behind `####`, in a \boxed{}, in the last assistant turn."""
+    if row.get("expected_answer") is not None:
+        return str(row["expected_answer"]).strip()
+    if row.get("answer") is not None:
+        text = str(row["answer"]).strip()
+        return stated_answer(text) or text
+    if isinstance(row.get("solution"), str) and last_boxed(row["solution"]) is not None:
+        return last_boxed(row["solution"])
+    turns = row.get("messages")
+    if isinstance(turns, list):
+        last = _last_assistant(turns)
+        if last is not None and isinstance(turns[last].get("content"), str):
+            return stated_answer(turns[last]["content"])
+    return None

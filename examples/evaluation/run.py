@@ -1,0 +1,156 @@
+"""One evaluation from its options to its result block."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from examples.evaluation.generation import Generation, choose_backend, generate, generate_vllm, make_requests
+from examples.evaluation.grading import GradedQuestion, grade_questions
+from examples.evaluation.options import EvaluationOptions, check_options
+from examples.evaluation.prompting import Prompts, build_prompts, load_tokenizer
+from examples.evaluation.questions import Question, dataset_name, load_questions
+from examples.evaluation.scores import score_table
+
+RULE = "=" * 60
+
+
+def evaluate(options: EvaluationOptions) -> dict[str, Any]:
+    """Generate, grade, write `generations.jsonl` and `results.json` into `--output`, print the result block.
+
+    Returns what `results.json` holds: `score` is pass@1 as a fraction, beside every other score and count.
+    Raises `EvaluationError` for a user's mistake, all of them before the model is loaded.
+    """
+    check_options(options)
+    backend = choose_backend(options)
+    questions = load_questions(options)
+    tokenizer = load_tokenizer(options)
+    prompts = build_prompts(tokenizer, questions, options)
+    for warning in prompts.warnings:
+        print(warning, file=sys.stderr)
+    options.output.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    generations = _generate(prompts, options, backend)
+    generated = time.perf_counter()
+    texts = [[generation.text for generation in samples] for samples in generations]
+    golds = [question.gold for question in questions]
+    graded = grade_questions(golds, texts, num_workers=max(1, min(4, os.cpu_count() or 1)))
+    results = _results(options, backend, generations, graded, prompts.warnings)
+    results["generation_seconds"] = round(generated - started, 2)
+    results["grading_seconds"] = round(time.perf_counter() - generated, 2)
+    _write_generations(options.output / "generations.jsonl", questions, generations, graded)
+    _write(options.output / "results.json", json.dumps(results, indent=2) + "\n")
+    print(result_block(results))
+    return results
+
+
+def _generate(prompts: Prompts, options: EvaluationOptions, backend: str) -> list[list[Generation]]:
+    """All samples of every question, in the questions' order, with some lines of progress."""
+    requests = make_requests(prompts, options)
+    work = generate_vllm if backend == "vllm" else generate
+    answers: dict[tuple[int, int], Generation] = {}
+    total, shown = len(prompts.ids) * options.num_samples, 0
+    for request, generations in work(prompts, options, requests):
+        answers.update(zip(request.rows, generations, strict=True))
+        # About ten lines in all, however many batches there are.
+        if len(answers) * 10 // total > shown and len(requests) > 1:
+            shown = len(answers) * 10 // total
+            print(f"generated {len(answers):,} of {total:,}", file=sys.stderr, flush=True)
+    return [
+        [answers[question, sample] for sample in range(options.num_samples)] for question in range(len(prompts.ids))
+    ]
+
+
+def _results(
+    options: EvaluationOptions,
+    backend: str,
+    generations: list[list[Generation]],
+    graded: list[GradedQuestion],
+    warnings: list[str],
+) -> dict[str, Any]:
+    """The summary that is printed and written."""
+    flat = [generation for samples in generations for generation in samples]
+    verdicts = [verdict for question in graded for verdict in question.verdicts]
+    correct = [sum(verdict.correct for verdict in question.verdicts) for question in graded]
+    scores = score_table(options.num_samples, correct, [question.majority_correct for question in graded])
+    return {
+        "model": options.model,
+        "model_name": Path(options.model).name,
+        "data": options.data,
+        "dataset_name": dataset_name(options.data),
+        "backend": backend,
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": options.top_k,
+        "num_samples": options.num_samples,
+        "seed": options.seed,
+        "questions": len(graded),
+        "score": scores["pass@1"],
+        "scores": scores,
+        "generations": len(flat),
+        "generations_cut": sum(generation.cut for generation in flat),
+        "generations_without_answer": sum(verdict.answer is None for verdict in verdicts),
+        "gradings_timed_out": sum(verdict.timed_out for verdict in verdicts),
+        "generated_tokens": sum(generation.tokens for generation in flat),
+        "warnings": warnings,
+    }
+
+
+def result_block(results: dict[str, Any]) -> str:
+    """The results as they are printed, between two rules."""
+    total, count = results["questions"], results["generations"]
+    sampling = " ".join(f"{name}={results[name]}" for name in ("max_new_tokens", "temperature", "top_p", "top_k"))
+    lines = [
+        RULE,
+        f"model_name={results['model_name']!r} dataset_name={results['dataset_name']!r}",
+        sampling,
+        "",
+        f"metric='pass@1' num_tests_per_prompt={results['num_samples']}",
+        "",
+        f"score={results['score']:.4f} ({round(results['score'] * total, 4)}/{total})",
+        *(f"{name}={value:.4f}" for name, value in results["scores"].items() if name != "pass@1"),
+        "",
+        f"cut at max_new_tokens: {results['generations_cut']:,} of {count:,}",
+        f"no answer found in: {results['generations_without_answer']:,} of {count:,}",
+    ]
+    if results["gradings_timed_out"]:
+        lines.append(f"grading ran out of time, counted as wrong: {results['gradings_timed_out']:,} of {count:,}")
+    return "\n".join([*lines, RULE])
+
+
+def _write_generations(
+    path: Path,
+    questions: list[Question],
+    generations: list[list[Generation]],
+    graded: list[GradedQuestion],
+) -> None:
+    """One line a generation, with its question, verdict and the vote of its question."""
+    lines = []
+    for question, samples, grades in zip(questions, generations, graded, strict=True):
+        for sample, (generation, verdict) in enumerate(zip(samples, grades.verdicts, strict=True)):
+            line = {
+                "index": question.index,
+                "sample": sample,
+                "messages": question.messages,
+                "generation": generation.text,
+                "answer": verdict.answer,
+                "expected_answer": question.gold,
+                "correct": verdict.correct,
+                "majority_answer": grades.majority,
+                "majority_correct": grades.majority_correct,
+                "tokens": generation.tokens,
+                "cut": generation.cut,
+                "grading_timed_out": verdict.timed_out,
+            }
+            lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+    _write(path, "".join(lines))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file beside its place and move it there, so that it is whole or absent."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,166 @@
+"""Native core attention over packed documents: rotary embedding, context parallelism, then causal attention
+that never crosses a document.
+
+On the host, documents of like length become padded batches for torch's fused attention; on CUDA, the
+variable-length flash kernel of `torch.nn.attention.varlen` reads them where they lie.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, distributed
+
+from models.documents import PackedDocuments, PaddedPlan
+from models.rope import Rope, rotate
+
+
+class _TakeRows(torch.autograd.Function):
+    """Rows by index where every row that matters is taken once: the gradient is a gather, not a scatter."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, rows: Tensor, back: Tensor, missing: Tensor | None) -> Tensor:
+        ctx.save_for_backward(back, missing)
+        return states.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        back, missing = ctx.saved_tensors
+        gradient = gradient.index_select(0, back)
+        if missing is not None:
+            gradient.index_fill_(0, missing, 0)
+        return gradient, None, None, None
+
+
+class _ReturnRows(torch.autograd.Function):
+    """The way back from padded batches to packed tokens; padding receives no gradient."""
+
+    @staticmethod
+    def forward(ctx, padded: Tensor, back: Tensor, missing: Tensor | None) -> Tensor:
+        ctx.save_for_backward(back, missing)
+        ctx.rows = padded.shape[0]
+        packed = padded.index_select(0, back)
+        if missing is not None:
+            packed.index_fill_(0, missing, 0)
+        return packed
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        back, missing = ctx.saved_tensors
+        padded = gradient.new_zeros((ctx.rows, *gradient.shape[1:]))
+        if missing is None:
+            padded.index_copy_(0, back, gradient)
+        else:
+            kept = torch.ones(back.shape[0], dtype=torch.bool)
+            kept[missing] = False
+            padded.index_copy_(0, back[kept], gradient[kept])
+        return padded, None, None
+
+
+class _GatherSequence(torch.autograd.Function):
+    """All ranks' tokens, rank after rank; the gradient is reduce-scattered."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, group) -> Tensor:
+        ctx.group = group
+        gathered = states.new_empty((states.shape[0] * group.size(), *states.shape[1:]))
+        distributed.all_gather_into_tensor(gathered, states.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        own = gradient.new_empty((gradient.shape[0] // ctx.group.size(), *gradient.shape[1:]))
+        distributed.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
+        return own, None
+
+
+def padded_attention(query: Tensor, key: Tensor, value: Tensor, plan: PaddedPlan, scale: float) -> Tensor:
+    """Attention by padded batches. query [local tokens, heads, dim]; key, value [gathered tokens, groups, dim].
+
+    Returns [local tokens, heads, dim]; tokens of padding documents get zeros.
+    """
+    if not plan.groups:  # nothing but padding: zeros that still carry (zero) gradients
+        return query * 0.0 + (key.sum() + value.sum()) * 0.0
+    rows = _TakeRows.apply(query, plan.queries, plan.back, plan.unattended)
+    if plan.keys is plan.queries:
+        keys = _TakeRows.apply(key, plan.keys, plan.back, plan.unattended)
+        values = _TakeRows.apply(value, plan.keys, plan.back, plan.unattended)
+    else:
+        keys, values = key.index_select(0, plan.keys), value.index_select(0, plan.keys)
+    outputs, first_query, first_key = [], 0, 0
+    for group in plan.groups:
+        query_rows, key_rows = group.batch * group.queries, group.batch * group.keys
+        batch = rows[first_query : first_query + query_rows].unflatten(0, (group.batch, group.queries))
+        span = slice(first_key, first_key + key_rows)
+        output = F.scaled_dot_product_attention(
+            batch.transpose(1, 2),
+            keys[span].unflatten(0, (group.batch, group.keys)).transpose(1, 2),
+            values[span].unflatten(0, (group.batch, group.keys)).transpose(1, 2),
+            attn_mask=group.mask,
+            is_causal=group.mask is None,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+        first_query, first_key = first_query + query_rows, first_key + key_rows
+    padded = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return _ReturnRows.apply(padded, plan.back, plan.unattended)
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments, scale: float) -> Tensor:
+    """Attention by the variable-length flash kernel (CUDA only). Shapes as in `padded_attention`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    segments = packed.segments
+    options = {"scale": scale, "window_size": (-1, 0), "enable_gqa": query.shape[1] != key.shape[1]}
+    if packed.gathered is None:
+        boundaries, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+        return varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options)
+    # Each chunk of queries sees a prefix of its document: keys are laid out prefix after prefix, and the
+    # kernel aligns causality with the last key.
+    order = np.argsort(segments.query_starts, kind="stable")
+    starts, lengths = segments.key_starts[order], segments.key_lengths[order]
+    rows = np.concatenate([packed.gathered[start : start + n] for start, n in zip(starts, lengths, strict=True)])
+    rows = torch.from_numpy(rows).to(query.device)
+
+    def bounds(counts: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.concatenate(([0], np.cumsum(counts))).astype(np.int32)).to(query.device)
+
+    queries = segments.query_lengths[order]
+    return varlen_attn(
+        query,
+        key.index_select(0, rows),
+        value.index_select(0, rows),
+        bounds(queries),
+        bounds(lengths),
+        int(queries.max()),
+        int(lengths.max()),
+        **options,
+    )
+
+
+class PackedAttention(MegatronModule):
+    """Core attention of the native backend; takes the place of megatron-core's DotProductAttention.
+
+    Heads are split over tensor-parallel ranks by the surrounding SelfAttention; keys and values are
+    all-gathered over context-parallel ranks, queries stay where they are.
+    """
+
+    def __init__(self, config, layer_number: int, *, ropes: tuple[Rope, ...], pg_collection=None, **_unused):
+        super().__init__(config=config)
+        self.rope = ropes[layer_number - 1]
+        self.cp_group = pg_collection.cp
+        self.scale = config.softmax_scale or config.kv_channels**-0.5
+
+    def forward(self, query, key, value, attention_mask=None, *, packed_seq_params: PackedDocuments, **_unused):
+        """query [tokens, heads, dim], key and value [tokens, groups, dim], packed; returns query's shape."""
+        tables = packed_seq_params.tables(self.rope, query.dtype)
+        query, key = rotate(query, *tables), rotate(key, *tables)
+        if self.cp_group.size() > 1:
+            gathered = _GatherSequence.apply(torch.stack((key, value), dim=1), self.cp_group)
+            key, value = gathered.unbind(1)
+        if query.is_cuda:
+            return varlen_attention(query, key, value, packed_seq_params, self.scale)
+        return padded_attention(query, key, value, packed_seq_params.plan, self.scale)

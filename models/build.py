@@ -1,0 +1,187 @@
+"""A model description -> megatron-core modules of this rank, and their weights straight from Hugging Face files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from models.backend import block_spec, parameter_dtype
+from models.loss import loss_sum
+from models.registry import ModelDescription
+from models.rope import Rope
+
+_ACTIVATIONS = {"silu": F.silu}
+SHARDING_METADATA = {
+    # Layers are named one by one, whatever stage they live on: keys do not depend on the layout.
+    "non_homogeneous_layers": True,
+    "singleton_local_shards": False,
+    # The one format of the distributed optimizer that changes TP, PP and DP on load.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+
+
+class PackedModel(GPTModel):
+    """megatron-core's GPT over packed documents, whose last stage returns a sum of token losses."""
+
+    def __init__(self, *args, true_vocab_size: int, **kwargs):
+        super().__init__(*args, position_embedding_type="none", **kwargs)
+        self.true_vocab_size = true_vocab_size
+
+    def _postprocess(self, hidden_states, *args, labels=None, packed_seq_params=None, **kwargs):
+        """Returns hidden states between stages, the loss sum (a scalar) with labels, else logits."""
+        if labels is None or not self.post_process:
+            kwargs = {**kwargs, "packed_seq_params": packed_seq_params}
+            return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+        tp_group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=tp_group)
+        elif tp_group.size() > 1:
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
+        weight = self.output_layer.weight
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        hidden = hidden_states.flatten(0, 1).index_select(0, packed_seq_params.supervised)  # [tokens, hidden]
+        return loss_sum(hidden, weight, labels, vocab_size=self.true_vocab_size, group=tp_group)
+
+
+def _leave_alone(weight: Tensor) -> Tensor:
+    return weight
+
+
+def transformer_config(
+    description: ModelDescription,
+    *,
+    layout: Any,
+    precision: str,
+    recompute: str = "none",
+    fp8: str = "tensorwise",
+    extra: dict[str, Any] | None = None,
+) -> TransformerConfig:
+    """Turns a description into megatron-core's config. `layout` has tp, cp, pp, vpp, ep, etp, sp.
+
+    `extra` holds TransformerConfig fields the user set by hand; they win.
+    """
+    dtype = parameter_dtype(precision)
+    fields = dict(description.transformer)
+    fields["activation_func"] = _ACTIVATIONS[fields["activation_func"]]
+    fields |= {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "sequence_parallel": layout.sp,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "calculate_per_token_loss": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        # Initialisation also marks which parameters are split over ranks; weights are loaded, not drawn.
+        "perform_initialization": True,
+        "init_method": _leave_alone,
+        "output_layer_init_method": _leave_alone,
+        "embedding_init_method": _leave_alone,
+        # With two stages the batched form matches a rank's messages up wrongly: both neighbours are one rank.
+        "batch_p2p_comm": layout.vpp == 1,
+        "overlap_p2p_comm": layout.vpp > 1,
+        "variable_seq_lengths": False,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+    }
+    if precision == "fp8":
+        fields |= {"fp8": "hybrid", "fp8_recipe": fp8}
+    if recompute == "full":
+        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif recompute == "selective":
+        fields |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return TransformerConfig(**(fields | (extra or {})))
+
+
+def model_ropes(description: ModelDescription) -> tuple[Rope, ...]:
+    """One rotary table a layer; layers with equal parameters share the object."""
+    built: dict[str, Rope] = {}
+    ropes = []
+    for parameters in description.rope:
+        key = repr(sorted(parameters.items(), key=str))
+        if key not in built:
+            head_dim = description.transformer["kv_channels"]
+            built[key] = Rope.from_parameters(parameters, head_dim, description.max_position_embeddings)
+        ropes.append(built[key])
+    return tuple(ropes)
+
+
+def build_chunks(
+    description: ModelDescription, config: TransformerConfig, *, backend: str, groups: Any
+) -> list[PackedModel]:
+    """Builds this rank's model chunks: one, or `vpp` of them under interleaved pipeline parallelism.
+
+    Weights are allocated and not initialised: load them next.
+    """
+    stages = config.virtual_pipeline_model_parallel_size or 1
+    pp_size, pp_rank = groups.pp.size(), groups.pp.rank()
+    ropes = model_ropes(description)
+    chunks = []
+    for stage in range(stages):
+        first = pp_rank == 0 and stage == 0
+        last = pp_rank == pp_size - 1 and stage == stages - 1
+        layers = config.num_layers // (pp_size * stages)
+        spec = block_spec(backend, layers, ropes)
+        if not last:
+            spec.layer_norm = None
+        chunks.append(
+            PackedModel(
+                config,
+                spec,
+                vocab_size=description.padded_vocab_size,
+                max_sequence_length=description.max_position_embeddings,
+                pre_process=first,
+                post_process=last,
+                share_embeddings_and_output_weights=description.tied,
+                pg_collection=groups,
+                vp_stage=stage if stages > 1 else None,
+                true_vocab_size=description.vocab_size,
+            )
+        )
+    return chunks
+
+
+def sharded_tensors(chunk: torch.nn.Module, metadata: dict) -> Iterator[ShardedTensor]:
+    """Yields this rank's pieces of global tensors; their `.data` are views of the parameters."""
+    pending = list(chunk.sharded_state_dict(metadata=metadata).values())
+    while pending:
+        entry = pending.pop(0)
+        if isinstance(entry, ShardedTensorFactory):
+            built = entry.build()
+            pending = list(built.values() if isinstance(built, dict) else built) + pending
+        elif isinstance(entry, ShardedTensor):
+            yield entry
+
+
+@torch.no_grad()
+def load_weights(chunks: list[torch.nn.Module], metadata: dict, read: Callable[..., Tensor]) -> int:
+    """Fills every parameter of this rank from `read(key, global offset, local shape)`; returns bytes read."""
+    read_bytes = 0
+    for chunk in chunks:
+        for piece in sharded_tensors(chunk, metadata):
+            source = read(piece.key, tuple(piece.global_offset), tuple(piece.local_shape))
+            piece.data.copy_(source)
+            read_bytes += source.numel() * source.element_size()
+    return read_bytes

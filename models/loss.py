@@ -1,0 +1,108 @@
+"""Token-sum cross entropy straight from hidden states: vocab-parallel, chunked, at supervised positions only.
+
+Memory beside the weight's gradient is one chunk of logits, whatever the vocabulary and the batch: the
+logits of a chunk are turned into their own gradient in place, as in Liger kernels' fused linear cross
+entropy (Hsu et al., 2024, arXiv:2410.10989), here with the vocabulary split over tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed
+
+CHUNK_LOGITS = 2**24  # logits held at once; in fp32 64 MiB
+
+
+def _reduce(tensor: Tensor, group, op=distributed.ReduceOp.SUM) -> Tensor:
+    if group is not None and group.size() > 1:
+        distributed.all_reduce(tensor, op=op, group=group)
+    return tensor
+
+
+def _chunk_losses(logits: Tensor, targets: Tensor, owned: Tensor, group) -> tuple[Tensor, Tensor]:
+    """Turns fp32 `logits` [chunk, local vocabulary] into unnormalised probabilities in place.
+
+    `targets` [chunk] are columns of this rank's shard (any value where `owned` is False). Returns
+    (losses [chunk], sums of the probabilities [chunk]), both over the whole vocabulary.
+    """
+    if logits.shape[1]:
+        maximum = logits.amax(dim=1)
+    else:  # every row of this rank's shard is padding
+        maximum = logits.new_full((logits.shape[0],), float("-inf"))
+    maximum = _reduce(maximum, group, distributed.ReduceOp.MAX)
+    logits.sub_(maximum[:, None])
+    if logits.shape[1]:
+        picked = logits.gather(1, targets[:, None]).squeeze(1) * owned
+    else:
+        picked = torch.zeros_like(maximum)
+    logits.exp_()
+    both = _reduce(torch.stack((logits.sum(dim=1), picked)), group)
+    return both[0].log() - both[1], both[0]
+
+
+class _LossSum(torch.autograd.Function):
+    """Sum of token losses; gradients are computed with the losses, while a chunk's logits exist."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, first: int, valid: int, group) -> Tensor:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        columns = weight[:valid]
+        local = labels - first
+        owned = (local >= 0) & (local < valid)
+        local = local.clamp(0, max(valid - 1, 0))
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        chunk = max(1, CHUNK_LOGITS // max(1, weight.shape[0]))
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            logits = (hidden[rows] @ columns.t()).float()
+            losses, sums = _chunk_losses(logits, local[rows], owned[rows], group)
+            total += losses.sum(dtype=torch.float64)
+            if not (wants_hidden or wants_weight):
+                continue
+            logits.div_(sums[:, None])
+            if valid:
+                logits.scatter_add_(1, local[rows, None], -owned[rows, None].to(logits.dtype))
+            gradient = logits.to(hidden.dtype)
+            if wants_hidden:
+                torch.mm(gradient, columns, out=grad_hidden[rows])
+            if wants_weight:
+                _accumulate(grad_weight[:valid], gradient, hidden[rows])
+        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total.to(torch.float32)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * upstream.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(upstream).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """Adds gradient^T hidden to fp32 `total` [rows, hidden size] without a second array of its size."""
+    if gradient.dtype == total.dtype:
+        total.addmm_(gradient.t(), hidden)
+        return
+    block = max(1, CHUNK_LOGITS // max(1, hidden.shape[1]))
+    for start in range(0, total.shape[0], block):
+        rows = slice(start, start + block)
+        total[rows] += gradient[:, rows].t() @ hidden
+
+
+def loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int, group=None) -> Tensor:
+    """Returns the sum over tokens of -log p(label), a scalar in fp32.
+
+    hidden [tokens, hidden size]: supervised positions only, the same on every rank of `group`;
+    weight [local vocabulary, hidden size]: this rank's equal share of the padded vocabulary;
+    labels [tokens]: global vocabulary ids below `vocab_size`; rows from `vocab_size` on are padding and
+    take no part. The gradient of `hidden` is this rank's share: the caller sums it over `group`.
+    """
+    rank = group.rank() if group is not None else 0
+    first = rank * weight.shape[0]
+    valid = min(max(vocab_size - first, 0), weight.shape[0])
+    return _LossSum.apply(hidden, weight, labels, first, valid, group)

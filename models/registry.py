@@ -1,0 +1,187 @@
+"""From a Hugging Face config to a `ModelDescription`: what the engine needs to know of a model.
+
+transformers' own config classes read the file, so defaults and renamed fields mean here what they mean
+there. Every field must be understood: one that could change the mathematics and is not is an error.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+
+from models.families import FAMILIES
+from models.rules import Family, Rule, TensorReader, check_tensors, expand
+
+VOCAB_MULTIPLE = 128  # the same whatever tp is, so that a checkpoint's shapes never depend on the layout
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+OVERRIDES = ("rope_theta", "max_position_embeddings")
+
+# Read by this file for every family.
+COMMON_FIELDS = {"vocab_size", "max_position_embeddings", "tie_word_embeddings", "head_dim"}
+ROPE_FIELDS = {"rope_parameters", "rope_theta", "rope_scaling"}
+# About files, tokens, generation or labels: never about what the model computes from tokens in training.
+BOOKKEEPING = {"torch_dtype", "tokenizer_class", "num_labels", "model_max_length", "use_cache"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDescription:
+    """A model without its weights; `rules` say where these lie, one rule per global megatron tensor."""
+
+    family: str
+    hf_config: dict[str, Any]  # every field, defaults included, after overrides
+    transformer: dict[str, Any]  # fields for megatron's TransformerConfig; functions are given by name
+    vocab_size: int  # as the tokenizer and the exports know it
+    padded_vocab_size: int  # the next multiple of 128
+    tied: bool
+    max_position_embeddings: int
+    rope: tuple[dict[str, Any], ...]  # one dict of transformers' rope_parameters per layer
+    rules: tuple[Rule, ...]
+
+    @cached_property
+    def rule(self) -> dict[str, Rule]:
+        """Rules by megatron key."""
+        return {rule.key: rule for rule in self.rules}
+
+
+def describe(source: str | Path | dict, *, overrides: dict | None = None) -> ModelDescription:
+    """Describe the model of a Hugging Face directory, or of the contents of a config.json.
+
+    `overrides` may set `rope_theta` and `max_position_embeddings`. Raises ValueError for an architecture
+    that is not supported (naming those that are) and for a field that is not understood (naming it).
+    """
+    raw = apply_overrides(source if isinstance(source, dict) else read_config(source), overrides)
+    family = _family(raw)
+    config = _normalised(raw, family)
+    _check_fields(config, raw, family)
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    config["head_dim"] = config.get("head_dim") or hidden // heads
+    transformer = {name: config[field] for name, field in family.fields.items()} | dict(family.constants)
+    groups = transformer["num_query_groups"]
+    if heads % groups:
+        raise ValueError(
+            f"config.json: num_attention_heads ({heads}) does not divide by num_key_value_heads ({groups})"
+        )
+    vocab_size, tied = config["vocab_size"], bool(config["tie_word_embeddings"])
+    padded = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    dims = {
+        "vocab": vocab_size,
+        "padded_vocab": padded,
+        "hidden": hidden,
+        "groups": groups,
+        "heads*head_dim": heads * config["head_dim"],
+        "groups*head_dim": groups * config["head_dim"],
+        "ffn": transformer["ffn_hidden_size"],
+    }
+    num_layers = transformer["num_layers"]
+    return ModelDescription(
+        family=family.name,
+        hf_config=config,
+        transformer=transformer,
+        vocab_size=vocab_size,
+        padded_vocab_size=padded,
+        tied=tied,
+        max_position_embeddings=config["max_position_embeddings"],
+        rope=(_rope(config),) * num_layers,
+        rules=expand(family.table, dims, num_layers, {"tied" if tied else "untied"}),
+    )
+
+
+def check_directory(description: ModelDescription, reader: TensorReader) -> tuple[str, ...]:
+    """Check a directory's tensors against the rules; see `models.rules.check_tensors`."""
+    family = next(f for f in FAMILIES.values() if f.name == description.family)
+    return check_tensors(description.rules, reader, family, description.tied)
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The contents of a directory's config.json, as they stand; ValueError where there is none."""
+    path = Path(directory) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{directory} is not a Hugging Face model directory: it has no config.json") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if isinstance(config, dict):
+        return config
+    raise ValueError(f"{path} does not hold a JSON object")
+
+
+def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A copy of config.json's contents with overrides put where this config keeps such fields.
+
+    An override of None leaves the field alone. Raises ValueError for a name that is not in `OVERRIDES`.
+    """
+    result = copy.deepcopy(dict(config))
+    for name, value in (overrides or {}).items():
+        if name not in OVERRIDES:
+            raise ValueError(f"unknown override {name!r}: known are {', '.join(OVERRIDES)}")
+        if value is None:
+            continue
+        # transformers 5 writes rope_theta into rope_parameters, files of version 4 have it at the top.
+        nested = name == "rope_theta" and result.get("rope_parameters")
+        if nested:
+            result["rope_parameters"][name] = value
+        if not nested or name in result:
+            result[name] = value
+    return result
+
+
+def _family(raw: Mapping[str, Any]) -> Family:
+    architectures = raw.get("architectures") or []
+    by_type = [f for f in FAMILIES.values() if f.name == raw.get("model_type")]
+    found = [FAMILIES[a] for a in architectures if a in FAMILIES] if architectures else by_type
+    if not found:
+        given = ", ".join(architectures) or raw.get("model_type") or "none"
+        raise ValueError(f"unsupported architecture {given}: supported are {', '.join(sorted(FAMILIES))}")
+    return found[0]
+
+
+def _normalised(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Every field that transformers knows, with its default where the file does not say."""
+    fields = {name: value for name, value in raw.items() if name != "model_type"}
+    try:
+        return AutoConfig.for_model(family.name, **copy.deepcopy(fields)).to_dict()
+    except (StrictDataclassError, TypeError, KeyError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config.json is not understood: {type(error).__name__}: {reason}") from None
+
+
+def _check_fields(config: Mapping[str, Any], raw: Mapping[str, Any], family: Family) -> None:
+    """Refuse by name a field whose value this family does not implement, or that nobody knows."""
+    for name, wanted in family.requires.items():
+        value = config.get(name, wanted)
+        for one in value if isinstance(value, list) else [value]:
+            if one != wanted:
+                raise ValueError(f"config.json: {name} = {one!r} is not supported for {family.name} (only {wanted!r})")
+    default = AutoConfig.for_model(family.name).to_dict()
+    understood = COMMON_FIELDS | ROPE_FIELDS | BOOKKEEPING | set(family.fields.values())
+    understood |= set(family.requires) | set(family.harmless)
+    understood |= set(PreTrainedConfig().to_dict()) | set(GenerationConfig().to_dict())
+    for name, value in {**config, **raw}.items():
+        if name in understood or name.startswith("_"):
+            continue
+        if value != default.get(name) if name in default else value:
+            raise ValueError(
+                f"config.json: {name} = {value!r} is not understood and could change the mathematics; "
+                "remove the field if it does not"
+            )
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' rope_parameters, one table for all layers."""
+    rope = dict(config.get("rope_parameters") or {})
+    kind = rope.setdefault("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"config.json: rope type {kind!r} is not supported: one of {', '.join(ROPE_TYPES)}")
+    for holder in (rope, config):
+        if (holder.get("partial_rotary_factor") or 1.0) != 1.0:
+            raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
+    if "rope_theta" not in rope:
+        raise ValueError("config.json has no rope_theta")
+    return rope

@@ -1,0 +1,20 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+from tests.world import Pool
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Processes for distributed cases, started at the first use and shared by the whole session."""
+    shared = Pool()
+    yield shared
+    shared.close()

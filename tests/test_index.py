@@ -1,0 +1,64 @@
+"""The index on disk: read by megatron-core, handed to other processes, refused when damaged."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from data.index import DocumentIndex, write_index
+
+
+def test_megatron_reads_the_index(tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    for vocab_size, dtype in ((500, np.uint16), (70_000, np.int32)):
+        documents = [(np.arange(n) * 7 % vocab_size, [[0, 1], [n - 1, n]]) for n in (5, 1 + 2, 11)]
+        meta = write_index(tmp_path / dtype.__name__, documents, vocab_size=vocab_size)
+        theirs = IndexedDataset(str(tmp_path / dtype.__name__ / "tokens"))
+        ours = DocumentIndex(tmp_path / dtype.__name__)
+        assert theirs.index.dtype == dtype == ours.tokens(0).dtype
+        assert theirs.document_indices.tolist() == [0, 1, 2, 3]
+        np.testing.assert_array_equal(theirs.sequence_lengths, ours.lengths)
+        for number, (tokens, spans) in enumerate(documents):
+            np.testing.assert_array_equal(theirs[number], tokens)
+            np.testing.assert_array_equal(ours.tokens(number), tokens)
+            np.testing.assert_array_equal(ours.spans(number), spans)
+        assert meta["supervised_tokens"] == 6
+        with pytest.raises(ValueError):
+            ours.tokens(0)[0] = 1  # read-only
+
+
+def test_index_goes_to_other_processes_and_knows_its_content(tmp_path):
+    documents = [([1, 2, 3], [[1, 3]]), ([4, 5], []), ([6], [[0, 1]])]
+    write_index(tmp_path / "a", documents, vocab_size=10, meta={"note": 1})
+    write_index(tmp_path / "b", documents, vocab_size=10, meta={"note": 2})
+    write_index(tmp_path / "c", [([1, 2, 3], [[2, 3]]), *documents[1:]], vocab_size=10)
+    first, second, third = (DocumentIndex(tmp_path / name) for name in "abc")
+    assert first.fingerprint == second.fingerprint != third.fingerprint
+    copy = pickle.loads(pickle.dumps(first))
+    assert copy.tokens(-1).tolist() == first.tokens(2).tolist() == [6]
+    assert copy.spans(1).shape == (0, 2) and copy.spans(-1).tolist() == [[0, 1]]
+    assert copy.lengths.tolist() == [3, 2, 1] and copy.lengths.dtype == np.int32
+
+
+@pytest.mark.parametrize("spans", [[[2, 1]], [[0, 4]], [[0, 2], [1, 3]], [[-1, 2]]])
+def test_writer_refuses_spans_that_are_none(tmp_path, spans):
+    with pytest.raises(ValueError, match="sorted, disjoint"):
+        write_index(tmp_path / "a", [([1, 2, 3], spans)], vocab_size=10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_directories_are_refused(tmp_path):
+    write_index(tmp_path / "a", [([1, 2, 3], [[1, 3]])] * 9, vocab_size=10)
+    with pytest.raises(ValueError, match="outside the vocabulary of 3"):
+        write_index(tmp_path / "b", [([1, 2, 3], [[1, 3]])], vocab_size=3)
+    with pytest.raises(ValueError, match="there is no such data directory"):
+        DocumentIndex(tmp_path / "missing")
+    for name, size in (("tokens.bin", 10), ("tokens.idx", 60), ("tokens.bin", 0)):
+        os.truncate(tmp_path / "a" / name, size)
+        with pytest.raises(ValueError, match="prepare the data again"):
+            DocumentIndex(tmp_path / "a")
+    (tmp_path / "a" / "meta.json").unlink()
+    with pytest.raises(ValueError, match="meta.json missing"):
+        DocumentIndex(tmp_path / "a")

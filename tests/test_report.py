@@ -1,0 +1,187 @@
+"""The report page: self-contained, escaped, right in its numbers, and readable for 1 and for 30,000 steps."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from engine.charts import HEIGHT, WIDTH, Curve, line_chart, linear_ticks, log_ticks, number
+from engine.report import MOST_TOKENS, write_report
+
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """Collects a page's elements and text, and fails on elements that do not nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict]] = []
+        self.words = ""
+        self.feed(text)
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words += data
+
+    def count(self, tag: str, **attributes) -> int:
+        """How many elements have this tag and these attributes."""
+        wanted = {name.rstrip("_"): value for name, value in attributes.items()}.items()
+        return sum(name == tag and wanted <= found.items() for name, found in self.elements)
+
+
+def write_metrics(run_dir, steps: int, **changes) -> None:
+    """A plausible run with the loss falling from 6; a change may be a function of the step."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            line = {
+                "step": step,
+                "loss": 0.3 + 5.7 * math.exp(-8 * step / steps),
+                "grad_norm": 1.0 + 0.1 * (step % 7),
+                "lr": 1e-4 * step / steps,
+                "tokens": 900,
+                "supervised_tokens": 300,
+                "padding_tokens": 100,
+                "seconds": 0.5,
+                "tokens_per_second": 1800.0,
+                "supervised_tokens_per_second": 600.0,
+                "tflops": None,
+                "mfu": None,
+            }
+            changed = {name: value(step) if callable(value) else value for name, value in changes.items()}
+            file.write(json.dumps({**line, **changed}) + "\n")
+
+
+def test_the_page_is_one_file_without_anything_from_outside(tmp_path):
+    write_metrics(tmp_path / "run", 40, valid_loss=lambda step: 1.5 if step % 10 == 0 else None)
+    path = write_report(tmp_path / "run", title="a run")
+    text = path.read_text()
+    page = Page(text)
+    assert path == tmp_path / "run" / "report.html"
+    assert page.count("svg") == 5
+    assert not re.search(r"https?:|@import|url\(", text)
+    assert not [name for name, found in page.elements if name in ("script", "link", "img") or "src" in found]
+    assert sorted(item.name for item in path.parent.iterdir()) == ["metrics.jsonl", "report.html"]
+    assert "held-out loss" in page.words
+
+
+def test_the_numbers_add_up(tmp_path):
+    write_metrics(tmp_path, 10, loss=lambda step: 2.0 / step)
+    page = Page(write_report(tmp_path).read_text())
+    for wanted in ("0.2000", "90.00%", "33.3%", "1.8k", "10,000 token slots", "3,000", "6,000", "1,000"):
+        assert wanted in page.words, wanted
+    assert "10 steps: mean 90.00%" in page.words
+    page = Page(write_report(tmp_path, fill=[0.5, 1.0, 0.75]).read_text())
+    assert "3 bins: mean 75.00%, least 50.00%" in page.words
+
+
+def test_everything_foreign_is_escaped(tmp_path):
+    write_metrics(tmp_path, 3)
+    evil = "</span><script>alert(1)</script>"
+    (tmp_path / "config.yaml").write_text(f"model: '{evil}'\noptim:\n  lr: 3e-4\nodd: '{evil}'\n")
+    page = Page(write_report(tmp_path, title=evil, sample=[(evil, True), (" a & b", False)]).read_text())
+    assert page.count("script") == 0
+    # Title, heading, the model's fact, twice in the whole configuration, and the sample.
+    assert page.words.count(evil) == 6
+
+
+def test_the_sample_shows_its_mask(tmp_path):
+    write_metrics(tmp_path, 3)
+    sample = [("user", False), ("\n", False), ("8", True), ("5", True), ("", True)]
+    page = Page(write_report(tmp_path, sample=sample).read_text())
+    assert page.count("span", class_="on") == 3
+    assert page.count("span", title="token 1: masked") == 1
+    assert page.count("span", title="token 2: supervised") == 1
+    assert "5 tokens, 3 of them supervised" in page.words
+    assert "supervised: the model learns to write it" in page.words
+    long = [("x", index % 2 == 0) for index in range(MOST_TOKENS + 10)]
+    page = Page(write_report(tmp_path, sample=long).read_text())
+    assert page.count("span", class_="on") == MOST_TOKENS // 2
+    assert f"the first {MOST_TOKENS:,} are shown" in page.words
+
+
+def test_one_step_is_enough_and_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no steps"):
+        write_report(tmp_path)
+    write_metrics(tmp_path, 1)
+    page = Page(write_report(tmp_path).read_text())
+    assert page.count("circle") == 5, "loss, gradient norm, learning rate and two rates, a dot each"
+    assert "1 step: mean 90.00%" in page.words
+
+
+def test_thirty_thousand_steps_stay_small_and_keep_their_spikes(tmp_path):
+    write_metrics(tmp_path, 30_000, grad_norm=lambda step: 25.0 if step == 12_345 else 1.0)
+    text = write_report(tmp_path).read_text()
+    assert len(text) < 400_000
+    assert "NaN" not in text
+    points = Curve(label="norm", colour="#000000", points=[(i, 25.0 if i == 12_345 else 1.0) for i in range(30_000)])
+    band = re.search(r'<path d="M([^"]*)Z"', line_chart([points], label="norm")).group(1)
+    heights = [float(place.split(",")[1]) for place in band.split("L")]
+    assert min(heights) < 40, "the spike reaches the chart's top"
+    assert max(heights) > 200
+
+
+def test_steps_without_a_finite_value_are_marked_and_leave_a_gap(tmp_path):
+    points = [(step, None if step in (4, 5) else 1.0 + step) for step in range(1, 10)]
+    drawn = line_chart([Curve(label="loss", colour="#123456", points=points)], label="loss")
+    assert drawn.count('class="lost"') == 2
+    assert drawn.count('class="line"') == 2
+    assert "loss at step 4: not finite" in drawn
+    write_metrics(tmp_path, 4, loss=None, grad_norm=None)
+    page = Page(write_report(tmp_path).read_text())
+    assert page.words.count("No values were recorded.") == 2
+    assert "not finite" in page.words
+
+
+def test_every_drawn_place_lies_inside_the_chart():
+    points = [(step, math.exp(-step / 20) * 50) for step in range(1, 200)]
+    drawn = line_chart([Curve(label="loss", colour="#123456", points=points)], label="loss")
+    assert "logarithmic" in drawn
+    path = re.search(r'<path d="M([^"]*)" class="line"', drawn).group(1)
+    places = [tuple(map(float, place.split(","))) for place in path.split("L")]
+    assert len(places) == 199
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in places)
+    assert [y for _, y in places] == sorted(y for _, y in places), "a falling curve goes down"
+
+
+def test_ticks_and_numbers_are_round():
+    assert linear_ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert linear_ticks(0.31, 0.62) == pytest.approx([0.4, 0.5, 0.6])
+    assert log_ticks(0.05, 5) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2, 5])
+    assert log_ticks(1e-4, 1e3) == pytest.approx([10.0**power for power in range(-4, 4)])
+    values = (0, 0.0342, 12.5, 3200, 1.5e6, 3e-4, -2000)
+    assert [number(value) for value in values] == ["0", "0.0342", "12.5", "3.2k", "1.5M", "3e-04", "-2k"]
+
+
+def test_a_configuration_that_is_not_yaml_is_still_shown(tmp_path):
+    write_metrics(tmp_path, 2)
+    (tmp_path / "config.yaml").write_text("model: [unclosed\n")
+    assert "model: [unclosed" in Page(write_report(tmp_path).read_text()).words
+
+
+def test_facts_come_from_nested_options(tmp_path):
+    write_metrics(tmp_path, 2)
+    (tmp_path / "config.yaml").write_text("tp: 4\noptim:\n  lr: 2e-5\n  schedule: cosine\ndata: [a, b]\nvpp: null\n")
+    text = write_report(tmp_path).read_text()
+    facts = re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", text)
+    assert facts == [
+        ("Data", "a, b"),
+        ("Tensor parallel", "4"),
+        ("Learning rate", "2e-5"),
+        ("Schedule", "cosine"),
+    ]

@@ -1,0 +1,85 @@
+"""A pool of processes that tests share: starting one that imports torch and megatron-core costs seconds.
+
+`Pool.run(function, ranks, *args)` calls `function(*args)` on `ranks` processes joined in a fresh gloo world
+and returns their results in rank order. Functions must be importable (module level).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import traceback
+
+import torch.multiprocessing as multiprocessing
+
+
+def _serve(number: int, requests, results) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    from torch import distributed
+
+    from engine import host
+    from engine.quiet import silence_libraries
+
+    silence_libraries()
+    host.enable()
+    while (request := requests.get()) is not None:
+        function, ranks, store_path, args = request
+        os.environ.update(RANK=str(number), WORLD_SIZE=str(ranks), LOCAL_RANK=str(number))
+        try:
+            store = distributed.FileStore(store_path, ranks)
+            distributed.init_process_group("gloo", store=store, rank=number, world_size=ranks)
+            results.put((number, True, pickle.dumps(function(*args))))  # here, where an error is caught
+        except BaseException:
+            results.put((number, False, traceback.format_exc()))
+        finally:
+            from megatron.core import parallel_state
+
+            parallel_state.destroy_model_parallel()
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+
+
+class Pool:
+    """Lazily started processes; a failing rank fails the call with its traceback."""
+
+    def __init__(self, timeout: float = 300):
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list = []
+        self._results = self._context.Queue()
+        self._timeout = timeout
+
+    def _grow(self, ranks: int) -> None:
+        while len(self._workers) < ranks:
+            requests = self._context.Queue()
+            arguments = (len(self._workers), requests, self._results)
+            process = self._context.Process(target=_serve, args=arguments, daemon=False)
+            process.start()
+            self._workers.append((process, requests))
+
+    def run(self, function, ranks: int, *args) -> list:
+        """Returns each rank's result; RuntimeError with the first traceback where a rank fails."""
+        self._grow(ranks)
+        with tempfile.TemporaryDirectory() as folder:
+            for _, requests in self._workers[:ranks]:
+                requests.put((function, ranks, os.path.join(folder, "store"), args))
+            answers = {}
+            while len(answers) < ranks:
+                number, fine, value = self._results.get(timeout=self._timeout)
+                if not fine:
+                    self.close()
+                    raise RuntimeError(f"rank {number} of {ranks} failed:\n{value}")
+                answers[number] = pickle.loads(value)
+        return [answers[number] for number in range(ranks)]
+
+    def close(self) -> None:
+        """Ends every process."""
+        for process, _ in self._workers:
+            process.kill()
+        for process, _ in self._workers:
+            process.join()
+        self._workers = []
+        self._results = self._context.Queue()
