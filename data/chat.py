@@ -73,13 +73,15 @@ class ChatEncoder:
     def end_token_ids(self) -> list[int]:
         """See the function of this name."""
         ends = [self.finder.end_text if self.finder.end_is_token else None, self.finder.call_end()]
-        return [self._encoder.token_to_id(end) for end in dict.fromkeys(filter(None, ends))]
+        ids = map(self._encoder.token_to_id, dict.fromkeys(filter(None, ends)))
+        return [number for number in ids if number is not None]  # none is: they are added tokens
 
     def _document(
         self, encoding: Encoding, text: str, turns: list[Turn], conversation: Conversation
     ) -> Document | RowError:
         tokens = np.array(encoding.ids, dtype=np.int32)
-        spans, straddling = [], 0
+        spans: list[tuple[int, int]] = []
+        straddling = 0
         for turn in turns:
             first, stop, shared = self._tokens_of(encoding, text, turn.start, turn.end)
             first = max(first, spans[-1][1] if spans else 0)  # turns that meet inside one token

@@ -24,7 +24,7 @@ import numpy as np
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES = {8: np.dtype(np.uint16), 4: np.dtype(np.int32)}  # megatron-core's codes
+_DTYPES: dict[int, np.dtype] = {8: np.dtype(np.uint16), 4: np.dtype(np.int32)}  # megatron-core's codes
 _FILES = ("meta.json", "tokens.bin", "tokens.idx", "spans.npy", "spans_offsets.npy")
 
 

@@ -140,8 +140,8 @@ def _make_part(number: int) -> None:
             drops.append((place, document, row))
     drops.sort(key=lambda drop: drop[0])
     if job.strict and drops:
-        place, error, _ = drops[0]
-        raise ValueError(f"{source.name}:{source.lines(0, start) + place + 1}: {error}")
+        place, reason, _ = drops[0]
+        raise ValueError(f"{source.name}:{source.lines(0, start) + place + 1}: {reason}")
     report = {
         "rows": rows,
         "lines": source.lines(start, stop),
@@ -199,8 +199,8 @@ def join_parts(job: Job, output: Path, tokenizer: Any, meta: dict[str, Any], hol
         with np.load(job.part(number)) as part:
             arrays = [part[name] for name in ("tokens", "lengths", "spans", "counts")]
         if valid is not None:
-            valid.add(*_choose(*arrays, mask))
-            arrays = _choose(*arrays, ~mask)
+            valid.add(*_choose(arrays, mask))
+            arrays = _choose(arrays, ~mask)
         writer.add(*arrays)
     meta = {**totals, "held_out": int(held_out.sum()), "dropped": reasons, **meta}
     assert meta["rows"] == writer.documents + meta["held_out"] + len(drops)
@@ -233,8 +233,7 @@ def _read_reports(job: Job) -> tuple[dict[str, int], list[dict[str, Any]], list[
     return totals, drops, sizes
 
 
-def _choose(
-    tokens: np.ndarray, lengths: np.ndarray, spans: np.ndarray, counts: np.ndarray, mask: np.ndarray
-) -> list[np.ndarray]:
+def _choose(arrays: list[np.ndarray], mask: np.ndarray) -> list[np.ndarray]:
     """The documents of a part where `mask` [documents] is true."""
+    tokens, lengths, spans, counts = arrays
     return [tokens[np.repeat(mask, lengths)], lengths[mask], spans[np.repeat(mask, counts)], counts[mask]]

@@ -74,7 +74,9 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> dict[str
     Raises ValueError for what the user can mend, RuntimeError where a worker process was killed.
     """
     console = console or Console()
-    tokenizer = load_tokenizer(options.tokenizer or options.model, options.chat_template)
+    tokenizer_of = options.tokenizer or options.model
+    assert tokenizer_of is not None, "PrepareOptions checks it"
+    tokenizer = load_tokenizer(tokenizer_of, options.chat_template)
     _check_vocabulary(options, len(tokenizer))
     sources = _open(options)
     chunks = _plan(sources, options.limit)

@@ -149,7 +149,7 @@ def _open_json(name: str, path: Path) -> JsonLines | Table:
     try:
         content = json.loads(text)
     except ValueError as error:
-        if "Extra data" in str(error) and getattr(error, "pos", 0):
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             return JsonLines(name, path)
         raise ValueError(f"{name}: not JSON: {error}") from error
     rows = content.get("data") if isinstance(content, dict) else content

@@ -205,7 +205,7 @@ class TurnFinder:
     def call_end(self) -> str | None:
         """The token that ends a turn with a tool call, None where the template writes no calls."""
         call = {"type": "function", "function": {"name": "probe", "arguments": {"a": _PROBES[0]}}}
-        messages = [_probe("user"), {**_probe("assistant", ""), "tool_calls": [call]}]
+        messages: Messages = [_probe("user"), {**_probe("assistant", ""), "tool_calls": [call]}]
         try:
             tail = self.template.after(messages, None, prompt=False)
         except RowError:

@@ -11,12 +11,17 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from torch import distributed
+from torch.distributed.checkpoint.api import CheckpointException
 
 from engine.checkpoint_format import HF, STATE, read_manifest, sync_directory, sync_tree, write_manifest
 from engine.mesh import Mesh
 from models.build import SHARDING_METADATA
 
 LATEST = "latest"
+
+
+class CheckpointFailed(OSError):
+    """A checkpoint that could not be written; every rank knows, and nothing of it is left."""
 
 
 def step_directory(run: Path, step: int) -> Path:
@@ -100,7 +105,7 @@ def save(
         metadata = sharding_metadata(mesh)
         state = _model_state(chunks, metadata)
         state["optimizer"] = optimizer.sharded_state_dict(state, metadata=metadata)
-        dist_checkpointing.save(state, str(partial / STATE))
+        _write_state(state, partial / STATE)
         if mesh.rank == 0:
             shutil.copytree(model_files, partial / HF)
             write_manifest(partial, manifest | {"step": step})
@@ -115,6 +120,19 @@ def save(
         raise
     distributed.barrier()
     return target
+
+
+def _write_state(state: dict[str, Any], folder: Path) -> None:
+    """megatron-core's writer; a failure of any rank's writing process reaches all ranks."""
+    try:
+        dist_checkpointing.save(state, str(folder))
+    except CheckpointException as error:
+        failures = ", ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+        free = shutil.disk_usage(folder.parent.parent).free / 2**30
+        raise CheckpointFailed(
+            f"{folder.parent.with_suffix('')} could not be written and nothing of it is left; {free:.2f} GiB are free "
+            f"there; earlier checkpoints are whole, and the run resumes from the latest ({failures})"
+        ) from None
 
 
 def point_latest(target: Path) -> None:

@@ -91,11 +91,13 @@ def _replace_collectives() -> None:
 
     all_to_all_single = distributed.all_to_all_single
 
-    def with_int_splits(output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
+    def with_int_splits(
+        output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op: bool = False
+    ):
         def ints(sizes):
             return sizes if sizes is None else [int(size) for size in sizes]
 
-        return all_to_all_single(output, input, ints(output_split_sizes), ints(input_split_sizes), **kwargs)
+        return all_to_all_single(output, input, ints(output_split_sizes), ints(input_split_sizes), group, async_op)
 
     distributed.all_to_all_single = with_int_splits
 

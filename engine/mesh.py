@@ -6,6 +6,7 @@ import datetime
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import distributed
@@ -110,8 +111,8 @@ def check_sequence(layout: Layout, seq_len: int, pad_documents_to: int) -> None:
 class HostGroups:
     """Gloo twins of the groups over which optimizer state is gathered for a checkpoint."""
 
-    dp_cp: object
-    expert_dp: object
+    dp_cp: Any  # torch.distributed.ProcessGroup
+    expert_dp: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ class Mesh:
     cp_rank: int
     pp_rank: int
     device: torch.device
-    groups: object  # megatron.core.process_groups_config.ProcessGroupCollection
+    groups: Any  # megatron.core.process_groups_config.ProcessGroupCollection
     host_groups: HostGroups
 
     @property

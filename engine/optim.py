@@ -38,7 +38,7 @@ class AdamW(torch.optim.AdamW):
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # it takes no closure
         """Updates every parameter that has a gradient; `lr` and `weight_decay` are read from its group."""
         self.initialize()
         for group in self.param_groups:
@@ -83,7 +83,8 @@ class ShardedAdamW(DistributedOptimizer):
         steps = {group["step"] for group in state["optimizer"]["param_groups"] if "step" in group}
         assert len(steps) <= 1, f"parameter groups disagree on the step: {steps}"
         for group in self.optimizer.param_groups:
-            group.update({"step": step for step in steps})
+            if steps:
+                group["step"] = next(iter(steps))
         if "param_state" in state:
             self.load_parameter_state_from_fully_reshardable(state["param_state"])
 

@@ -39,8 +39,9 @@ class ProgressLine:
         step, seconds = line["step"], line["seconds"]
         if seconds is not None:
             # The first step compiles, allocates and warms caches: the second one starts the estimate anew.
-            fresh = self.seconds_per_step is None or step == self.start_step + 2
-            old = seconds if fresh else self.seconds_per_step
+            old = self.seconds_per_step
+            if old is None or step == self.start_step + 2:
+                old = seconds
             self.seconds_per_step = ETA_DECAY * old + (1 - ETA_DECAY) * seconds
         text = _summary(line) + f"  ETA {clock(self.eta(step))}"
         if self.bar is not None and self.task is not None:

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self, cast
 
 import torch
 from torch import Tensor
@@ -135,7 +135,7 @@ class StoreReader:
                 block.copy_(whole[first_row : first_row + len(block)] if whole.dim() else whole)
                 return
             row_elements = blank[0].numel() if blank.dim() else 0
-            file.seek(start + (blank.storage_offset() + first_row * row_elements) * blank.element_size())
+            file.seek(start + (int(blank.storage_offset()) + first_row * row_elements) * blank.element_size())
             direct = block.is_contiguous() and block.dtype == blank.dtype
             target = block if direct else torch.empty(block.shape, dtype=blank.dtype)
             _read_into(file, target)
@@ -143,9 +143,9 @@ class StoreReader:
                 block.copy_(target)
 
 
-def _locate(file: io.RawIOBase, piece: _Piece) -> tuple[int, Tensor]:
+def _locate(file: io.FileIO, piece: _Piece) -> tuple[int, Tensor]:
     """Find where an archive's data begins, and a tensor on the meta device that tells its layout."""
-    view = _View(file, piece.start, piece.length)
+    view = cast(BinaryIO, _View(file, piece.start, piece.length))  # to typeshed a raw file is no BinaryIO
     blank = torch.load(view, weights_only=True, map_location="meta")
     with zipfile.ZipFile(view) as archive:
         record = next(entry for entry in archive.infolist() if entry.filename.endswith("/data/0"))
@@ -157,7 +157,7 @@ def _locate(file: io.RawIOBase, piece: _Piece) -> tuple[int, Tensor]:
     return piece.start + record.header_offset + 30 + name_length + extra_length, blank
 
 
-def _read_into(file: io.RawIOBase, target: Tensor) -> None:
+def _read_into(file: io.FileIO, target: Tensor) -> None:
     data = memoryview(target.reshape(-1).view(torch.uint8).numpy())
     while data:  # the kernel reads at most 2 GiB at once
         count = file.readinto(data)
@@ -169,7 +169,7 @@ def _read_into(file: io.RawIOBase, target: Tensor) -> None:
 class _View(io.RawIOBase):
     """A part of a file as a file of its own."""
 
-    def __init__(self, file: io.RawIOBase, start: int, length: int):
+    def __init__(self, file: io.FileIO, start: int, length: int):
         self._file, self._start, self._length, self._position = file, start, length, 0
 
     def readable(self) -> bool:
@@ -253,7 +253,8 @@ class _DataFiles:
     """The `.distcp` files being written, one after the other."""
 
     def __init__(self, directory: Path):
-        self._directory, self._file, self._count = directory, None, 0
+        self._directory, self._count = directory, 0
+        self._file: BinaryIO | None = None
 
     def __enter__(self) -> Self:
         return self

@@ -3,23 +3,21 @@
 Without --model and --data the built-in demo runs: a small model with random weights on arithmetic problems.
 """
 
+from __future__ import annotations
+
 import dataclasses
+import multiprocessing
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from engine.quiet import silence_libraries
-
-silence_libraries()
-
-import torch
-
-from engine.cli import parse_run
-from engine.config import RunConfig
-from engine.mesh import world_from_environment
+if TYPE_CHECKING:
+    from engine.config import RunConfig
 
 
 def built_in(arguments: list[str], *, first: bool) -> RunConfig:
     """The built-in demo under the given flags; the first process makes its input, the others wait."""
+    from engine.cli import parse_run
     from examples.demo.builtin import DEMO, make_input, wait_for_input
 
     config = parse_run(arguments, DEMO)
@@ -29,6 +27,15 @@ def built_in(arguments: list[str], *, first: bool) -> RunConfig:
 
 def main(arguments: list[str]) -> int:
     """Parses, checks, trains; returns the exit status. A user's mistake is one sentence from one process."""
+    from engine.quiet import silence_libraries
+
+    silence_libraries()  # some read the environment when they are imported, so all imports come after it
+    import torch
+
+    from engine.checkpoint import CheckpointFailed
+    from engine.cli import parse_run
+    from engine.mesh import world_from_environment
+
     rank, world_size, _ = world_from_environment()
     try:
         config = parse_run(arguments)
@@ -42,15 +49,27 @@ def main(arguments: list[str]) -> int:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except CheckpointFailed as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     except OSError as error:
-        # Other ranks wait for this one inside a collective: leave at once, torchrun ends them.
         print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
+        leave_at_once()
     return 0
+
+
+def leave_at_once() -> None:
+    """Ends this process while others wait for it inside a collective; torchrun then ends them."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(2)
 
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
     sys.exit(status)

@@ -7,6 +7,8 @@ variable-length flash kernel of `torch.nn.attention.varlen` reads them where the
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -113,31 +115,36 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedDo
     """Attention by the variable-length flash kernel (CUDA only). Shapes as in `padded_attention`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    segments = packed.segments
-    options = {"scale": scale, "window_size": (-1, 0), "enable_gqa": query.shape[1] != key.shape[1]}
+    enable_gqa = query.shape[1] != key.shape[1]
+
+    def attend(key: Tensor, value: Tensor, *bounds: Any) -> Tensor:
+        output = varlen_attn(query, key, value, *bounds, scale=scale, window_size=(-1, 0), enable_gqa=enable_gqa)
+        assert isinstance(output, Tensor)
+        return output
+
     if packed.gathered is None:
         boundaries, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-        return varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options)
+        return attend(key, value, boundaries, boundaries, longest, longest)
     # Each chunk of queries sees a prefix of its document: keys are laid out prefix after prefix, and the
     # kernel aligns causality with the last key.
+    segments = packed.segments
+    assert segments is not None
     order = np.argsort(segments.query_starts, kind="stable")
     starts, lengths = segments.key_starts[order], segments.key_lengths[order]
-    rows = np.concatenate([packed.gathered[start : start + n] for start, n in zip(starts, lengths, strict=True)])
-    rows = torch.from_numpy(rows).to(query.device)
+    prefixes = [packed.gathered[start : start + n] for start, n in zip(starts, lengths, strict=True)]
+    rows = torch.from_numpy(np.concatenate(prefixes)).to(query.device)
 
     def bounds(counts: np.ndarray) -> Tensor:
         return torch.from_numpy(np.concatenate(([0], np.cumsum(counts))).astype(np.int32)).to(query.device)
 
     queries = segments.query_lengths[order]
-    return varlen_attn(
-        query,
+    return attend(
         key.index_select(0, rows),
         value.index_select(0, rows),
         bounds(queries),
         bounds(lengths),
         int(queries.max()),
         int(lengths.max()),
-        **options,
     )
 
 
@@ -163,4 +170,5 @@ class PackedAttention(MegatronModule):
             key, value = gathered.unbind(1)
         if query.is_cuda:
             return varlen_attention(query, key, value, packed_seq_params, self.scale)
+        assert packed_seq_params.plan is not None
         return padded_attention(query, key, value, packed_seq_params.plan, self.scale)

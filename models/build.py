@@ -163,7 +163,7 @@ def build_chunks(
     return chunks
 
 
-def sharded_tensors(chunk: torch.nn.Module, metadata: dict) -> Iterator[ShardedTensor]:
+def sharded_tensors(chunk: PackedModel, metadata: dict) -> Iterator[ShardedTensor]:
     """Yields this rank's pieces of global tensors; their `.data` are views of the parameters."""
     pending = list(chunk.sharded_state_dict(metadata=metadata).values())
     while pending:
@@ -176,7 +176,7 @@ def sharded_tensors(chunk: torch.nn.Module, metadata: dict) -> Iterator[ShardedT
 
 
 @torch.no_grad()
-def load_weights(chunks: list[torch.nn.Module], metadata: dict, read: Callable[..., Tensor]) -> int:
+def load_weights(chunks: list[PackedModel], metadata: dict, read: Callable[..., Tensor]) -> int:
     """Fills every parameter of this rank from `read(key, global offset, local shape)`; returns bytes read."""
     read_bytes = 0
     for chunk in chunks:

@@ -133,7 +133,7 @@ def plan_padded(segments: Segments, local_tokens: int, gathered: np.ndarray | No
 class PackedDocuments(PackedSeqParams):
     """megatron-core's THD parameters together with what the native attention plans once a microbatch."""
 
-    positions: Tensor = None  # int64 [local tokens], position in the document
+    positions: Tensor = field(kw_only=True)  # int64 [local tokens], position in the document
     supervised: Tensor | None = None  # int64, this rank's tokens that bear a loss
     plan: PaddedPlan | None = None
     segments: Segments | None = None

@@ -152,7 +152,7 @@ def read_shard(
     ends = [offset + length for offset, length in zip(global_offset, local_shape, strict=True)]
     if len(ends) != len(rule.shape) or any(e > n for e, n in zip(ends, rule.shape, strict=True)):
         raise ValueError(f"{key} {list(rule.shape)} has no part {list(local_shape)} at {list(global_offset)}")
-    slices = [slice(offset, end) for offset, end in zip(global_offset, ends, strict=True)]
+    slices: list[slice | None] = [slice(offset, end) for offset, end in zip(global_offset, ends, strict=True)]
     if len(slices) == 2 and slices[1] == slice(0, rule.shape[1]):
         slices[1] = None
     return rule.read(reader, *slices)

@@ -65,9 +65,9 @@ class _LossSum(torch.autograd.Function):
             if valid:
                 logits.scatter_add_(1, local[rows, None], -owned[rows, None].to(logits.dtype))
             gradient = logits.to(hidden.dtype)
-            if wants_hidden:
+            if grad_hidden is not None:
                 torch.mm(gradient, columns, out=grad_hidden[rows])
-            if wants_weight:
+            if grad_weight is not None:
                 _accumulate(grad_weight[:valid], gradient, hidden[rows])
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)

@@ -40,7 +40,7 @@ class RMSNorm(torch.nn.Module):
         device = torch.cuda.current_device()
         weight = torch.ones(hidden_size, dtype=config.params_dtype, device=device)
         self.weight = torch.nn.Parameter(weight)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # megatron-core's mark
 
     def forward(self, states: Tensor) -> Tensor:
         """states [..., hidden_size]; returns the same shape and dtype."""

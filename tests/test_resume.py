@@ -58,7 +58,7 @@ def metrics(output: Path) -> list[dict]:
 def tensors(output: Path, step: int) -> dict[str, torch.Tensor]:
     """Everything a checkpoint holds: weights and optimizer state by key."""
     store = StoreReader(step_directory(output, step) / STATE)
-    return {key: store.read(key) for key in store.keys()}
+    return {key: store.read(key) for key in store.keys()}  # noqa: SIM118  (no dict)
 
 
 def interrupt(output: Path, copy: Path, step: int) -> None:

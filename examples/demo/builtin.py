@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def run_script(*command: object) -> None:
     executable = [sys.executable]
     if command[0] == "torchrun":
         executable, command = [sys.executable, "-m", "torch.distributed.run"], command[1:]
-    script = [root / part if str(part).endswith(".py") else part for part in command]
+    script = [root / str(part) if str(part).endswith(".py") else part for part in command]
     status = subprocess.run([*executable, *map(str, script)]).returncode
     if status:
         sys.exit(status)
@@ -72,3 +73,8 @@ def wait_for_input(folder: Path = INPUT, seconds: float = 600) -> tuple[Path, Pa
             raise TimeoutError(f"{folder} was not made within {seconds:.0f} s")
         time.sleep(0.2)
     return folder / "model", folder / "data"
+
+
+def read_accuracy(folder: Path) -> float:
+    """The score that evaluate.py left in a folder, a fraction of 1."""
+    return float(json.loads((folder / "results.json").read_text(encoding="utf-8"))["score"])

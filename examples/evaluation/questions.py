@@ -97,7 +97,7 @@ def _gold(row: dict[str, Any], field: str | None, where: str) -> str:
         if row.get(field) is None:
             raise EvaluationError(f"{where} has no {flag('answer_field')} {field!r}; its fields: {', '.join(row)}")
         text = str(row[field]).strip()
-        gold = stated_answer(text) or text
+        gold: str | None = stated_answer(text) or text
     else:
         gold = _usual_gold(row)
     if not gold:

@@ -1,0 +1,140 @@
+"""Values, layouts, recipes and flags: every mistake is one sentence that names the mend."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine.cli import parse_run
+from engine.config import OptimConfig, RunConfig, check_values
+from engine.mesh import Layout, check_layout, check_sequence
+from engine.optim import learning_rate
+from models.registry import describe
+from tests.tiny import save_model
+
+
+@pytest.fixture(scope="module")
+def description(tmp_path_factory):
+    """8 heads, 4 key-value heads, 4 layers, feed-forward 96, vocabulary 131 padded to 256."""
+    return describe(save_model("llama", tmp_path_factory.mktemp("model")))
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "sentence"),
+    [
+        (Layout(tp=2, cp=2), 6, "6 ranks cannot be split as tp 2 x cp 2 x pp 1 = 4 ranks per model replica"),
+        (Layout(tp=2, cp=2), 6, "start 4 or 8 ranks"),
+        (Layout(tp=2, pp=2), 2, "start 4 ranks"),
+        (Layout(tp=8), 8, "--tp 8 does not divide the key-value heads (4); the nearest smaller choice is 4"),
+        (Layout(tp=3), 3, "--tp 3 does not divide the attention heads (8); the nearest smaller choice is 2"),
+        (Layout(pp=3), 3, "--pp 3 does not divide the layers (4); the nearest smaller choice is 2"),
+        (Layout(pp=2, vpp=3), 2, "--vpp 3 does not divide the layers of a pipeline stage at --pp 2 (2)"),
+        (Layout(vpp=2), 1, "--vpp 2 interleaves pipeline stages and needs --pp of at least 2"),
+        (Layout(ep=2), 2, "this model has no experts"),
+        (Layout(sp=True), 1, "--sp on splits the sequence over tensor-parallel ranks"),
+        (Layout(tp=0), 1, "--tp 0 must be at least 1"),
+    ],
+)
+def test_layout_is_refused(description, layout, ranks, sentence):
+    with pytest.raises(ValueError) as caught:
+        check_layout(layout, ranks, description)
+    assert sentence in str(caught.value)
+
+
+def test_layouts_that_fit_pass(description):
+    for layout, ranks in ((Layout(), 3), (Layout(tp=4, sp=True), 8), (Layout(pp=2, vpp=2, cp=3), 6)):
+        check_layout(layout, ranks, description)
+
+
+@pytest.mark.parametrize(
+    ("layout", "seq_len", "pad", "sentence"),
+    [
+        (Layout(cp=2), 96, 2, "start with --pad-documents-to 4"),
+        (Layout(cp=2), 98, 4, "the nearest choices are 96 and 100"),
+        (Layout(tp=4, sp=True), 98, 2, "the nearest choices are 96 and 100"),
+    ],
+)
+def test_sequence_is_refused(layout, seq_len, pad, sentence):
+    with pytest.raises(ValueError) as caught:
+        check_sequence(layout, seq_len, pad)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"seq_len": 0}, "--seq-len 0 must be above 0"),
+        ({"steps": 3, "epochs": 1.0}, "--steps and --epochs both set"),
+        ({"model": "m"}, "--data is missing"),
+        ({"data": ("d",)}, "--model is missing"),
+        ({"optim": OptimConfig(beta2=1.0)}, "--optim.beta2 1.0 must lie in [0, 1)"),
+        ({"optim": OptimConfig(schedule="wsd")}, "--optim.decay-steps"),
+        ({"optim": OptimConfig(lr=-1.0)}, "--optim.lr -1.0 must not be negative"),
+    ],
+)
+def test_value_is_refused(changes, sentence):
+    with pytest.raises(ValueError) as caught:
+        check_values(replace(RunConfig(), **changes))
+    assert sentence in str(caught.value)
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_later_wins(tmp_path):
+    base = write(tmp_path / "base.yaml", "seq-len: 1024\noptim:\n  lr: 2e-5\n  schedule: linear\n")
+    above = write(
+        tmp_path / "run.yaml", "base: base.yaml\ntp: 2\nsp: off\noptim: {lr: 1e-4}\nmcore: {attention_dropout: 0}\n"
+    )
+    config = parse_run([above, "--seq-len", "2048", "--mcore.layernorm-epsilon=1e-6"])
+    assert (config.seq_len, config.tp, config.sp, config.optim.lr) == (2048, 2, "off", 1e-4)
+    assert config.optim.schedule == "linear"
+    assert config.mcore == {"attention_dropout": 0, "layernorm_epsilon": 1e-6}
+    assert parse_run([base]).optim.lr == 2e-5
+    assert parse_run(["--checkpoint.no-resume"]).checkpoint.resume is False
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("seq_length: 3", "unknown recipe key seq_length; the nearest is seq_len"),
+        ("optim: {learning_rate: 3}", "unknown recipe key optim.learning_rate"),
+        ("optim: 3", "recipe key optim takes keys of its own"),
+        ("tp: two", "recipe key tp is 'two', which is no int"),
+        ("tp: 1.5", "recipe key tp is 1.5, which is no int"),
+        ("batch_unit: bins", "choose one of sequences, conversations"),
+        ("mcore: {hiden_size: 3}", "unknown flag mcore.hiden_size; the nearest is mcore.hidden_size"),
+        ("- 3", "must hold keys and values"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_recipe_is_refused(tmp_path, text, sentence):
+    with pytest.raises(ValueError) as caught:
+        parse_run([write(tmp_path / "bad.yaml", text)])
+    assert sentence in str(caught.value)
+
+
+def test_unknown_flag_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_run(["--seq-length", "3"])
+    assert caught.value.code != 0
+    assert "--seq-len" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"unknown flag mcore.hiden_size; the nearest is mcore.hidden_size"):
+        parse_run(["--mcore.hiden-size=3"])
+
+
+def test_schedules():
+    optim = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=4, warmup_init=0.2, schedule="cosine")
+    rates = [learning_rate(optim, step, 12) for step in range(1, 13)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[8] == pytest.approx(0.55)  # half-way down
+    assert rates == sorted(rates[:5]) + sorted(rates[5:], reverse=True)
+    linear = replace(optim, schedule="linear", warmup_steps=0)
+    assert [learning_rate(linear, step, 9) for step in (1, 5, 10)] == pytest.approx([1.0, 0.6, 0.1])
+    wsd = replace(optim, schedule="wsd", warmup_steps=0, decay_steps=4)
+    assert [learning_rate(wsd, step, 10) for step in (1, 7, 9)] == pytest.approx([1.0, 1.0, 0.55])
+    assert learning_rate(replace(optim, schedule="constant"), 12, 12) == 1.0

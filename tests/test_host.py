@@ -1,0 +1,82 @@
+"""The contract with megatron-core 0.16.1: fails when it moves what Lathe leans on."""
+
+from __future__ import annotations
+
+import inspect
+
+import megatron.core
+import pytest
+import torch
+
+from engine import host
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_version_is_the_one_that_was_checked():
+    assert megatron.core.__version__ == "0.16.1"
+
+
+def test_replaced_names_are_still_there():
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils
+
+    assert parameters(random._get_cuda_rng_state) and parameters(random._set_cuda_rng_state)
+    assert "te_general_gemm" in inspect.getsource(moe_utils)
+    assert parameters(torch.distributed.all_to_all_single)[:2] == ["output", "input"]
+
+
+def test_signatures_that_are_called():
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.optimizer import _get_param_groups_and_buffers
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
+
+    expected = ["model_chunks", "model_chunk_offset", "config", "config_overrides", "filter_fn", "buffer_name"]
+    assert parameters(_get_param_groups_and_buffers) == expected
+    assert {"labels", "packed_seq_params", "hidden_states"} <= set(parameters(GPTModel._postprocess))
+    assert {"pg_collection", "vp_stage", "share_embeddings_and_output_weights"} <= set(parameters(GPTModel.__init__))
+    assert {"pg_collection", "disable_bucketing", "ddp_config"} <= set(parameters(DistributedDataParallel.__init__))
+    assert "pg_collection" in parameters(finalize_model_grads)
+    assert "data_parallel_group_gloo" in parameters(DistributedOptimizer.__init__)
+    assert hasattr(DistributedOptimizer, "load_parameter_state_from_fully_reshardable")
+    assert {"forward_only", "collect_non_loss_data"} <= set(parameters(forward_backward_no_pipelining))
+
+
+def test_optimizer_state_needs_what_ours_keeps():
+    """The sharded optimizer copies exactly the main parameter, exp_avg and exp_avg_sq."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    source = inspect.getsource(DistributedOptimizer._set_main_param_and_optimizer_states)
+    assert 'dst_tensors = {"param": main_param, **optim_state}' in source
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the host's replacements are inactive where CUDA is present")
+def test_host_takes_what_is_meant_for_cuda(pool):
+    assert pool.run(_devices, 1)[0] == ("cpu", "cpu", "torch.cuda.FloatTensor", True, True)
+
+
+def _devices() -> tuple:
+    tensor = torch.zeros(3, device="cuda")
+    same = torch.ones(2)
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(1)
+    torch.cuda.set_rng_state(state)
+    return (
+        tensor.device.type,
+        torch.ones(1).to("cuda").device.type,
+        tensor.type(),
+        same.cuda() is same,
+        bool(torch.rand(1) == first),
+    )
+
+
+def test_host_does_nothing_where_cuda_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.cuda.current_device
+    assert host.enable() is False
+    assert torch.cuda.current_device is before
