@@ -236,7 +236,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         cells = [row["model"], str(row["layers"]), f"{row['seq_len']:,}", row["contender"]]
         if "failed" in row:
-            table.add_row(*cells, row["failed"])
+            table.add_row(*cells[:3], f"{row['contender']}: {row['failed']}")
             continue
         cells += [f"{row['tokens_per_second']:,.0f}", f"{row['supervised_per_second']:,.0f}", f"{row['tflops']:.0f}"]
         cells += [f"{row['matrix_tflops']:.0f}", f"{row['mfu']:.1%}", f"{row['peak_gib']:.1f}"]

@@ -4,7 +4,8 @@
 
 Each contender trains from the same weights in a process of its own, in turn; the numbers are medians over
 steps. "loss" is that of the first step and of the conversations of step `--guard-step`, where contenders
-that train the same thing agree (smaller batches and other orders differ a little). SFTTrainer recomputes
+that train the same thing agree (smaller batches and other orders differ a little). The ratio "in CPU s" is
+that of supervised tokens a second of processor time, for machines that other programs share. SFTTrainer recomputes
 activations unless told otherwise and packs in an order of its own. `pip install -e '.[bench]'` brings TRL.
 """
 
@@ -80,11 +81,21 @@ class Record:
     """A contender's steps, in their order."""
 
     seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)  # seconds of all threads
     losses: list[float] = field(default_factory=list)
     conversations: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     supervised: list[int] = field(default_factory=list)
     peak_mb: float = 0.0
+
+    def start(self) -> None:
+        self._clocks = time.perf_counter(), time.process_time()
+
+    def step(self) -> None:
+        """Notes what passed since the last step, or the start."""
+        before, self._clocks = self._clocks, (time.perf_counter(), time.process_time())
+        self.seconds.append(self._clocks[0] - before[0])
+        self.processor.append(self._clocks[1] - before[1])
 
     def finished(self, options: Options) -> bool:
         """Whether time is up and the guard's conversations are behind."""
@@ -111,12 +122,11 @@ def lathe(options: Options, model: Path, data: Path, order: np.ndarray, *, preci
     """Lathe's steps."""
     seq_len = options.equal_seq_len if data.name == "equal" else options.seq_len
     trainer = lathe_trainer(model, data, seq_len=seq_len, batch=options.batch, precision=precision, lr=LEARNING_RATE)
-    record, before = Record(), time.perf_counter()
+    record = Record()
+    record.start()
     while not record.finished(options):
         totals, _, _ = trainer.train_step()
-        now = time.perf_counter()
-        record.seconds.append(now - before)
-        before = now
+        record.step()
         record.losses.append(totals.loss)
         record.conversations.append(options.batch)
         record.tokens.append(totals.tokens)
@@ -130,12 +140,10 @@ def recording(record: Record, options: Options):
 
     class Recorder(TrainerCallback):
         def on_train_begin(self, args, state, control, **_):
-            self.before = time.perf_counter()
+            record.start()
 
         def on_step_end(self, args, state, control, **_):
-            now = time.perf_counter()
-            record.seconds.append(now - self.before)
-            self.before = now
+            record.step()
             control.should_training_stop = record.finished(options)
 
         def on_log(self, args, state, control, logs=None, **_):
@@ -248,22 +256,34 @@ def peer_settings(data: Path, batch: int) -> dict[str, Any]:
 
 def print_table(console: Console, title: str, records: dict[str, list[Record]], options: Options) -> None:
     table = Table(title=title)
-    for column in ("", "ms a step", "supervised/s", "tokens/s", "Lathe / it", "loss 1", "loss guard", "peak MB"):
+    for column in (
+        "",
+        "ms a step",
+        "supervised/s",
+        "tokens/s",
+        "Lathe / it",
+        "in CPU s",
+        "loss 1",
+        "loss guard",
+        "peak MB",
+    ):
         table.add_column(column, justify="right" if column else "left")
     rates = {}
     for name, rounds in records.items():
         steps = [
-            (r.seconds[i], r.supervised[i] / r.seconds[i], r.tokens[i] / r.seconds[i])
+            (r.seconds[i], r.supervised[i] / r.seconds[i], r.tokens[i] / r.seconds[i], r.supervised[i] / r.processor[i])
             for r in rounds
             for i in range(options.warmup_steps, len(r.seconds))
         ]
         rates[name] = np.median(steps, axis=0)
     for name, rounds in records.items():
-        seconds, supervised, tokens = rates[name]
+        seconds, supervised, tokens, per_cpu = rates[name]
         beside = "Lathe fp32" if name.endswith("fp32") else "Lathe bf16"
-        ratio = f"{rates[beside][1] / supervised:.2f}" if beside in rates and beside != name else ""
+        peer = beside in rates and beside != name
+        ratio = f"{rates[beside][1] / supervised:.2f}" if peer else ""
+        cpu_ratio = f"{rates[beside][3] / per_cpu:.2f}" if peer else ""
         first, guard = rounds[0].losses[0], rounds[0].guard_loss(options)
-        numbers = (f"{seconds * 1e3:,.0f}", f"{supervised:,.0f}", f"{tokens:,.0f}", ratio)
+        numbers = (f"{seconds * 1e3:,.0f}", f"{supervised:,.0f}", f"{tokens:,.0f}", ratio, cpu_ratio)
         table.add_row(name, *numbers, f"{first:.4f}", f"{guard:.4f}", f"{max(r.peak_mb for r in rounds):,.0f}")
     console.print(table)
 
@@ -277,7 +297,7 @@ def main() -> None:
         for kind in options.data:
             data = work / kind
             make_equal_data(data) if kind == "equal" else make_real_data(data, model, options.source)
-            order = global_order(data, seq_len=options.seq_len, batch=options.batch, steps=250)
+            order = global_order(data, seq_len=options.seq_len, batch=options.batch, steps=120)
             records: dict[str, list[Record]] = {name: [] for name in options.only}
             for _ in range(options.rounds):
                 for name in options.only:
