@@ -45,7 +45,7 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.9,<2.13"],
         "eval": ["vllm"],
         "track": ["wandb>=0.20"],
-        "bench": ["trl==1.16.*", "accelerate>=1.10"],
+        "bench": ["trl==1.16.*", "accelerate>=1.10", "liger-kernel>=0.5"],
         "dev": ["pytest>=8.3", "hypothesis>=6.130", "ruff", "mypy", "types-PyYAML", "pre-commit>=4.0"],
     },
 )

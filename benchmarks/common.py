@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
     from engine.train import Trainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -132,6 +135,38 @@ def global_order(data: Path, *, seq_len: int, batch: int, steps: int) -> np.ndar
     whole = loader.steps_in_epoch(0) - 1  # an epoch's last batch may be short
     batches = [loader.step(0, step) for step in range(min(steps, whole))]
     return np.array([sorted(d for m in microbatches for _, d in m.sample_ids) for microbatches in batches])
+
+
+def examples(data: Path, order: np.ndarray) -> Dataset:
+    """The conversations as transformers wants them, one after the other in Lathe's order."""
+    from datasets import Dataset
+
+    from data.index import DocumentIndex
+
+    index = DocumentIndex(data)
+    rows = []
+    for document in order.reshape(-1).tolist():
+        tokens = index.tokens(document).astype(np.int64)
+        labels = np.full(len(tokens), -100)
+        for start, end in index.spans(document):
+            labels[start:end] = tokens[start:end]
+        labels[0] = -100  # nothing predicts the first token
+        rows.append({"input_ids": tokens.tolist(), "labels": labels.tolist()})
+    return Dataset.from_list(rows)
+
+
+def pad_batch(features: list[dict]) -> dict[str, Tensor]:
+    """Pads to the longest of the batch."""
+    import torch
+
+    def padded(name: str, value: int) -> Tensor:
+        rows = [torch.tensor(feature[name]) for feature in features]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    lengths = torch.tensor([len(feature["input_ids"]) for feature in features])
+    inputs = padded("input_ids", 0)
+    mask = (torch.arange(inputs.shape[1]) < lengths[:, None]).long()
+    return {"input_ids": inputs, "attention_mask": mask, "labels": padded("labels", -100)}
 
 
 def lathe_trainer(model: Path, data: Path, *, seq_len: int, batch: int, precision: str, lr: float) -> Trainer:

@@ -23,6 +23,7 @@ import torch
 import tyro
 from common import (
     GSM8K,
+    examples,
     global_order,
     in_fresh_process,
     lathe_trainer,
@@ -30,6 +31,7 @@ from common import (
     make_equal_data,
     make_model,
     make_real_data,
+    pad_batch,
 )
 from rich.console import Console
 from rich.table import Table
@@ -167,37 +169,6 @@ def counting(record: Record, collate):
     return counted
 
 
-def examples(data: Path, order: np.ndarray):
-    """The conversations as transformers wants them, one after the other in Lathe's order."""
-    from datasets import Dataset
-
-    from data.index import DocumentIndex
-
-    index = DocumentIndex(data)
-    rows = []
-    for document in order.reshape(-1).tolist():
-        tokens = index.tokens(document).astype(np.int64)
-        labels = np.full(len(tokens), -100)
-        for start, end in index.spans(document):
-            labels[start:end] = tokens[start:end]
-        labels[0] = -100  # nothing predicts the first token
-        rows.append({"input_ids": tokens.tolist(), "labels": labels.tolist()})
-    return Dataset.from_list(rows)
-
-
-def pad_batch(features: list[dict]) -> dict[str, torch.Tensor]:
-    """Pads to the longest of the batch."""
-
-    def padded(name: str, value: int) -> torch.Tensor:
-        rows = [torch.tensor(feature[name]) for feature in features]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
-    lengths = torch.tensor([len(feature["input_ids"]) for feature in features])
-    inputs = padded("input_ids", 0)
-    mask = (torch.arange(inputs.shape[1]) < lengths[:, None]).long()
-    return {"input_ids": inputs, "attention_mask": mask, "labels": padded("labels", -100)}
-
-
 def trainer(options: Options, model: Path, data: Path, order: np.ndarray, *, bf16: bool) -> Record:
     """transformers' Trainer: padded batches, its fused AdamW."""
     from transformers import AutoModelForCausalLM, TrainingArguments
@@ -256,17 +227,8 @@ def peer_settings(data: Path, batch: int) -> dict[str, Any]:
 
 def print_table(console: Console, title: str, records: dict[str, list[Record]], options: Options) -> None:
     table = Table(title=title)
-    for column in (
-        "",
-        "ms a step",
-        "supervised/s",
-        "tokens/s",
-        "Lathe / it",
-        "in CPU s",
-        "loss 1",
-        "loss guard",
-        "peak MB",
-    ):
+    numbers = ("ms a step", "supervised/s", "tokens/s", "Lathe / it", "in CPU s", "loss 1", "loss guard", "peak MB")
+    for column in ("", *numbers):
         table.add_column(column, justify="right" if column else "left")
     rates = {}
     for name, rounds in records.items():
@@ -283,8 +245,8 @@ def print_table(console: Console, title: str, records: dict[str, list[Record]], 
         ratio = f"{rates[beside][1] / supervised:.2f}" if peer else ""
         cpu_ratio = f"{rates[beside][3] / per_cpu:.2f}" if peer else ""
         first, guard = rounds[0].losses[0], rounds[0].guard_loss(options)
-        numbers = (f"{seconds * 1e3:,.0f}", f"{supervised:,.0f}", f"{tokens:,.0f}", ratio, cpu_ratio)
-        table.add_row(name, *numbers, f"{first:.4f}", f"{guard:.4f}", f"{max(r.peak_mb for r in rounds):,.0f}")
+        row = (f"{seconds * 1e3:,.0f}", f"{supervised:,.0f}", f"{tokens:,.0f}", ratio, cpu_ratio)
+        table.add_row(name, *row, f"{first:.4f}", f"{guard:.4f}", f"{max(r.peak_mb for r in rounds):,.0f}")
     console.print(table)
 
 
@@ -303,6 +265,7 @@ def main() -> None:
                 for name in options.only:
                     function, settings = CONTENDERS[name]
                     arguments = (run, function, options, model, data, order, settings)
+                    console.log(f"{kind} lengths: {name}")
                     records[name].append(in_fresh_process(*arguments, threads=options.threads, log=work / "log"))
             title = f"{kind} lengths, {options.threads} threads, load {load()}"
             print_table(console, title, records, options)

@@ -102,6 +102,16 @@ def _replace_collectives() -> None:
     distributed.all_to_all_single = with_int_splits
 
 
+def _replace_fused_kernels() -> None:
+    """Where Transformer Engine is installed but no GPU is visible, its CUDA kernels are bound all the same."""
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    clip_grads.multi_tensor_applier = utils.local_multi_tensor_applier
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+
+
 def enable() -> bool:
     """Prepares this process for training on the host; returns False, changing nothing, where CUDA is present.
 
@@ -114,6 +124,7 @@ def enable() -> bool:
         _replace_cuda_runtime()
         _replace_rng_access()
         _replace_collectives()
+        _replace_fused_kernels()
         from megatron.core.transformer.moe import moe_utils
 
         # Defined by Transformer Engine alone, read without it (megatron-core 0.16.1: NameError).

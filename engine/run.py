@@ -15,7 +15,7 @@ from engine.artifacts import check_tokenizer
 from engine.checkpoint import ResumePoint, find_latest
 from engine.checkpoint_format import HF, STATE, read_manifest
 from engine.config import RunConfig, check_values
-from engine.mesh import Mesh, check_layout, check_sequence
+from engine.mesh import Mesh, check_fp8, check_layout, check_sequence
 from models.backend import choose_backend
 from models.hf_io import HFReader, read_shard, source_dtype
 from models.registry import ModelDescription, check_directory, describe
@@ -98,10 +98,12 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     check_layout(config.layout, world_size, description)
     if not source.is_checkpoint:
         check_directory(description, HFReader(source.weights))
-    backend, reason = choose_backend(config.backend, cuda=cuda, fp8=config.precision == "fp8")
+    backend, reason = choose_backend(config.backend, cuda=cuda, precision=config.precision)
     resume = find_latest(config.output) if config.checkpoint.resume else None
     pad_multiple = _pad_multiple(config, resume)
     check_sequence(config.layout, config.seq_len, pad_multiple)
+    if config.precision == "fp8":
+        check_fp8(config.layout, config.seq_len * config.micro_batch_size, description, config.fp8)
     if config.seq_len > description.max_position_embeddings:
         raise ValueError(
             f"--seq-len {config.seq_len} exceeds the model's max_position_embeddings "

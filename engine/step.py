@@ -27,10 +27,10 @@ class DeviceBatch:
     tokens: Tensor  # int64 [1, local tokens]
     targets: Tensor  # int64 [local supervised tokens]
     packed: PackedDocuments
-    supervised: int  # tokens with a loss on this context-parallel rank
+    supervised: Tensor  # int32 scalar, tokens with a loss on this context-parallel rank
 
 
-def to_device(batch: Microbatch, mesh: Mesh, *, native: bool) -> DeviceBatch:
+def to_device(batch: Microbatch, mesh: Mesh, *, kernel: str) -> DeviceBatch:
     """Takes this context-parallel rank's tokens and plans what all layers share."""
     cp_size, device = mesh.layout.cp, mesh.device
     packed = pack_documents(
@@ -38,7 +38,7 @@ def to_device(batch: Microbatch, mesh: Mesh, *, native: bool) -> DeviceBatch:
         batch.document_lengths,
         cp_group=mesh.groups.cp,
         device=device,
-        native=native,
+        kernel=kernel,
     )
     local = zigzag_indices(batch.cu_seqlens.astype(np.int64), cp_size, mesh.cp_rank)
     supervised = np.flatnonzero(batch.loss_mask[local])
@@ -47,7 +47,7 @@ def to_device(batch: Microbatch, mesh: Mesh, *, native: bool) -> DeviceBatch:
         tokens=torch.from_numpy(batch.tokens[local])[None].to(device, non_blocking=True),
         targets=torch.from_numpy(batch.labels[local][supervised]).to(device, non_blocking=True),
         packed=packed,
-        supervised=len(supervised),
+        supervised=torch.tensor(len(supervised), dtype=torch.int).to(device, non_blocking=True),
     )
 
 
@@ -92,8 +92,7 @@ def _forward(batches: Iterator[DeviceBatch], model, loss_sums: list[Tensor]):
 
     def loss(total: Tensor):
         loss_sums.append(total.detach())
-        count = torch.tensor(batch.supervised, dtype=torch.int, device=total.device)
-        return total, count, {}
+        return total, batch.supervised.clone(), {}
 
     return output, loss
 
@@ -116,14 +115,14 @@ class StepTotals:
 
 
 def run_microbatches(
-    chunks: list, microbatches: list[Microbatch], mesh: Mesh, *, native: bool, forward_only: bool = False
+    chunks: list, microbatches: list[Microbatch], mesh: Mesh, *, kernel: str, forward_only: bool = False
 ) -> StepTotals:
     """Runs forward (and backward) over this rank's microbatches; returns the totals of all ranks.
 
     All ranks must call it with equally many microbatches. Gradients are left reduced over all ranks and
     divided by the global count of supervised tokens.
     """
-    batches = [to_device(batch, mesh, native=native) for batch in microbatches]
+    batches = [to_device(batch, mesh, kernel=kernel) for batch in microbatches]
     loss_sums: list[Tensor] = []
     iterators = [iter(batches) for _ in chunks]
     get_forward_backward_func()(
@@ -136,7 +135,7 @@ def run_microbatches(
         forward_only=forward_only,
     )
     losses = torch.stack(loss_sums) if loss_sums else torch.zeros(1, device=mesh.device)
-    return _reduce_totals(losses, microbatches, sum(batch.supervised for batch in batches), mesh)
+    return _reduce_totals(losses, microbatches, sum(len(batch.targets) for batch in batches), mesh)
 
 
 def _reduce_totals(losses: Tensor, microbatches: list[Microbatch], supervised: int, mesh: Mesh) -> StepTotals:

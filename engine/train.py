@@ -19,6 +19,7 @@ from engine.optim import build_optimizer, learning_rate, update
 from engine.report import write_report
 from engine.run import Prepared, make_loader, total_steps, weight_reader, write_config
 from engine.step import StepTotals, run_microbatches, wrap_chunks
+from models.backend import attention_kernel, parameter_dtype
 from models.build import build_chunks, load_weights, transformer_config
 
 
@@ -30,7 +31,7 @@ class Trainer:
         self.prepared, self.config, self.mesh = prepared, config, mesh
         self.loader = make_loader(prepared, prepared.data, mesh)
         self.valid_loader = make_loader(prepared, prepared.valid, mesh, shuffle=False) if prepared.valid else None
-        self.native = prepared.backend == "native"
+        self.kernel = attention_kernel(prepared.backend, mesh.device, parameter_dtype(config.precision))
         model_config = transformer_config(
             prepared.description,
             layout=mesh.layout,
@@ -58,7 +59,7 @@ class Trainer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        totals = run_microbatches(self.chunks, microbatches, self.mesh, native=self.native)
+        totals = run_microbatches(self.chunks, microbatches, self.mesh, kernel=self.kernel)
         step = self.step + 1
         if not math.isfinite(totals.loss_sum):
             raise FloatingPointError(
@@ -93,7 +94,7 @@ class Trainer:
         with torch.no_grad():
             for number in range(batches):
                 microbatches = self.valid_loader.step(0, number)
-                totals = run_microbatches(self.chunks, microbatches, self.mesh, native=self.native, forward_only=True)
+                totals = run_microbatches(self.chunks, microbatches, self.mesh, kernel=self.kernel, forward_only=True)
                 loss_sum, supervised = loss_sum + totals.loss_sum, supervised + totals.supervised
         for chunk in self.chunks:
             chunk.train()

@@ -7,9 +7,11 @@ variable-length flash kernel of `torch.nn.attention.varlen` reads them where the
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
@@ -55,7 +57,7 @@ class _ReturnRows(torch.autograd.Function):
         if missing is None:
             padded.index_copy_(0, back, gradient)
         else:
-            kept = torch.ones(back.shape[0], dtype=torch.bool)
+            kept = torch.ones(back.shape[0], dtype=torch.bool, device=back.device)
             kept[missing] = False
             padded.index_copy_(0, back[kept], gradient[kept])
         return padded, None, None
@@ -112,40 +114,25 @@ def padded_attention(query: Tensor, key: Tensor, value: Tensor, plan: PaddedPlan
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments, scale: float) -> Tensor:
-    """Attention by the variable-length flash kernel (CUDA only). Shapes as in `padded_attention`."""
+    """Attention by the variable-length flash kernel (CUDA, fp16 or bf16). Shapes as in `padded_attention`."""
+    if packed.prefixes is None:
+        boundaries, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+        bounds: tuple[Any, ...] = (boundaries, boundaries, longest, longest)
+    else:
+        plan = packed.prefixes
+        key, value = key.index_select(0, plan.rows), value.index_select(0, plan.rows)
+        bounds = (plan.query_bounds, plan.key_bounds, plan.longest_query, plan.longest_key)
+    kernel, names_gqa = _varlen_kernel()
+    options = {"enable_gqa": query.shape[1] != key.shape[1]} if names_gqa else {}
+    return kernel(query, key, value, *bounds, scale=scale, window_size=(-1, 0), **options)
+
+
+@cache
+def _varlen_kernel() -> tuple[Callable[..., Any], bool]:
+    """torch's kernel, and whether it wants to be told of grouped queries (torch 2.11 does not)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    enable_gqa = query.shape[1] != key.shape[1]
-
-    def attend(key: Tensor, value: Tensor, *bounds: Any) -> Tensor:
-        output = varlen_attn(query, key, value, *bounds, scale=scale, window_size=(-1, 0), enable_gqa=enable_gqa)
-        assert isinstance(output, Tensor)
-        return output
-
-    if packed.gathered is None:
-        boundaries, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-        return attend(key, value, boundaries, boundaries, longest, longest)
-    # Each chunk of queries sees a prefix of its document: keys are laid out prefix after prefix, and the
-    # kernel aligns causality with the last key.
-    segments = packed.segments
-    assert segments is not None
-    order = np.argsort(segments.query_starts, kind="stable")
-    starts, lengths = segments.key_starts[order], segments.key_lengths[order]
-    prefixes = [packed.gathered[start : start + n] for start, n in zip(starts, lengths, strict=True)]
-    rows = torch.from_numpy(np.concatenate(prefixes)).to(query.device)
-
-    def bounds(counts: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.concatenate(([0], np.cumsum(counts))).astype(np.int32)).to(query.device)
-
-    queries = segments.query_lengths[order]
-    return attend(
-        key.index_select(0, rows),
-        value.index_select(0, rows),
-        bounds(queries),
-        bounds(lengths),
-        int(queries.max()),
-        int(lengths.max()),
-    )
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class PackedAttention(MegatronModule):
@@ -168,7 +155,6 @@ class PackedAttention(MegatronModule):
         if self.cp_group.size() > 1:
             gathered = _GatherSequence.apply(torch.stack((key, value), dim=1), self.cp_group)
             key, value = gathered.unbind(1)
-        if query.is_cuda:
+        if packed_seq_params.plan is None:
             return varlen_attention(query, key, value, packed_seq_params, self.scale)
-        assert packed_seq_params.plan is not None
         return padded_attention(query, key, value, packed_seq_params.plan, self.scale)

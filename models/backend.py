@@ -27,18 +27,22 @@ from models.norm import RMSNorm
 from models.rope import Rope, rotate
 
 
-def choose_backend(asked: str, *, cuda: bool, fp8: bool) -> tuple[str, str]:
+def choose_backend(asked: str, *, cuda: bool, precision: str) -> tuple[str, str]:
     """Returns (backend, why) for --backend auto|te|native; ValueError where the choice cannot run."""
     installed = importlib.util.find_spec("transformer_engine") is not None
     if asked == "te" and not (installed and cuda):
         missing = "Transformer Engine is not installed" if not installed else "no GPU is visible"
         raise ValueError(f"--backend te cannot run here because {missing}; use --backend native")
     if asked == "native" or (asked == "auto" and not (installed and cuda)):
-        if fp8:
+        if precision == "fp8":
             raise ValueError("--precision fp8 needs --backend te on a GPU with Transformer Engine installed")
         if asked == "native":
             return "native", "asked for"
         return "native", "no GPU is visible" if not cuda else "Transformer Engine is not installed"
+    if precision == "fp32":
+        if asked == "te":
+            raise ValueError("--backend te computes attention in bf16 or fp8 only; use --backend native for fp32")
+        return "native", "Transformer Engine's attention has no fp32"
     return "te", "asked for" if asked == "te" else "a GPU and Transformer Engine are there"
 
 
@@ -109,6 +113,13 @@ def block_spec(backend: str, layers: int, ropes: tuple[Rope, ...]) -> Transforme
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TransformerBlockSubmodules(layer_specs=[te_layer_spec(ropes)] * layers, layer_norm=TENorm)
+
+
+def attention_kernel(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Which attention reads a microbatch: "te", "varlen" (flash, on CUDA, not for fp32) or "padded"."""
+    if backend == "te":
+        return "te"
+    return "varlen" if device.type == "cuda" and dtype != torch.float32 else "padded"
 
 
 def parameter_dtype(precision: str) -> torch.dtype:

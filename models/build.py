@@ -50,6 +50,9 @@ class PackedModel(GPTModel):
         elif tp_group.size() > 1:
             hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
         weight = self.output_layer.weight
+        # The layer is not called, so its hook, which waits for the weight's all-gather, is called here.
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
         hidden = hidden_states.flatten(0, 1).index_select(0, packed_seq_params.supervised)  # [tokens, hidden]
@@ -102,7 +105,7 @@ def transformer_config(
         "gradient_accumulation_fusion": False,
         "apply_rope_fusion": False,
         "bias_dropout_fusion": False,
-        "bias_activation_fusion": False,
+        "bias_activation_fusion": torch.cuda.is_available(),  # compiled for CUDA alone
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
     }

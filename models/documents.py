@@ -93,8 +93,12 @@ def _group_segments(segments: Segments) -> list[np.ndarray]:
     return groups
 
 
-def plan_padded(segments: Segments, local_tokens: int, gathered: np.ndarray | None) -> PaddedPlan:
+def plan_padded(segments: Segments, local_tokens: int, gathered: np.ndarray | None, device: torch.device) -> PaddedPlan:
     """Plans the padded batches. `gathered` [tokens] says where a token lies in the all-gathered keys."""
+
+    def place(indices: np.ndarray) -> Tensor:
+        return torch.from_numpy(indices).to(device)
+
     groups, query_indices, key_indices = [], [], []
     back = np.full(local_tokens, -1, dtype=np.int64)
     filled = 0
@@ -113,31 +117,58 @@ def plan_padded(segments: Segments, local_tokens: int, gathered: np.ndarray | No
         mask = None
         if not np.array_equal(query_lengths, key_lengths):
             last = (key_lengths - query_lengths)[:, None] + np.minimum(row, query_lengths[:, None] - 1)
-            mask = torch.from_numpy(column[None, None, None, :] <= last[:, None, :, None])
+            mask = place(column[None, None, None, :] <= last[:, None, :, None])
         groups.append(Group(batch=batch, queries=queries, keys=keys, mask=mask))
     empty = np.zeros(0, dtype=np.int64)
     missing = np.flatnonzero(back < 0)
     back[missing] = 0
-    query_rows = torch.from_numpy(np.concatenate(query_indices or [empty]))
+    query_rows = place(np.concatenate(query_indices or [empty]))
     return PaddedPlan(
         groups=tuple(groups),
         queries=query_rows,
         # One object tells the attention that each key is taken once, too, so that gradients can be gathered.
-        keys=query_rows if gathered is None else torch.from_numpy(np.concatenate(key_indices or [empty])),
-        back=torch.from_numpy(back),
-        unattended=torch.from_numpy(missing) if len(missing) else None,
+        keys=query_rows if gathered is None else place(np.concatenate(key_indices or [empty])),
+        back=place(back),
+        unattended=place(missing) if len(missing) else None,
     )
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
+class PrefixPlan:
+    """Each chunk of queries and the prefix of its document that it sees, laid out one after the other."""
+
+    rows: Tensor  # int64: gathered token of every key, prefix after prefix
+    query_bounds: Tensor  # int32 [segments + 1]
+    key_bounds: Tensor  # int32 [segments + 1]
+    longest_query: int
+    longest_key: int
+
+
+def plan_prefixes(segments: Segments, gathered: np.ndarray, device: torch.device) -> PrefixPlan:
+    """Lays keys out for a kernel that aligns causality with a segment's last key."""
+    order = np.argsort(segments.query_starts, kind="stable")
+    queries, keys = segments.query_lengths[order], segments.key_lengths[order]
+
+    def bounds(lengths: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)).to(device)
+
+    return PrefixPlan(
+        rows=torch.from_numpy(gathered[_ranges(segments.key_starts[order], keys)]).to(device),
+        query_bounds=bounds(queries),
+        key_bounds=bounds(keys),
+        longest_query=int(queries.max()),
+        longest_key=int(keys.max()),
+    )
+
+
+@dataclass(kw_only=True)
 class PackedDocuments(PackedSeqParams):
     """megatron-core's THD parameters together with what the native attention plans once a microbatch."""
 
     positions: Tensor = field(kw_only=True)  # int64 [local tokens], position in the document
     supervised: Tensor | None = None  # int64, this rank's tokens that bear a loss
-    plan: PaddedPlan | None = None
-    segments: Segments | None = None
-    gathered: np.ndarray | None = None  # [tokens]: where a token lies among the all-gathered keys
+    plan: PaddedPlan | None = None  # for the padded kernel
+    prefixes: PrefixPlan | None = None  # for the variable-length kernel under context parallelism
     rotary: dict = field(default_factory=dict)  # (rope key, dtype) -> tables
 
     def tables(self, rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -159,12 +190,13 @@ def pack_documents(
     *,
     cp_group,
     device: torch.device,
-    native: bool,
+    kernel: str,
 ) -> PackedDocuments:
     """Builds the shared description of one microbatch.
 
     cu_seqlens: int [documents + 1], padded boundaries over the whole microbatch, each document a multiple
-    of 2*cp; real_lengths: int [documents], 0 for a document of padding only.
+    of 2*cp; real_lengths: int [documents], 0 for a document of padding only; kernel: which attention will
+    read it, as `models.backend.attention_kernel` says.
     """
     cp_size, cp_rank = (cp_group.size(), cp_group.rank()) if cp_group is not None else (1, 0)
     local = zigzag_indices(cu_seqlens, cp_size, cp_rank)
@@ -179,12 +211,16 @@ def pack_documents(
         max_seqlen_kv=longest,
         positions=torch.from_numpy(local - starts[local]).to(device),
     )
-    if native:
-        packed.segments = Segments.of(cu_seqlens, real_lengths, cp_size, cp_rank)
-        if cp_size > 1:
-            order = np.concatenate([zigzag_indices(cu_seqlens, cp_size, rank) for rank in range(cp_size)])
-            packed.gathered = np.empty_like(order)
-            packed.gathered[order] = np.arange(len(order))
-        if device.type == "cpu":
-            packed.plan = plan_padded(packed.segments, len(local), packed.gathered)
+    gathered = None
+    if cp_size > 1:
+        order = np.concatenate([zigzag_indices(cu_seqlens, cp_size, rank) for rank in range(cp_size)])
+        gathered = np.empty_like(order)
+        gathered[order] = np.arange(len(order))
+    if kernel == "padded":
+        segments = Segments.of(cu_seqlens, real_lengths, cp_size, cp_rank)
+        packed.plan = plan_padded(segments, len(local), gathered, device)
+    elif kernel == "varlen" and gathered is not None:
+        # Padding documents, too: the kernel leaves what it is not given uninitialised.
+        segments = Segments.of(cu_seqlens, np.diff(cu_seqlens), cp_size, cp_rank)
+        packed.prefixes = plan_prefixes(segments, gathered, device)
     return packed

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 CHUNK_LOGITS = 2**24  # logits held at once; in fp32 64 MiB
+CUDA_CHUNK_LOGITS = 2**28  # 1 GiB: each chunk reads and writes the whole weight gradient once
 
 
 def _reduce(tensor: Tensor, group, op=distributed.ReduceOp.SUM) -> Tensor:
@@ -52,7 +53,8 @@ class _LossSum(torch.autograd.Function):
         local = local.clamp(0, max(valid - 1, 0))
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        chunk = max(1, CHUNK_LOGITS // max(1, weight.shape[0]))
+        held = CUDA_CHUNK_LOGITS if hidden.is_cuda else CHUNK_LOGITS
+        chunk = max(1, held // max(1, weight.shape[0]))
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)

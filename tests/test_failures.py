@@ -176,7 +176,7 @@ def test_a_save_that_cannot_fit_is_refused_before_it_starts(monkeypatch, tmp_pat
             return [torch.empty(10**6)]
 
     class OneRank:
-        class layout:  # noqa: N801
+        class layout:
             tp = pp = 1
 
     usage = shutil.disk_usage(tmp_path)

@@ -100,7 +100,7 @@ def train(
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         microbatches = loader.next_step()
-        totals = run_microbatches(wrapped, microbatches, part.mesh, native=True)
+        totals = run_microbatches(wrapped, microbatches, part.mesh, kernel="padded")
         if gradients is None:
             gradients = full_gradients(part, wrapped)
         norms.append(update(optimizer, lr=optim.lr, clip_grad=optim.clip_grad).grad_norm)
@@ -116,7 +116,7 @@ def logits(folder: Path, layout: Layout, index: MemoryIndex, options: dict) -> d
     mesh = part.mesh
     wrapped = wrap_chunks(part.chunks, mesh)
     microbatches = make_loader(index, mesh, options).next_step()
-    batches = [to_device(batch, mesh, native=True) for batch in microbatches]
+    batches = [to_device(batch, mesh, kernel="padded") for batch in microbatches]
 
     def forward(iterator, model):
         batch = next(iterator)

@@ -52,6 +52,7 @@ def build(
     """Builds and loads the model of a Hugging Face directory on this GPU; call it inside `one_rank`."""
     from engine.checkpoint import sharding_metadata
     from engine.mesh import Layout, build_mesh
+    from models.backend import attention_kernel
     from models.build import build_chunks, load_weights, transformer_config
     from models.hf_io import HFReader, read_shard
     from models.registry import describe
@@ -67,7 +68,7 @@ def build(
         mesh=mesh,
         chunks=chunks,
         metadata=metadata,
-        native=backend == "native",
+        kernel=attention_kernel(backend, mesh.device, config.params_dtype),
         bf16=precision != "fp32",
     )
 
@@ -88,7 +89,7 @@ def train(folder: Path, backend: str, precision: str, index, steps: int, optim, 
             for chunk in wrapped:
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()
-            totals = run_microbatches(wrapped, loader.next_step(), part.mesh, native=part.native)
+            totals = run_microbatches(wrapped, loader.next_step(), part.mesh, kernel=part.kernel)
             if gradients is None:
                 gradients = {name: g.cpu().clone() for name, g in full_gradients(part, wrapped).items()}
             norms.append(update(optimizer, lr=optim.lr, clip_grad=optim.clip_grad).grad_norm)
@@ -103,7 +104,7 @@ def first_batches(part: SimpleNamespace, index, options=None) -> list[tuple[Any,
     from tests.training import make_loader
 
     microbatches = make_loader(index, part.mesh, OPTIONS | (options or {})).next_step()
-    return [(batch, to_device(batch, part.mesh, native=part.native)) for batch in microbatches]
+    return [(batch, to_device(batch, part.mesh, kernel=part.kernel)) for batch in microbatches]
 
 
 @torch.no_grad()
