@@ -80,12 +80,15 @@ def make_model(folder: Path, source: Path | None) -> Path:
 
 
 def make_equal_data(folder: Path, documents: int = 4_000) -> Path:
-    """Conversations of exactly 256 tokens, all supervised, drawn as words are: the n-th as often as 1/n."""
+    """Conversations of exactly 256 tokens, all supervised, drawn as words are: the n-th as often as 1/n.
+
+    The three special tokens stay out: transformers gives the padding token's embedding no gradient.
+    """
     from data.index import write_index
 
     random = np.random.default_rng(0)
-    shares = 1 / np.arange(1, MODEL["vocab_size"] + 1)
-    tokens = random.choice(len(shares), size=(documents, EQUAL_LENGTH), p=shares / shares.sum())
+    shares = 1 / np.arange(1, MODEL["vocab_size"] - 2)
+    tokens = 3 + random.choice(len(shares), size=(documents, EQUAL_LENGTH), p=shares / shares.sum())
     spans = np.array([[0, EQUAL_LENGTH]])
     write_index(folder, ((row, spans) for row in tokens), vocab_size=MODEL["vocab_size"])
     return folder

@@ -161,6 +161,35 @@ class Loader:
             self.epoch, self.consumed = self.epoch + 1, 0
 
 
+def without_padding_documents(batch: Microbatch, multiple: int) -> Microbatch:
+    """Return the microbatch without documents that are all padding, filled up to `multiple` tokens by one.
+
+    `multiple` is a multiple of what documents are padded to. At least `multiple` tokens stay.
+    """
+    kept = np.flatnonzero(batch.document_lengths)
+    lengths = np.diff(batch.cu_seqlens)[kept].astype(np.int64)
+    filled = int(lengths.sum())
+    size = max(-(-filled // multiple), 1) * multiple
+    offsets = np.cumsum(lengths) - lengths
+    rows = np.arange(filled) + np.repeat(batch.cu_seqlens[kept] - offsets, lengths)
+    tail = np.zeros(size - filled, np.int64)
+    ends = [filled, size] if size > filled else [size]
+    cu_seqlens = np.concatenate((offsets, ends)).astype(np.int32)
+    return Microbatch(
+        tokens=np.concatenate((batch.tokens[rows], tail)),
+        labels=np.concatenate((batch.labels[rows], tail)),
+        loss_mask=np.concatenate((batch.loss_mask[rows], tail.astype(bool))),
+        positions=np.concatenate((batch.positions[rows], np.arange(len(tail)))),
+        cu_seqlens=cu_seqlens,
+        document_lengths=np.append(batch.document_lengths[kept], [0] * (size > filled)).astype(np.int32),
+        max_seqlen=int(np.diff(cu_seqlens).max()),
+        sample_ids=batch.sample_ids,
+        real_tokens=batch.real_tokens,
+        supervised_tokens=batch.supervised_tokens,
+        padding_tokens=size - batch.real_tokens,
+    )
+
+
 def deal(work: np.ndarray, dp_rank: int, dp_size: int) -> np.ndarray:
     """Return the numbers of the bins that one rank gets, heaviest first.
 

@@ -14,7 +14,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, distributed
 
-from data.loader import Microbatch
+from data.loader import Microbatch, without_padding_documents
 from engine.mesh import Mesh
 from models.build import PackedModel
 from models.documents import PackedDocuments, pack_documents, zigzag_indices
@@ -122,6 +122,10 @@ def run_microbatches(
     All ranks must call it with equally many microbatches. Gradients are left reduced over all ranks and
     divided by the global count of supervised tokens.
     """
+    if mesh.device.type == "cpu" and mesh.layout.pp == 1:
+        # The host pays for every token; pipeline stages exchange fixed shapes, and GPUs like them.
+        multiple = _local_multiple(mesh, microbatches)
+        microbatches = [without_padding_documents(batch, multiple) for batch in microbatches]
     batches = [to_device(batch, mesh, kernel=kernel) for batch in microbatches]
     loss_sums: list[Tensor] = []
     iterators = [iter(batches) for _ in chunks]
@@ -136,6 +140,13 @@ def run_microbatches(
     )
     losses = torch.stack(loss_sums) if loss_sums else torch.zeros(1, device=mesh.device)
     return _reduce_totals(losses, microbatches, sum(len(batch.targets) for batch in batches), mesh)
+
+
+def _local_multiple(mesh: Mesh, microbatches: list[Microbatch]) -> int:
+    """What a microbatch's length must divide by: the padding of all documents, and the split over ranks."""
+    layout = mesh.layout
+    unit = math.gcd(*(int(length) for batch in microbatches for length in np.diff(batch.cu_seqlens)))
+    return math.lcm(unit, 2 * layout.cp, layout.cp * (layout.tp if layout.sp else 1))
 
 
 def _reduce_totals(losses: Tensor, microbatches: list[Microbatch], supervised: int, mesh: Mesh) -> StepTotals:

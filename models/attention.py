@@ -87,8 +87,10 @@ def padded_attention(query: Tensor, key: Tensor, value: Tensor, plan: PaddedPlan
     """
     if not plan.groups:  # nothing but padding: zeros that still carry (zero) gradients
         return query * 0.0 + (key.sum() + value.sum()) * 0.0
-    rows = _TakeRows.apply(query, plan.queries, plan.back, plan.unattended)
-    if plan.keys is plan.queries:
+    rows = query if plan.in_place else _TakeRows.apply(query, plan.queries, plan.back, plan.unattended)
+    if plan.in_place:
+        keys, values = key, value
+    elif plan.keys is plan.queries:
         keys = _TakeRows.apply(key, plan.keys, plan.back, plan.unattended)
         values = _TakeRows.apply(value, plan.keys, plan.back, plan.unattended)
     else:
@@ -110,7 +112,7 @@ def padded_attention(query: Tensor, key: Tensor, value: Tensor, plan: PaddedPlan
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         first_query, first_key = first_query + query_rows, first_key + key_rows
     padded = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    return _ReturnRows.apply(padded, plan.back, plan.unattended)
+    return padded if plan.in_place else _ReturnRows.apply(padded, plan.back, plan.unattended)
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments, scale: float) -> Tensor:

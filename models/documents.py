@@ -77,6 +77,7 @@ class PaddedPlan:
     groups: tuple[Group, ...]
     queries: Tensor  # int64 [sum of batch*queries]: local token of every padded query
     keys: Tensor  # int64 [sum of batch*keys]: gathered token of every padded key
+    in_place: bool  # whether the packed tokens are the padded batches already, as with documents of one length
     back: Tensor  # int64 [local tokens]: padded query of every local token
     unattended: Tensor | None  # int64: local tokens that are padding documents' and get zeros
 
@@ -125,6 +126,7 @@ def plan_padded(segments: Segments, local_tokens: int, gathered: np.ndarray | No
     query_rows = place(np.concatenate(query_indices or [empty]))
     return PaddedPlan(
         groups=tuple(groups),
+        in_place=gathered is None and filled == local_tokens and np.array_equal(back, np.arange(filled)),
         queries=query_rows,
         # One object tells the attention that each key is taken once, too, so that gradients can be gathered.
         keys=query_rows if gathered is None else place(np.concatenate(key_indices or [empty])),

@@ -81,8 +81,20 @@ class _LossSum(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden * upstream.to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = grad_weight.mul_(upstream).to(ctx.weight_dtype)
+            grad_weight = _narrow_in_place(grad_weight.mul_(upstream), ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _narrow_in_place(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """Casts an fp32 tensor within its own memory, from the front: a narrow row never passes an unread wide one."""
+    if wide.dtype == dtype:
+        return wide
+    flat = wide.view(-1)
+    narrow = flat.view(dtype)[: flat.numel()]
+    for start in range(0, flat.numel(), CHUNK_LOGITS):
+        block = slice(start, start + CHUNK_LOGITS)
+        narrow[block] = flat[block].to(dtype)
+    return narrow.view(wide.shape)
 
 
 def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:

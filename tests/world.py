@@ -11,6 +11,7 @@ import pickle
 import tempfile
 import traceback
 
+import psutil
 import torch.multiprocessing as multiprocessing
 
 
@@ -51,6 +52,7 @@ class Pool:
         self._workers: list = []
         self._results = self._context.Queue()
         self._timeout = timeout
+        self._failed = False
 
     def _grow(self, ranks: int) -> None:
         while len(self._workers) < ranks:
@@ -70,16 +72,22 @@ class Pool:
             while len(answers) < ranks:
                 number, fine, value = self._results.get(timeout=self._timeout)
                 if not fine:
+                    self._failed = True
                     self.close()
                     raise RuntimeError(f"rank {number} of {ranks} failed:\n{value}")
                 answers[number] = pickle.loads(value)
         return [answers[number] for number in range(ranks)]
 
     def close(self) -> None:
-        """Ends every process."""
+        """Ends every process and what it started (megatron-core's checkpoint writer keeps one of its own)."""
+        for _, requests in self._workers:
+            requests.put(None)
         for process, _ in self._workers:
-            process.kill()
-        for process, _ in self._workers:
+            process.join(0 if self._failed else 20)
+            if process.is_alive():
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+                process.kill()
             process.join()
-        self._workers = []
+        self._workers, self._failed = [], False
         self._results = self._context.Queue()
