@@ -19,7 +19,6 @@ setup(
     packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
     package_data={
         "engine": ["*.css"],
-        "examples": ["recipes/*.yaml"],
         "examples.demo": ["*.json"],
     },
     # Exact where a minor version breaks us, ranges elsewhere; constraints.txt says what was tested.

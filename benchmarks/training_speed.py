@@ -69,9 +69,9 @@ class Options:
     """Conversations a step of Lathe and Trainer."""
     sft_batch: int = 8
     """Conversations a step of SFTTrainer, padded; packed, a row of 2,048 tokens is about as much."""
-    seq_len: int = 1024
+    seq_len: int = 4096
     """Lathe's bins for the real lengths, in tokens."""
-    equal_seq_len: int = 1024
+    equal_seq_len: int = 4096
     """Lathe's bins for the equal lengths."""
     data: tuple[str, ...] = ("equal", "real")
     only: tuple[str, ...] = field(default_factory=lambda: tuple(CONTENDERS))

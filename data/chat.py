@@ -194,9 +194,9 @@ def load_tokenizer(name: str, chat_template: Path | None = None):
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """A hash of vocabulary, merges and added tokens: equal where texts get the same tokens.
+    """A hash of vocabulary, merges and added tokens: equal where the same pieces have the same ids.
 
-    Chat template and special token names are no part of it, and saving and loading do not change it.
+    Pre-tokenisation, chat template and special token names are no part of it, and saving and loading do not change it.
     """
     backend = json.loads(_backend(tokenizer).to_str())
     model = backend["model"]

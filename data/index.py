@@ -42,8 +42,11 @@ class DocumentIndex:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         _check_files(self.path)
-        self.meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
-        self.fingerprint = self.meta["fingerprint"]
+        try:
+            self.meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
+            self.fingerprint = self.meta["fingerprint"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.path}: meta.json is damaged, prepare the data again") from None
         index = _map(self.path / "tokens.idx")
         if len(index) < _HEADER.size:
             raise ValueError(f"{self.path}: tokens.idx is cut off, prepare the data again")

@@ -38,6 +38,7 @@ class Microbatch:
     real_tokens: int
     supervised_tokens: int  # the sum of loss_mask
     padding_tokens: int  # n - real_tokens
+    bins: int  # bins that hold documents
 
 
 class Loader:
@@ -187,6 +188,7 @@ def without_padding_documents(batch: Microbatch, multiple: int) -> Microbatch:
         real_tokens=batch.real_tokens,
         supervised_tokens=batch.supervised_tokens,
         padding_tokens=size - batch.real_tokens,
+        bins=batch.bins,
     )
 
 
@@ -244,6 +246,7 @@ def assemble(order: GlobalOrder, bins: list[np.ndarray], pad_token: int) -> Micr
         real_tokens=real_tokens,
         supervised_tokens=int(loss_mask.sum()),
         padding_tokens=size - real_tokens,
+        bins=sum(len(documents) > 0 for documents in bins),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,10 +158,29 @@ def _check_space(folder: Path, chunks: list, mesh: Mesh) -> None:
 
 
 def _remove_old(folder: Path, keep: int) -> None:
-    """Removes the oldest complete checkpoints beyond `keep`; 0 keeps all."""
-    steps = sorted(path for path in folder.glob("step_*") if path.suffix != ".tmp")
-    for path in steps[: -keep if keep else 0]:
+    """Removes the checkpoints of the lowest steps beyond `keep`; 0 keeps all."""
+    named = ((re.fullmatch(r"step_(\d{6,})", path.name), path) for path in folder.iterdir())
+    steps = sorted((int(match[1]), path) for match, path in named if match)
+    for _, path in steps[: -keep if keep else 0]:
         shutil.rmtree(path)
+
+
+def set_aside(run: Path) -> Path | None:
+    """Moves the checkpoints of a run that is started anew to `checkpoints.N` and returns where; None without any."""
+    folder = Path(run) / "checkpoints"
+    if not folder.exists():
+        return None
+    number = 1
+    while (target := folder.with_name(f"checkpoints.{number}")).exists():
+        number += 1
+    os.rename(folder, target)
+    return target
+
+
+def remove_unfinished(run: Path) -> None:
+    """Removes what interrupted saves left behind."""
+    for path in (Path(run) / "checkpoints").glob("step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load(point: ResumePoint, chunks: list, optimizer: Any, mesh: Mesh) -> None:

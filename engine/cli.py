@@ -15,6 +15,24 @@ import yaml
 
 from engine.config import RunConfig
 
+# What the layout, the precision and the exactness of losses and resumes rest on.
+_OWNED = {
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "sequence_parallel",
+    "params_dtype",
+    "pipeline_dtype",
+    "bf16",
+    "fp16",
+    "calculate_per_token_loss",
+    "hidden_dropout",
+    "attention_dropout",
+}
+
 
 def parse_run(arguments: list[str], defaults: RunConfig | None = None) -> RunConfig:
     """Parses `[recipe.yaml ...] [--flags]`; ValueError for a YAML file or a --mcore field that is wrong.
@@ -67,6 +85,8 @@ def merge(config: Any, values: dict[str, Any], where: str = "") -> Any:
         if name not in fields:
             raise ValueError(_unknown(f"{where}{raw}", [f"{where}{known}" for known in fields], "recipe key"))
         current = getattr(config, name)
+        if value is None and not _takes_none(hints[name]):
+            raise ValueError(f"recipe key {where}{raw} has no value; leave it out for its default, {current!r}")
         if name == "mcore":
             changes[name] = {**current, **{key: check_mcore(key, item) for key, item in (value or {}).items()}}
         elif dataclasses.is_dataclass(current):
@@ -105,6 +125,10 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         raise ValueError(f"recipe key {where} is {value!r}, which is no {hint.__name__}") from None
 
 
+def _takes_none(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint) or typing.get_origin(hint) is typing.Annotated
+
+
 def take_mcore(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Takes --mcore.FIELD=VALUE (or FIELD VALUE) out of the arguments, values read as YAML."""
     rest: list[str] = []
@@ -129,8 +153,13 @@ def check_mcore(name: str, value: Any) -> Any:
     known = {field.name: field for field in dataclasses.fields(TransformerConfig)}
     if name not in known:
         raise ValueError(_unknown(f"mcore.{name}", [f"mcore.{field}" for field in known], "flag"))
-    if isinstance(value, str) and known[name].type in (float, "float"):
-        return float(value)
+    if name in _OWNED:
+        raise ValueError(f"--mcore.{name} is set by Lathe's own flags and checks; it cannot be given by hand")
+    if isinstance(value, str) and "float" in str(known[name].type):
+        try:
+            return float(value)  # PyYAML reads 1e-6 as text
+        except ValueError:
+            raise ValueError(f"--mcore.{name} is {value!r}, which is no number") from None
     return value
 
 

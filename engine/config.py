@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -84,7 +85,7 @@ class RunConfig:
     valid_every: int = 0
     """Steps between held-out losses; 0 measures after the last step only."""
     valid_batches: int = 0
-    """Batches of each held-out measurement; 0 takes all."""
+    """Batches of 64 bins of each held-out measurement; 0 takes all."""
     output: Path = Path("runs/default")
     """RUN: where config, metrics, checkpoints and the report go."""
 
@@ -161,10 +162,14 @@ def check_values(config: RunConfig) -> None:
         raise ValueError("--steps and --epochs both set the length of the run; give one of them")
     if config.pad_multiple % 2 and config.cp > 1:
         raise ValueError(f"--pad-documents-to {config.pad_multiple} must be a multiple of 2*cp = {2 * config.cp}")
+    if config.valid_every and not config.valid:
+        raise ValueError(f"--valid-every {config.valid_every} needs held-out data: give --valid")
+    if config.valid_every < 0 or config.valid_batches < 0:
+        raise ValueError("--valid-every and --valid-batches must not be negative")
     optim = config.optim
     for name in ("lr", "min_lr", "warmup_steps", "warmup_init", "weight_decay", "clip_grad", "decay_steps"):
-        if getattr(optim, name) < 0:
-            raise ValueError(f"--optim.{name.replace('_', '-')} {getattr(optim, name)} must not be negative")
+        if not 0 <= getattr(optim, name) < math.inf:
+            raise ValueError(f"--optim.{name.replace('_', '-')} {getattr(optim, name)} must be a number of 0 or more")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optim, name) < 1:
             raise ValueError(f"--optim.{name} {getattr(optim, name)} must lie in [0, 1)")

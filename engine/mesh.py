@@ -41,12 +41,12 @@ def _divisors(number: int, limit: int) -> str:
     return ", ".join(str(n) for n in range(1, min(number, limit) + 1) if number % n == 0)
 
 
-def _require(number: int, by: int, what: str, flag: str) -> None:
-    """Refuses a degree that does not divide `number`, naming those that do."""
+def _require(number: int, by: int, what: str, flag: str, product: str) -> None:
+    """Refuses a degree that does not divide `number`, naming those that do and the whole product."""
     if number % by:
         nearest = max(n for n in range(1, by + 1) if number % n == 0)
         raise ValueError(
-            f"{flag} {by} does not divide {what} ({number}); the nearest smaller choice is {nearest} "
+            f"{flag} {by} does not divide {what} ({number}) in {product}; the nearest smaller choice is {nearest} "
             f"(all: {_divisors(number, 64)})"
         )
 
@@ -70,22 +70,24 @@ def check_layout(layout: Layout, world_size: int, description: ModelDescription)
             f"{world_size} ranks cannot be split as ep {layout.ep} x etp {layout.etp} x pp {layout.pp} = {expert} "
             f"ranks for the experts; choose --ep times --etp among {_divisors(world_size // layout.pp, 64)}"
         )
-    fields = description.transformer
+    fields, product = description.transformer, layout.product(world_size)
     layers = fields["num_layers"]
-    _require(fields["num_attention_heads"], layout.tp, "the attention heads", "--tp")
-    _require(fields["num_query_groups"], layout.tp, "the key-value heads", "--tp")
-    _require(fields["ffn_hidden_size"], layout.tp, "the feed-forward size", "--tp")
-    _require(description.padded_vocab_size, layout.tp, "the padded vocabulary", "--tp")
-    _require(layers, layout.pp, "the layers", "--pp")
+    _require(fields["num_attention_heads"], layout.tp, "the attention heads", "--tp", product)
+    _require(fields["num_query_groups"], layout.tp, "the key-value heads", "--tp", product)
+    _require(fields["ffn_hidden_size"], layout.tp, "the feed-forward size", "--tp", product)
+    _require(description.padded_vocab_size, layout.tp, "the padded vocabulary", "--tp", product)
+    _require(layers, layout.pp, "the layers", "--pp", product)
     if layout.vpp > 1:
         if layout.pp == 1:
             raise ValueError(f"--vpp {layout.vpp} interleaves pipeline stages and needs --pp of at least 2")
-        _require(layers // layout.pp, layout.vpp, f"the layers of a pipeline stage at --pp {layout.pp}", "--vpp")
+        _require(
+            layers // layout.pp, layout.vpp, f"the layers of a pipeline stage at --pp {layout.pp}", "--vpp", product
+        )
     experts = fields.get("num_moe_experts")
     if experts is None and layout.ep * layout.etp > 1:
         raise ValueError(f"--ep {layout.ep} --etp {layout.etp}: this model has no experts; leave both at 1")
     if experts is not None:
-        _require(experts, layout.ep, "the experts", "--ep")
+        _require(experts, layout.ep, "the experts", "--ep", product)
     if layout.sp and layout.tp == 1:
         raise ValueError("--sp on splits the sequence over tensor-parallel ranks and needs --tp of at least 2")
 

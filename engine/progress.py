@@ -62,7 +62,7 @@ def _summary(line: dict[str, Any]) -> str:
         return "not finite" if value is None else format(value, pattern)
 
     parts = [
-        f"loss {number(line['loss'], '.4f')}",
+        "no supervised tokens" if not line["supervised_tokens"] else f"loss {number(line['loss'], '.4f')}",
         f"grad norm {number(line['grad_norm'], '.3f')}",
         f"lr {number(line['lr'], '.2e')}",
     ]

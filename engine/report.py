@@ -122,7 +122,9 @@ def _median(values: list[float]) -> float:
 
 
 def _fill_per_step(metrics: Metrics) -> list[float]:
-    """The share of each step's tokens that are documents' own; steps without any token are left out."""
+    """The share of each step's bins that documents fill; without it, of the tokens that went through the model."""
+    if "bin_fill" in metrics[0]:
+        return [line["bin_fill"] for line in metrics if line.get("bin_fill") is not None]
     pairs = [(line["tokens"] or 0, line["padding_tokens"] or 0) for line in metrics]
     return [tokens / (tokens + padding) for tokens, padding in pairs if tokens + padding]
 

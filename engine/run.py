@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from engine.checkpoint_format import HF, STATE, read_manifest
 from engine.config import RunConfig, check_values
 from engine.mesh import Mesh, check_fp8, check_layout, check_sequence
 from models.backend import choose_backend
+from models.build import transformer_config
 from models.hf_io import HFReader, read_shard, source_dtype
 from models.registry import ModelDescription, check_directory, describe
+
+VALID_BINS = 64  # bins of one held-out batch, whatever the layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +96,12 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     """Checks values, layout, model, data and resume point; raises ValueError before any process group exists."""
     check_values(config)
     assert config.model is not None and config.data, "the entry script fills in the built-in demo"
-    source = find_source(config.model)
-    overrides = dataclasses.asdict(config.override)
-    description = describe(source.files, overrides=overrides)
+    resume = find_latest(config.output) if config.checkpoint.resume else None
+    source, description = _find_model(config, resume)
     check_layout(config.layout, world_size, description)
     if not source.is_checkpoint:
         check_directory(description, HFReader(source.weights))
     backend, reason = choose_backend(config.backend, cuda=cuda, precision=config.precision)
-    resume = find_latest(config.output) if config.checkpoint.resume else None
     pad_multiple = _pad_multiple(config, resume)
     check_sequence(config.layout, config.seq_len, pad_multiple)
     if config.precision == "fp8":
@@ -112,7 +114,11 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     data, valid = open_sources(config.data, "--data"), open_sources(config.valid, "--valid")
     for index, _ in data + valid:
         check_tokenizer(source.files, index.path, index.meta)
-    return Prepared(
+    check_data([index for index, _ in data + valid], description.vocab_size)
+    check_model_config(config, description)
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--log.wandb needs Weights & Biases, which is not installed: pip install 'lathe[track]'")
+    prepared = Prepared(
         config=config,
         source=source,
         description=description,
@@ -123,6 +129,79 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
         resume=resume,
         pad_multiple=pad_multiple,
     )
+    check_order(prepared)
+    return prepared
+
+
+def _find_model(config: RunConfig, resume: ResumePoint | None) -> tuple[Source, ModelDescription]:
+    """The base model; on a resume what the checkpoint itself holds, which a --model still there must agree with."""
+    assert config.model is not None
+    overrides = dataclasses.asdict(config.override)
+    if resume is None:
+        source = find_source(config.model)
+        return source, describe(source.files, overrides=overrides)
+    files = resume.directory / HF
+    description = describe(files)
+    given = Path(config.model) / HF if (Path(config.model) / STATE).is_dir() else Path(config.model)
+    if (given / "config.json").is_file():
+        asked = describe(given, overrides=overrides)
+        names = ("family", "transformer", "vocab_size", "tied", "max_position_embeddings", "rope")
+        changed = [name for name in names if getattr(asked, name) != getattr(description, name)]
+        if changed:
+            raise ValueError(
+                f"--model {config.model} with its overrides differs from the model of the run in {config.output} in "
+                f"{', '.join(changed)}; give what the run was started with, or another --output"
+            )
+    weights, dtype = resume.directory / STATE, resume.manifest["source_dtype"]
+    return Source(weights=weights, files=files, is_checkpoint=True, dtype=dtype), description
+
+
+def check_data(indexes: list[DocumentIndex], vocab_size: int) -> None:
+    """Refuses tokens that the model does not have, and data directories whose conversations end differently."""
+    for index in indexes:
+        if (tokens := index.meta.get("vocab_size", 0)) > vocab_size:
+            raise ValueError(
+                f"{index.path} was prepared with a vocabulary of {tokens:,} tokens and the model has {vocab_size:,}; "
+                "prepare the data with the model's own tokenizer"
+            )
+        for name in ("chat_template", "end_token_ids"):
+            if index.meta.get(name) != indexes[0].meta.get(name):
+                raise ValueError(
+                    f"{index.path} and {indexes[0].path} were prepared with different chat templates, of which the "
+                    "export can carry one; prepare both with the same --chat-template"
+                )
+
+
+def check_model_config(config: RunConfig, description: ModelDescription) -> None:
+    """Lets megatron-core refuse what --mcore or the layout ask of it before anything is built."""
+    try:
+        transformer_config(
+            description,
+            layout=config.layout,
+            precision=config.precision,
+            recompute=config.recompute,
+            fp8=config.fp8,
+            extra=config.mcore,
+        )
+    except (AssertionError, ValueError, TypeError) as error:
+        given = " ".join(f"--mcore.{name}={value}" for name, value in config.mcore.items())
+        raise ValueError(f"megatron-core refuses {given or 'this configuration'}: {error}") from None
+
+
+def check_order(prepared: Prepared) -> None:
+    """Refuses documents that are too long, a changed order of data, and a run that is over already."""
+    config, resume = prepared.config, prepared.resume
+    loader = make_loader(prepared, prepared.data)
+    if prepared.valid:
+        make_loader(prepared, prepared.valid, shuffle=False)
+    if resume is None:
+        return
+    loader.load_state_dict(resume.manifest["data"])
+    if config.steps is not None and resume.step >= config.steps:
+        raise ValueError(
+            f"--steps {config.steps}: the run in {config.output} is at step {resume.step} already; give more steps, or "
+            "--checkpoint.no-resume to start it anew"
+        )
 
 
 def _pad_multiple(config: RunConfig, resume: ResumePoint | None) -> int:
@@ -145,22 +224,26 @@ def _pad_multiple(config: RunConfig, resume: ResumePoint | None) -> int:
 
 
 def make_loader(
-    prepared: Prepared, sources: tuple[tuple[DocumentIndex, float], ...], mesh: Mesh, *, shuffle: bool = True
+    prepared: Prepared,
+    sources: tuple[tuple[DocumentIndex, float], ...],
+    mesh: Mesh | None = None,
+    *,
+    shuffle: bool = True,
 ) -> Loader:
-    """The loader of this rank; held-out data (`shuffle=False`) is counted in bins and read in order."""
+    """The loader of this rank, or of a lone one; held-out data (`shuffle=False`) is counted in bins, in order."""
     config = prepared.config
     return Loader(
         list(sources),
         seq_len=config.seq_len,
         micro_batch_size=config.micro_batch_size,
-        global_batch_size=config.global_batch_size if shuffle else config.micro_batch_size * mesh.dp_size * 8,
+        global_batch_size=config.global_batch_size if shuffle else VALID_BINS,
         batch_unit=config.batch_unit if shuffle else "sequences",
         pad_documents_to=prepared.pad_multiple,
         too_long=config.too_long,
         seed=config.seed,
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp_size,
-        microbatch_multiple=mesh.layout.pp if mesh.layout.vpp > 1 else 1,
+        dp_rank=mesh.dp_rank if mesh else 0,
+        dp_size=mesh.dp_size if mesh else 1,
+        microbatch_multiple=config.pp if config.vpp > 1 else 1,
         shuffle=shuffle,
     )
 
@@ -170,12 +253,17 @@ def weight_reader(prepared: Prepared) -> Any:
     if not prepared.source.is_checkpoint:
         reader = HFReader(prepared.source.weights)
         return lambda key, offset, shape: read_shard(prepared.description, reader, key, offset, shape)
-    from engine.tensor_store import StoreReader
+    from engine.tensor_store import StoreReader, master_key
 
     store = StoreReader(prepared.source.weights)
+    missing = [key for key in prepared.description.rule if key not in store]
+    if missing:
+        raise ValueError(f"{prepared.source.weights} lacks {len(missing)} tensor(s): {', '.join(missing[:5])}")
+    wide = prepared.config.precision == "fp32"
 
     def read(key: str, offset: tuple[int, ...], shape: tuple[int, ...]):
-        rows = store.read(key, slice(offset[0], offset[0] + shape[0]))
+        stored = (master_key(store, key) or key) if wide else key
+        rows = store.read(stored, slice(offset[0], offset[0] + shape[0]))
         return rows if len(shape) == 1 else rows[:, offset[1] : offset[1] + shape[1]]
 
     return read

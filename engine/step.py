@@ -105,6 +105,7 @@ class StepTotals:
     supervised: int
     tokens: int  # the documents' own
     padding: int
+    bins: int  # that hold documents
     squared_lengths: int  # the sum of squared document lengths, for counting attention's work
     bad_samples: tuple[tuple[int, int], ...] = ()  # (source, document) of microbatches whose loss is not finite
 
@@ -151,11 +152,12 @@ def _local_multiple(mesh: Mesh, microbatches: list[Microbatch]) -> int:
 
 def _reduce_totals(losses: Tensor, microbatches: list[Microbatch], supervised: int, mesh: Mesh) -> StepTotals:
     """Adds up over data- and context-parallel ranks and tells every pipeline stage."""
-    own = [0, 0, 0]
+    own = [0, 0, 0, 0]
     if mesh.cp_rank == 0:  # context-parallel ranks hold the same microbatches
         own = [
             sum(batch.real_tokens for batch in microbatches),
             sum(batch.padding_tokens for batch in microbatches),
+            sum(batch.bins for batch in microbatches),
             sum(int(np.square(batch.document_lengths, dtype=np.int64).sum()) for batch in microbatches),
         ]
     # Integers travel as float64, exact up to 2**53.
@@ -166,25 +168,29 @@ def _reduce_totals(losses: Tensor, microbatches: list[Microbatch], supervised: i
         last = distributed.get_global_rank(mesh.groups.pp, mesh.layout.pp - 1)
         distributed.broadcast(totals, src=last, group=mesh.groups.pp)
     loss_sum, *counts = totals.tolist()
-    bad = () if math.isfinite(loss_sum) else _bad_samples(losses, microbatches)
-    supervised, tokens, padding, squared = map(int, counts)
+    bad = () if math.isfinite(loss_sum) else gather_samples(_bad_samples(losses, microbatches))
+    supervised, tokens, padding, bins, squared = map(int, counts)
     return StepTotals(
         loss_sum=loss_sum,
         supervised=supervised,
         tokens=tokens,
         padding=padding,
+        bins=bins,
         squared_lengths=squared,
         bad_samples=bad,
     )
 
 
-def _bad_samples(losses: Tensor, microbatches: list[Microbatch]) -> tuple[tuple[int, int], ...]:
-    """Collects, on every rank, the samples of microbatches whose loss is not finite."""
-    own: set[tuple[int, int]] = set()
-    if len(losses) == len(microbatches):  # else an earlier pipeline stage, which sees no loss
-        for loss, batch in zip(losses.tolist(), microbatches, strict=True):
-            if not math.isfinite(loss):
-                own.update(batch.sample_ids)
+def _bad_samples(losses: Tensor, microbatches: list[Microbatch]) -> set[tuple[int, int]]:
+    """The samples of this rank's microbatches whose loss is not finite."""
+    if len(losses) != len(microbatches):  # an earlier pipeline stage, which sees no loss
+        return set()
+    pairs = zip(losses.tolist(), microbatches, strict=True)
+    return {sample for loss, batch in pairs if not math.isfinite(loss) for sample in batch.sample_ids}
+
+
+def gather_samples(own: set[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Collects samples over all ranks, which all call it, in order."""
     gathered: list[set[tuple[int, int]]] = [set()] * distributed.get_world_size()
     distributed.all_gather_object(gathered, own)
     return tuple(sorted(set().union(*gathered)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -14,11 +15,11 @@ from engine import checkpoint, host
 from engine.artifacts import write_model_files
 from engine.flops import device_peak, step_flops
 from engine.mesh import Mesh, build_mesh
-from engine.metrics import MetricsLog
+from engine.metrics import MetricsLog, read_metrics
 from engine.optim import build_optimizer, learning_rate, update
 from engine.report import write_report
 from engine.run import Prepared, make_loader, total_steps, weight_reader, write_config
-from engine.step import StepTotals, run_microbatches, wrap_chunks
+from engine.step import StepTotals, gather_samples, run_microbatches, wrap_chunks
 from models.backend import attention_kernel, parameter_dtype
 from models.build import build_chunks, load_weights, transformer_config
 
@@ -52,9 +53,12 @@ class Trainer:
             self.step = prepared.resume.step
         self.total_steps = total_steps(config, self.loader)
         self.model_files = config.output / "model_files"
+        self.data_state = self.loader.state_dict()
+        self.saved_step = self.step
 
     def train_step(self) -> tuple[StepTotals, float, float]:
         """One step: returns (totals, gradient norm, learning rate). FloatingPointError before a bad update."""
+        self.data_state = self.loader.state_dict()  # before the step, for a checkpoint made when it fails
         microbatches = self.loader.next_step()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -69,12 +73,12 @@ class Trainer:
         lr = learning_rate(self.config.optim, step, self.total_steps)
         done = update(self.optimizer, lr=lr, clip_grad=self.config.optim.clip_grad)
         if not done.applied:
-            samples = [sample for batch in microbatches for sample in batch.sample_ids]
+            samples = gather_samples({sample for batch in microbatches for sample in batch.sample_ids})
             raise FloatingPointError(
-                f"step {step}: the gradient's norm is {done.grad_norm}, the update was not made; samples of this "
-                f"rank: {self._names(tuple(samples))}"
+                f"step {step}: the gradient's norm is {done.grad_norm}, the update was not made; samples of the step: "
+                f"{self._names(samples)}"
             )
-        self.step = step
+        self.step, self.data_state = step, self.loader.state_dict()
         return totals, done.grad_norm, lr
 
     def _names(self, samples: tuple[tuple[int, int], ...]) -> str:
@@ -114,8 +118,9 @@ class Trainer:
             "tied": description.tied,
             "precision": self.config.precision,
             "pad_documents_to": self.prepared.pad_multiple,
-            "data": self.loader.state_dict(),
+            "data": self.data_state,
         }
+        self.saved_step = self.step
         return checkpoint.save(
             self.config.output,
             self.step,
@@ -139,7 +144,7 @@ def train(prepared: Prepared) -> None:
         meta = first.meta | {"tokenizer": first.path / "tokenizer"}
         overrides = {"rope_theta": config.override.rope_theta}
         overrides["max_position_embeddings"] = config.override.max_position_embeddings
-        write_config(config)
+        prepare_output(prepared)
         write_model_files(prepared.source.files, trainer.model_files, overrides=overrides, data=meta)
         print(start_lines(trainer, on_host), flush=True)
     distributed.barrier()
@@ -150,9 +155,21 @@ def train(prepared: Prepared) -> None:
         if log is not None:
             log.close()
     if mesh.is_logger:
+        silent = sum(not line["supervised_tokens"] for line in read_metrics(config.output / "metrics.jsonl"))
+        if silent:
+            print(f"{silent:,} of {trainer.total_steps:,} steps had no supervised token and changed nothing by loss")
         report = write_report(config.output, sample=sample_document(trainer), fill=None)
         print(f"report: {report}", flush=True)
     distributed.barrier()
+
+
+def prepare_output(prepared: Prepared) -> None:
+    """Makes RUN ready on one rank: the config, no leftovers, and no checkpoints of a run that is not continued."""
+    output = prepared.config.output
+    checkpoint.remove_unfinished(output)
+    if prepared.resume is None and (aside := checkpoint.set_aside(output)) is not None:
+        print(f"the checkpoints of an earlier run were moved to {aside}", flush=True)
+    write_config(prepared.config)
 
 
 def loop(trainer: Trainer, log: MetricsLog | None) -> None:
@@ -160,7 +177,12 @@ def loop(trainer: Trainer, log: MetricsLog | None) -> None:
     config = trainer.config
     while trainer.step < trainer.total_steps:
         started = time.perf_counter()
-        totals, grad_norm, lr = trainer.train_step()
+        try:
+            totals, grad_norm, lr = trainer.train_step()
+        except FloatingPointError:
+            if trainer.step > trainer.saved_step:  # every rank is here; the weights are those before the step
+                trainer.save()
+            raise
         if trainer.mesh.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
@@ -200,6 +222,7 @@ def write_line(
         seconds=seconds,
         tflops=tflops,
         mfu=tflops / peak if peak else None,
+        bin_fill=totals.tokens / (totals.bins * trainer.config.seq_len) if totals.bins else None,
         **extra,
     )
 
@@ -212,6 +235,7 @@ def make_log(trainer: Trainer) -> MetricsLog:
         total_steps=trainer.total_steps,
         start_step=trainer.step,
         wandb=log.wandb_project if log.wandb else None,
+        config=dataclasses.asdict(trainer.config),
         progress_every=log.print_every,
     )
 
@@ -230,6 +254,12 @@ def start_lines(trainer: Trainer, on_host: bool) -> str:
         f"bins of {config.seq_len:,} tokens, documents padded to {prepared.pad_multiple}",
         f"run: {trainer.total_steps:,} steps of {config.global_batch_size} {config.batch_unit} in {config.output}",
     ]
+    if trainer.valid_loader is not None:
+        held_out = trainer.valid_loader.counts
+        lines.append(
+            f"held out: {held_out.documents:,} documents, dropped {held_out.dropped:,}, truncated "
+            f"{held_out.truncated:,}"
+        )
     if prepared.resume is not None:
         lines.append(f"resumed from {prepared.resume.directory} after step {trainer.step}")
     return "\n".join(lines)

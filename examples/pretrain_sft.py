@@ -5,7 +5,9 @@ Without --model and --data the built-in demo runs: a small model with random wei
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import multiprocessing
 import os
 import sys
@@ -15,14 +17,27 @@ if TYPE_CHECKING:
     from engine.config import RunConfig
 
 
-def built_in(arguments: list[str], *, first: bool) -> RunConfig:
+def built_in(arguments: list[str], *, epochs: bool, first: bool) -> RunConfig:
     """The built-in demo under the given flags; the first process makes its input, the others wait."""
     from engine.cli import parse_run
+    from engine.config import check_values
     from examples.demo.builtin import DEMO, make_input, wait_for_input
 
-    config = parse_run(arguments, DEMO)
+    config = parse_run(arguments, dataclasses.replace(DEMO, steps=None) if epochs else DEMO)
+    check_values(config)
     model, data = make_input()[:2] if first else wait_for_input()
     return dataclasses.replace(config, model=str(model), data=(str(data),))
+
+
+def configure(arguments: list[str], *, first: bool) -> RunConfig:
+    """Parses the arguments; processes other than the first keep the parser's message to themselves."""
+    from engine.cli import parse_run
+
+    with contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO()):
+        config = parse_run(arguments)
+    if config.model is None and not config.data:
+        return built_in(arguments, epochs=config.epochs is not None, first=first)
+    return config
 
 
 def main(arguments: list[str]) -> int:
@@ -33,27 +48,26 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from engine.checkpoint import CheckpointFailed
-    from engine.cli import parse_run
     from engine.mesh import world_from_environment
+    from engine.run import prepare_run
+    from engine.train import train
 
     rank, world_size, _ = world_from_environment()
     try:
-        config = parse_run(arguments)
-        if config.model is None and not config.data:
-            config = built_in(arguments, first=rank == 0)
-        from engine.run import prepare_run
-        from engine.train import train
-
-        train(prepare_run(config, world_size=world_size, cuda=torch.cuda.is_available()))
-    except (ValueError, FloatingPointError) as error:
+        prepared = prepare_run(
+            configure(arguments, first=rank == 0), world_size=world_size, cuda=torch.cuda.is_available()
+        )
+    except (ValueError, OSError) as error:  # the same on every rank
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    except CheckpointFailed as error:
+    try:
+        train(prepared)
+    except (CheckpointFailed, FloatingPointError) as error:  # every rank knows
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    except OSError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         leave_at_once()
     return 0

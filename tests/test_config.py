@@ -27,9 +27,21 @@ def description(tmp_path_factory):
         (Layout(tp=2, cp=2), 6, "6 ranks cannot be split as tp 2 x cp 2 x pp 1 = 4 ranks per model replica"),
         (Layout(tp=2, cp=2), 6, "start 4 or 8 ranks"),
         (Layout(tp=2, pp=2), 2, "start 4 ranks"),
-        (Layout(tp=8), 8, "--tp 8 does not divide the key-value heads (4); the nearest smaller choice is 4"),
-        (Layout(tp=3), 3, "--tp 3 does not divide the attention heads (8); the nearest smaller choice is 2"),
-        (Layout(pp=3), 3, "--pp 3 does not divide the layers (4); the nearest smaller choice is 2"),
+        (
+            Layout(tp=8),
+            8,
+            "the key-value heads (4) in tp 8 x cp 1 x pp 1 x dp 1 = 8 ranks; the nearest smaller choice is 4",
+        ),
+        (
+            Layout(tp=3),
+            3,
+            "--tp 3 does not divide the attention heads (8) in tp 3 x cp 1 x pp 1 x dp 1 = 3 ranks; the nearest",
+        ),
+        (
+            Layout(pp=3),
+            3,
+            "--pp 3 does not divide the layers (4) in tp 1 x cp 1 x pp 3 x dp 1 = 3 ranks",
+        ),
         (Layout(pp=2, vpp=3), 2, "--vpp 3 does not divide the layers of a pipeline stage at --pp 2 (2)"),
         (Layout(vpp=2), 1, "--vpp 2 interleaves pipeline stages and needs --pp of at least 2"),
         (Layout(ep=2), 2, "this model has no experts"),
@@ -71,7 +83,9 @@ def test_sequence_is_refused(layout, seq_len, pad, sentence):
         ({"data": ("d",)}, "--model is missing"),
         ({"optim": OptimConfig(beta2=1.0)}, "--optim.beta2 1.0 must lie in [0, 1)"),
         ({"optim": OptimConfig(schedule="wsd")}, "--optim.decay-steps"),
-        ({"optim": OptimConfig(lr=-1.0)}, "--optim.lr -1.0 must not be negative"),
+        ({"valid_every": 5}, "--valid-every 5 needs held-out data"),
+        ({"optim": OptimConfig(lr=float("nan"))}, "--optim.lr nan must be a number"),
+        ({"optim": OptimConfig(lr=-1.0)}, "--optim.lr -1.0 must be a number of 0 or more"),
     ],
 )
 def test_value_is_refused(changes, sentence):
@@ -88,12 +102,13 @@ def write(path: Path, text: str) -> str:
 def test_later_wins(tmp_path):
     base = write(tmp_path / "base.yaml", "seq-len: 1024\noptim:\n  lr: 2e-5\n  schedule: linear\n")
     above = write(
-        tmp_path / "run.yaml", "base: base.yaml\ntp: 2\nsp: off\noptim: {lr: 1e-4}\nmcore: {attention_dropout: 0}\n"
+        tmp_path / "run.yaml",
+        "base: base.yaml\ntp: 2\nsp: off\noptim: {lr: 1e-4}\nmcore: {num_layers_at_start_in_bf16: 2}\n",
     )
     config = parse_run([above, "--seq-len", "2048", "--mcore.layernorm-epsilon=1e-6"])
     assert (config.seq_len, config.tp, config.sp, config.optim.lr) == (2048, 2, "off", 1e-4)
     assert config.optim.schedule == "linear"
-    assert config.mcore == {"attention_dropout": 0, "layernorm_epsilon": 1e-6}
+    assert config.mcore == {"num_layers_at_start_in_bf16": 2, "layernorm_epsilon": 1e-6}
     assert parse_run([base]).optim.lr == 2e-5
     assert parse_run(["--checkpoint.no-resume"]).checkpoint.resume is False
 
@@ -110,6 +125,9 @@ def test_later_wins(tmp_path):
         ("mcore: {hiden_size: 3}", "unknown flag mcore.hiden_size; the nearest is mcore.hidden_size"),
         ("- 3", "must hold keys and values"),
         ("a: [", "is not YAML"),
+        ("valid:", "recipe key valid has no value"),
+        ("mcore: {bf16: true}", "--mcore.bf16 is set by Lathe's own flags"),
+        ("mcore: {layernorm_epsilon: abc}", "--mcore.layernorm_epsilon is 'abc', which is no number"),
     ],
 )
 def test_recipe_is_refused(tmp_path, text, sentence):

@@ -36,14 +36,15 @@ def run(arguments: list[str], environment: dict[str, str] | None = None) -> None
 def inputs(tmp_path_factory):
     """A model and two data directories of 14 and 9 documents."""
     folder = tmp_path_factory.mktemp("inputs")
-    save_model("qwen2_tied", folder / "model", layers=2)
-    for name, count, seed in (("first", 14, 1), ("second", 9, 2)):
+    save_model("qwen2_tied", folder / "model", layers=4)
+    for name, count, seed in (("first", 14, 1), ("second", 9, 2), ("held_out", 6, 3)):
         write_index(folder / name, conversations(count, seed).documents, vocab_size=VOCABULARY)
     return folder
 
 
 def arguments(inputs: Path, output: Path, *extra: str) -> list[str]:
     base = ["--model", inputs / "model", "--output", output, "--data", inputs / "first", f"{inputs / 'second'}:0.5"]
+    base += ["--valid", inputs / "held_out", "--valid-every", "4"]
     shape = "--seq-len 96 --global-batch-size 4 --steps 9 --pad-documents-to 4 --checkpoint.every 3"
     rates = "--optim.lr 1e-2 --optim.schedule linear --optim.warmup-steps 2 --optim.weight-decay 0.1"
     return [*map(str, base), *shape.split(), *rates.split(), *extra]
@@ -95,7 +96,7 @@ def test_resume_is_bitwise(pool, inputs, tmp_path, unit, precision):
 
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [(1, ""), (2, "--cp 2"), (2, "--pp 2"), (2, ""), (4, "--tp 4"), (4, "--tp 2 --sp off"), (2, "--pp 2 --vpp 1")],
+    [(1, ""), (2, "--cp 2"), (2, "--pp 2"), (2, ""), (4, "--tp 4"), (4, "--tp 2 --sp off"), (2, "--pp 2 --vpp 2")],
 )
 def test_resume_under_another_layout(pool, inputs, tmp_path, ranks, layout):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -106,6 +107,8 @@ def test_resume_under_another_layout(pool, inputs, tmp_path, ranks, layout):
     found, wanted = metrics(cut), metrics(whole)
     for key in ("tokens", "supervised_tokens", "lr"):
         assert [line[key] for line in found] == [line[key] for line in wanted]
+    assert [line["step"] for line in wanted if "valid_loss" in line] == [4, 8, 9]
+    np.testing.assert_allclose(*([line.get("valid_loss", 0) for line in run] for run in (found, wanted)), rtol=1e-5)
     for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
         np.testing.assert_allclose([f[key] for f in found], [w[key] for w in wanted], rtol=tolerance)
 
