@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_overrides_reach_training_and_export(pool, data, tmp_path):
 def test_a_given_template_and_its_end_token_reach_the_export(tmp_path):
     """A base model's files with another template: it replaces the own one, and generation learns to stop."""
     source = save_model("qwen2_untied", tmp_path / "source", layers=1)
-    tokenizer = small_tokenizer()
+    tokenizer = copy.deepcopy(small_tokenizer())
     tokenizer.chat_template = None
     tokenizer.save_pretrained(source)
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "temperature": 0.5}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 import shutil
@@ -190,7 +191,7 @@ def test_a_save_that_cannot_fit_is_refused_before_it_starts(monkeypatch, tmp_pat
 def test_tokenizer_that_does_not_match(inputs, tmp_path):
     from tests.chatting import small_tokenizer
 
-    first, second = small_tokenizer(), small_tokenizer()
+    first, second = copy.deepcopy(small_tokenizer()), copy.deepcopy(small_tokenizer())
     second.add_tokens(["<|another|>"])
     model = altered(inputs, "with_tokenizer", first.save_pretrained)
     documents = conversations(4).documents
