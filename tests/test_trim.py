@@ -9,17 +9,18 @@ from data.loader import Loader, without_padding_documents
 from tests.tiny import conversations
 
 
-def microbatches(micro_batch_size: int) -> list:
+def first_step(documents: int, dp_rank: int, micro_batch_size: int) -> list:
+    """One of two ranks' microbatches of a step that takes all documents, in bins of 640 tokens."""
     loader = Loader(
-        [(conversations(20), 1)],
+        [(conversations(documents), 1)],
         seq_len=640,
         micro_batch_size=micro_batch_size,
-        global_batch_size=20,
+        global_batch_size=documents,
         batch_unit="conversations",
         pad_documents_to=4,
         too_long="error",
         seed=1,
-        dp_rank=0,
+        dp_rank=dp_rank,
         dp_size=2,
     )
     return loader.next_step()
@@ -38,7 +39,7 @@ def documents(batch) -> list[tuple]:
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
 @pytest.mark.parametrize("multiple", [4, 8, 64])
 def test_real_documents_stay_as_they_were(micro_batch_size, multiple):
-    for batch in microbatches(micro_batch_size):
+    for batch in first_step(20, 0, micro_batch_size):
         trimmed = without_padding_documents(batch, multiple)
         size = len(trimmed.tokens)
         assert documents(trimmed) == documents(batch)
@@ -54,19 +55,7 @@ def test_real_documents_stay_as_they_were(micro_batch_size, multiple):
 
 
 def test_a_filler_keeps_one_unit():
-    loader = Loader(
-        [(conversations(1), 1)],
-        seq_len=640,
-        micro_batch_size=1,
-        global_batch_size=1,
-        batch_unit="conversations",
-        pad_documents_to=4,
-        too_long="error",
-        seed=1,
-        dp_rank=1,
-        dp_size=2,
-    )
-    (filler,) = loader.next_step()
+    (filler,) = first_step(1, 1, 1)
     assert filler.real_tokens == 0 and len(filler.tokens) == 640
     trimmed = without_padding_documents(filler, 8)
     assert len(trimmed.tokens) == trimmed.padding_tokens == 8 and trimmed.cu_seqlens.tolist() == [0, 8]
