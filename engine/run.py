@@ -18,7 +18,7 @@ from engine.checkpoint_format import HF, STATE, read_manifest
 from engine.config import RunConfig, check_values
 from engine.mesh import Mesh, check_fp8, check_layout, check_sequence
 from models.backend import choose_backend
-from models.build import transformer_config
+from models.build import TransformerConfig, transformer_config
 from models.hf_io import HFReader, read_shard, source_dtype
 from models.registry import ModelDescription, check_directory, describe
 
@@ -115,7 +115,7 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     for index, _ in data + valid:
         check_tokenizer(source.files, index.path, index.meta)
     check_data([index for index, _ in data + valid], description.vocab_size)
-    check_model_config(config, description)
+    model_config(config, description)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--log.wandb needs Weights & Biases, which is not installed: pip install 'lathe[track]'")
     prepared = Prepared(
@@ -172,10 +172,10 @@ def check_data(indexes: list[DocumentIndex], vocab_size: int) -> None:
                 )
 
 
-def check_model_config(config: RunConfig, description: ModelDescription) -> None:
-    """Lets megatron-core refuse what --mcore or the layout ask of it before anything is built."""
+def model_config(config: RunConfig, description: ModelDescription) -> TransformerConfig:
+    """megatron-core's config of a run; ValueError for what --mcore or the layout ask of it in vain."""
     try:
-        transformer_config(
+        return transformer_config(
             description,
             layout=config.layout,
             precision=config.precision,

@@ -146,7 +146,7 @@ def run_microbatches(
 def _local_multiple(mesh: Mesh, microbatches: list[Microbatch]) -> int:
     """What a microbatch's length must divide by: the padding of all documents, and the split over ranks."""
     layout = mesh.layout
-    unit = math.gcd(*(int(length) for batch in microbatches for length in np.diff(batch.cu_seqlens)))
+    unit = int(np.gcd.reduce(np.concatenate([np.diff(batch.cu_seqlens) for batch in microbatches])))
     return math.lcm(unit, 2 * layout.cp, layout.cp * (layout.tp if layout.sp else 1))
 
 

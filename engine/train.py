@@ -18,10 +18,10 @@ from engine.mesh import Mesh, build_mesh
 from engine.metrics import MetricsLog, read_metrics
 from engine.optim import build_optimizer, learning_rate, update
 from engine.report import write_report
-from engine.run import Prepared, make_loader, total_steps, weight_reader, write_config
+from engine.run import Prepared, make_loader, model_config, total_steps, weight_reader, write_config
 from engine.step import StepTotals, gather_samples, run_microbatches, wrap_chunks
 from models.backend import attention_kernel, parameter_dtype
-from models.build import build_chunks, load_weights, transformer_config
+from models.build import build_chunks, load_weights
 
 
 class Trainer:
@@ -33,15 +33,8 @@ class Trainer:
         self.loader = make_loader(prepared, prepared.data, mesh)
         self.valid_loader = make_loader(prepared, prepared.valid, mesh, shuffle=False) if prepared.valid else None
         self.kernel = attention_kernel(prepared.backend, mesh.device, parameter_dtype(config.precision))
-        model_config = transformer_config(
-            prepared.description,
-            layout=mesh.layout,
-            precision=config.precision,
-            recompute=config.recompute,
-            fp8=config.fp8,
-            extra=config.mcore,
-        )
-        chunks = build_chunks(prepared.description, model_config, backend=prepared.backend, groups=mesh.groups)
+        megatron = model_config(config, prepared.description)
+        chunks = build_chunks(prepared.description, megatron, backend=prepared.backend, groups=mesh.groups)
         if prepared.resume is None:
             load_weights(chunks, checkpoint.sharding_metadata(mesh), weight_reader(prepared))
         self.chunks = wrap_chunks(chunks, mesh)
@@ -53,12 +46,11 @@ class Trainer:
             self.step = prepared.resume.step
         self.total_steps = total_steps(config, self.loader)
         self.model_files = config.output / "model_files"
-        self.data_state = self.loader.state_dict()
+        self.data_state = self.loader.state_dict()  # after the last good step, also when the next one fails
         self.saved_step = self.step
 
     def train_step(self) -> tuple[StepTotals, float, float]:
         """One step: returns (totals, gradient norm, learning rate). FloatingPointError before a bad update."""
-        self.data_state = self.loader.state_dict()  # before the step, for a checkpoint made when it fails
         microbatches = self.loader.next_step()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()

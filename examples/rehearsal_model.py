@@ -8,12 +8,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 from data.formats import Fields, RowError, to_conversation
-from examples.demo.model import train_tokenizer
+from examples.demo.model import train_tokenizer, write_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,6 @@ def main(options: RehearsalOptions) -> None:
     """Trains the tokenizer, draws the weights, writes the directory."""
     fields = json.loads((Path(__file__).parent / "demo" / "model.json").read_text(encoding="utf-8"))
     tokenizer = train_tokenizer(texts(options.sources), options.vocab_size)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     fields |= {
         "vocab_size": options.vocab_size,
         "hidden_size": options.hidden_size,
@@ -59,13 +57,9 @@ def main(options: RehearsalOptions) -> None:
         "num_attention_heads": options.num_heads,
         "num_key_value_heads": options.num_key_value_heads,
         "max_position_embeddings": options.max_position_embeddings,
-        **ends,
     }
-    torch.manual_seed(options.seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)
-    model.generation_config = GenerationConfig(**ends)
-    model.save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
+    write_model(options.output, fields, tokenizer, options.seed)
+    model = AutoModelForCausalLM.from_pretrained(options.output)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{options.output}: {parameters / 1e6:.1f} M parameters, vocabulary {len(tokenizer):,}")
 

@@ -66,6 +66,11 @@ def build_demo_model(directory: str | Path, seed: int = 0) -> Path:
     rows, _ = make_problems(train=2_000, heldout=0)
     texts = (f"{message['role']}\n{message['content']}" for row in rows for message in row["messages"])
     tokenizer = train_tokenizer(texts, fields["vocab_size"])
+    return write_model(directory, fields, tokenizer, seed)
+
+
+def write_model(directory: Path, fields: dict, tokenizer: PreTrainedTokenizerFast, seed: int) -> Path:
+    """Write a Hugging Face directory with random weights of the shape in `fields`; return its path."""
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = AutoConfig.for_model(**fields, **ends)
     with torch.random.fork_rng(devices=[]):

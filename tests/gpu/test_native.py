@@ -21,26 +21,6 @@ BATCHING = {
 MEGABYTE = 1e6
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Model directories by name, made when first asked for."""
-    from tests.tiny import save_model
-
-    made = {}
-
-    def get(name: str):
-        if name not in made:
-            made[name] = save_model(name, tmp_path_factory.mktemp(name), **gpu.SHAPE)
-        return made[name]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return gpu.make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
 def optim(**changes):
     from engine.config import OptimConfig
 

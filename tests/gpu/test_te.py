@@ -22,26 +22,6 @@ RECIPES = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8"
 CURVE_STEPS = 50
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Model directories by name, made when first asked for."""
-    from tests.tiny import save_model
-
-    made = {}
-
-    def get(name: str):
-        if name not in made:
-            made[name] = save_model(name, tmp_path_factory.mktemp(name), **gpu.SHAPE)
-        return made[name]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return gpu.make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
 def needs(recipe: str) -> None:
     """Skips a recipe that this GPU has no instructions for."""
     if torch.cuda.get_device_capability() < RECIPES[recipe]:
