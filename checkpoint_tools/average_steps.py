@@ -23,6 +23,7 @@ from checkpoint_tools.mcore_to_hf import change_config, export
 from engine.checkpoint_format import HF, STATE, complete_or_absent, write_manifest
 from engine.tensor_store import master_key, row_blocks, write_store
 from models.hf_io import copy_side_files
+from models.rules import Index
 
 PIECE_BYTES = 32 * 2**20  # of the result, as it is written
 BLOCK_BYTES = 2 * 2**20  # of fp64 sums, which stay in a processor's cache
@@ -59,22 +60,25 @@ def main(
 
 
 class Mean:
-    """Called with (key, rows): the mean of that part over all checkpoints, in fp64 and rounded once."""
+    """Called with (key, index): the mean of that part over all checkpoints, in fp64 and rounded once."""
 
     def __init__(self, opened: Sequence[Checkpoint], dtype: torch.dtype):
         self._opened, self._dtype = opened, dtype
 
-    def __call__(self, key: str, rows: slice) -> Tensor:
-        shape = (rows.stop - rows.start, *self._opened[0].store.shape(key)[1:])
+    def __call__(self, key: str, index: Index) -> Tensor:
+        sizes = self._opened[0].store.shape(key)
+        whole = tuple(slice(0, size) for size in sizes)
+        rows, *rest = (slice(*part.indices(n)) for part, n in zip(index + whole[len(index) :], sizes, strict=True))
+        shape = [part.stop - part.start for part in (rows, *rest)]
         result = torch.empty(shape, dtype=self._dtype)
         for block in row_blocks(shape, torch.float64, BLOCK_BYTES):
-            result[block] = self._block(key, slice(rows.start + block.start, rows.start + block.stop))
+            result[block] = self._block(key, (slice(rows.start + block.start, rows.start + block.stop), *rest))
         return result
 
-    def _block(self, key: str, rows: slice) -> Tensor:
+    def _block(self, key: str, index: Index) -> Tensor:
         total: Tensor | None = None
         for one in self._opened:
-            part = one.store.read(master_key(one.store, key) or key, rows)
+            part = one.store.read(master_key(one.store, key) or key, index)
             total = part.double() if total is None else total.add_(part)
         assert total is not None
         total /= len(self._opened)
@@ -140,7 +144,7 @@ def _write_checkpoint(partial: Path, opened: Sequence[Checkpoint], dtype: torch.
 
         def spec(rule):
             def produce(rows: slice) -> Tensor:
-                tensor = mean(rule.key, rows)
+                tensor = mean(rule.key, (rows,))
                 advance(tensor.nbytes)
                 return tensor
 

@@ -23,6 +23,7 @@ from rich.progress import (
 from engine.checkpoint_format import HF, STATE, read_manifest
 from engine.tensor_store import StoreReader, master_key
 from models.registry import ModelDescription, describe
+from models.rules import Index
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -36,11 +37,11 @@ class Checkpoint:
     description: ModelDescription
     store: StoreReader
 
-    def read(self, key: str, rows: slice | None, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of a model tensor; from the fp32 master weights where `dtype` holds more than the model's."""
+    def read(self, key: str, index: Index, dtype: torch.dtype) -> torch.Tensor:
+        """A slice of a model tensor; from the fp32 master weights where `dtype` holds more than the model's."""
         if dtype.itemsize > self.store.dtype(key).itemsize:
             key = master_key(self.store, key) or key
-        return self.store.read(key, rows).to(dtype)
+        return self.store.read(key, index).to(dtype)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -53,7 +53,7 @@ def manifest(description: ModelDescription, dtype: torch.dtype, step: int) -> di
 def _specs(description: ModelDescription, reader: HFReader, advance) -> list[Spec]:
     def spec(rule) -> Spec:
         def produce(rows: slice) -> torch.Tensor:
-            tensor = rule.read(reader, rows)
+            tensor = rule.read(reader, (rows,))
             advance(tensor.nbytes)
             return tensor
 

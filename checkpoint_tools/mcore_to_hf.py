@@ -14,10 +14,10 @@ import torch
 
 from checkpoint_tools.common import dtype_name, dtype_of, open_checkpoint, progress, run
 from engine.checkpoint_format import HF, complete_or_absent
-from engine.tensor_store import row_blocks
 from models.hf_io import HFReader, copy_side_files
 from models.hf_writer import HFWriter
 from models.registry import ModelDescription, apply_overrides, check_directory, read_config
+from models.rules import Index
 
 BLOCK_BYTES = 32 * 2**20
 
@@ -52,25 +52,21 @@ def main(
 def export(
     output: Path,
     description: ModelDescription,
-    read: Callable[[str, slice], torch.Tensor],
+    read: Callable[[str, Index], torch.Tensor],
     dtype: torch.dtype,
     side_files: Path,
     block_bytes: int = BLOCK_BYTES,
 ) -> None:
-    """Write a Hugging Face directory; `read(key, rows)` gives rows of global megatron tensors in `dtype`."""
+    """Write a Hugging Face directory; `read(key, index)` gives slices of global megatron tensors in `dtype`."""
     copy_side_files(side_files, output)
     plan = {name: (shape, dtype) for rule in description.rules for name, shape in rule.hf_shapes().items()}
     total = sum(torch.Size(shape).numel() * dtype.itemsize for shape, _ in plan.values())
     with progress("exporting", total) as advance, HFWriter(output, plan, like=side_files) as writer:
         for rule in description.rules:
-            offset = 0
-            for segment in rule.segments:
-                length = segment.stop - segment.start
-                for rows in row_blocks((length, *rule.shape[1:]), dtype, block_bytes):
-                    tensor = read(rule.key, slice(offset + rows.start, offset + rows.stop))
-                    writer.write(segment.name, tensor, start=segment.start + rows.start)
-                    advance(tensor.nbytes)
-                offset += length
+            for part in rule.parts(dtype.itemsize, block_bytes):
+                tensor = part.lay_out(read(rule.key, part.index))
+                writer.write(part.name, tensor, start=part.start)
+                advance(tensor.nbytes)
     check_directory(description, HFReader(output))
 
 

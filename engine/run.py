@@ -263,8 +263,7 @@ def weight_reader(prepared: Prepared) -> Any:
 
     def read(key: str, offset: tuple[int, ...], shape: tuple[int, ...]):
         stored = (master_key(store, key) or key) if wide else key
-        rows = store.read(stored, slice(offset[0], offset[0] + shape[0]))
-        return rows if len(shape) == 1 else rows[:, offset[1] : offset[1] + shape[1]]
+        return store.read(stored, tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True)))
 
     return read
 

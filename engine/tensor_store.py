@@ -84,10 +84,10 @@ class StoreReader:
     def dtype(self, key: str) -> torch.dtype:
         return self._tensors[key].properties.dtype
 
-    def read(self, key: str, rows: slice | None = None) -> Tensor:
-        """A global tensor or a range of its rows, put together from the pieces that hold them."""
+    def read(self, key: str, index: tuple[slice, ...] = ()) -> Tensor:
+        """A global tensor or a slice of it (one slice a leading dimension, without steps), from its pieces."""
         shape = self.shape(key)
-        first, last, _ = (rows or slice(None)).indices(shape[0] if shape else 1)
+        first, last, _ = (index[0] if index else slice(None)).indices(shape[0] if shape else 1)
         result = torch.empty((last - first, *shape[1:]) if shape else (), dtype=self.dtype(key))
         filled = 0
         for piece in self._pieces(key):
@@ -101,7 +101,7 @@ class StoreReader:
                 filled += block.numel()
         if filled != result.numel():
             raise ValueError(f"{self.directory}: pieces of {key} cover {filled} of {result.numel()} elements")
-        return result
+        return result[(slice(None), *index[1:])] if index[1:] else result
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}

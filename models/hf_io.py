@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from models.rules import Index, TensorReader
+
 if TYPE_CHECKING:
     from models.registry import ModelDescription
 
@@ -76,15 +78,14 @@ class HFReader:
     def dtype(self, name: str) -> torch.dtype:
         return self._dtype[name]
 
-    def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Tensor:
-        """A tensor or a slice of it, in memory of its own; only the slice's pages are read."""
+    def read(self, name: str, index: Index = (), out: Tensor | None = None) -> Tensor:
+        """A tensor or a slice of it, put into `out` or into memory of its own; only the slice's pages are read."""
         with self._open(self._file[name]) as file:
             mapped = file.get_slice(name)
-            if columns is None:
-                part = mapped[...] if rows is None else mapped[rows]
-            else:
-                part = mapped[rows or slice(None), columns]
-            return part.clone(memory_format=torch.contiguous_format)
+            part = mapped[tuple(slice(s.start, s.stop) for s in index)] if index else mapped[...]
+            if any(s.step not in (None, 1) for s in index):
+                part = part[tuple(slice(None, None, s.step) for s in index)]
+            return part.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(part)
 
     def _open(self, file: str):
         try:
@@ -136,7 +137,7 @@ def read_index(path: Path) -> dict | None:
 
 def read_shard(
     description: ModelDescription,
-    reader: HFReader,
+    reader: TensorReader,
     key: str,
     global_offset: Sequence[int],
     local_shape: Sequence[int],
@@ -152,10 +153,7 @@ def read_shard(
     ends = [offset + length for offset, length in zip(global_offset, local_shape, strict=True)]
     if len(ends) != len(rule.shape) or any(e > n for e, n in zip(ends, rule.shape, strict=True)):
         raise ValueError(f"{key} {list(rule.shape)} has no part {list(local_shape)} at {list(global_offset)}")
-    slices: list[slice | None] = [slice(offset, end) for offset, end in zip(global_offset, ends, strict=True)]
-    if len(slices) == 2 and slices[1] == slice(0, rule.shape[1]):
-        slices[1] = None
-    return rule.read(reader, *slices)
+    return rule.read(reader, tuple(slice(offset, end) for offset, end in zip(global_offset, ends, strict=True)))
 
 
 def source_dtype(path: str | Path) -> torch.dtype:

@@ -5,6 +5,7 @@ there. Every field must be understood: one that could change the mathematics and
 """
 
 import copy
+import fnmatch
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,16 +16,18 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
+from models.check import check_tensors
 from models.families import FAMILIES
-from models.rules import Family, Rule, TensorReader, check_tensors, expand
+from models.rules import Family, Rule, TensorReader, expand
 
 VOCAB_MULTIPLE = 128  # the same whatever tp is, so that a checkpoint's shapes never depend on the layout
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-OVERRIDES = ("rope_theta", "max_position_embeddings")
+OVERRIDES = ("rope_theta", "max_position_embeddings", "vocab_size")
 
 # Read by this file for every family.
 COMMON_FIELDS = {"vocab_size", "max_position_embeddings", "tie_word_embeddings", "head_dim"}
 ROPE_FIELDS = {"rope_parameters", "rope_theta", "rope_scaling"}
+WINDOW_FIELDS = {"layer_types", "sliding_window", "use_sliding_window", "max_window_layers"}
 # About files, tokens, generation or labels: never about what the model computes from tokens in training.
 BOOKKEEPING = {"torch_dtype", "tokenizer_class", "num_labels", "model_max_length", "use_cache"}
 
@@ -41,6 +44,9 @@ class ModelDescription:
     tied: bool
     max_position_embeddings: int
     rope: tuple[dict[str, Any], ...]  # one dict of transformers' rope_parameters per layer
+    post_norm: bool  # norms after attention and feed-forward, before the residual
+    qk_norm: str  # "none", "head" or "projection"
+    mxfp4: tuple[str, ...]  # tensors that files hold as `_blocks` and `_scales`, empty for plain files
     rules: tuple[Rule, ...]
 
     @cached_property
@@ -59,26 +65,17 @@ def describe(source: str | Path | dict, *, overrides: dict | None = None) -> Mod
     family = _family(raw)
     config = _normalised(raw, family)
     _check_fields(config, raw, family)
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    config["head_dim"] = config.get("head_dim") or hidden // heads
-    transformer = {name: config[field] for name, field in family.fields.items()} | dict(family.constants)
-    groups = transformer["num_query_groups"]
+    config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    transformer = _transformer(config, family)
+    heads, groups = config["num_attention_heads"], transformer["num_query_groups"]
     if heads % groups:
         raise ValueError(
             f"config.json: num_attention_heads ({heads}) does not divide by num_key_value_heads ({groups})"
         )
     vocab_size, tied = config["vocab_size"], bool(config["tie_word_embeddings"])
     padded = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    dims = {
-        "vocab": vocab_size,
-        "padded_vocab": padded,
-        "hidden": hidden,
-        "groups": groups,
-        "heads*head_dim": heads * config["head_dim"],
-        "groups*head_dim": groups * config["head_dim"],
-        "ffn": transformer["ffn_hidden_size"],
-    }
-    num_layers = transformer["num_layers"]
+    dims = _dims(config, transformer) | {"vocab": vocab_size, "padded_vocab": padded}
+    rules = expand(family.table, dims, transformer["num_layers"], {"tied" if tied else "untied"})
     return ModelDescription(
         family=family.name,
         hf_config=config,
@@ -87,9 +84,45 @@ def describe(source: str | Path | dict, *, overrides: dict | None = None) -> Mod
         padded_vocab_size=padded,
         tied=tied,
         max_position_embeddings=config["max_position_embeddings"],
-        rope=(_rope(config),) * num_layers,
-        rules=expand(family.table, dims, num_layers, {"tied" if tied else "untied"}),
+        rope=_ropes(config, transformer["num_layers"]),
+        post_norm=family.post_norm,
+        qk_norm=family.qk_norm,
+        mxfp4=_mxfp4(config, family, rules),
+        rules=rules,
     )
+
+
+def _transformer(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Fields for megatron's TransformerConfig: the family's, its windows, and what its norms ask for."""
+    fields = dict(family.constants)
+    for name, source in family.fields.items():
+        field, convert = source if isinstance(source, tuple) else (source, None)
+        fields[name] = convert(config[field]) if convert else config[field]
+    fields["qk_layernorm"] = family.qk_norm == "head"
+    windowed = [kind == "sliding_attention" for kind in config.get("layer_types") or () if family.windows]
+    if any(windowed):
+        # The window holds a token itself; megatron counts the tokens to its left.
+        fields["window_size"] = (config["sliding_window"] - 1, 0)
+        fields["window_attn_skip_freq"] = [int(one) for one in windowed]
+    return fields
+
+
+def _dims(config: Mapping[str, Any], transformer: Mapping[str, Any]) -> dict[str, int]:
+    """The words in which a family's table gives shapes."""
+    heads, groups, width = config["num_attention_heads"], transformer["num_query_groups"], config["head_dim"]
+    expert_ffn = transformer.get("moe_ffn_hidden_size", 0)
+    return {
+        "hidden": config["hidden_size"],
+        "heads": heads,
+        "groups": groups,
+        "head_dim": width,
+        "heads*head_dim": heads * width,
+        "groups*head_dim": groups * width,
+        "ffn": transformer["ffn_hidden_size"],
+        "experts": transformer.get("num_moe_experts", 0),
+        "expert_ffn": expert_ffn,
+        "2*expert_ffn": 2 * expert_ffn,
+    }
 
 
 def check_directory(description: ModelDescription, reader: TensorReader) -> tuple[str, ...]:
@@ -126,7 +159,9 @@ def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any] | No
         # transformers 5 writes rope_theta into rope_parameters, files of version 4 have it at the top.
         nested = name == "rope_theta" and result.get("rope_parameters")
         if nested:
-            result["rope_parameters"][name] = value
+            by_layer = [table for table in nested.values() if isinstance(table, dict)]
+            for table in by_layer or [nested]:
+                table[name] = value
         if not nested or name in result:
             result[name] = value
     return result
@@ -146,7 +181,9 @@ def _normalised(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Every field that transformers knows, with its default where the file does not say."""
     fields = {name: value for name, value in raw.items() if name != "model_type"}
     try:
-        return AutoConfig.for_model(family.name, **copy.deepcopy(fields)).to_dict()
+        found = AutoConfig.for_model(family.name, **copy.deepcopy(fields))
+        config = found.to_dict()
+        return {alias: config[name] for alias, name in found.attribute_map.items() if name in config} | config
     except (StrictDataclassError, TypeError, KeyError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"config.json is not understood: {type(error).__name__}: {reason}") from None
@@ -159,9 +196,14 @@ def _check_fields(config: Mapping[str, Any], raw: Mapping[str, Any], family: Fam
         for one in value if isinstance(value, list) else [value]:
             if one != wanted:
                 raise ValueError(f"config.json: {name} = {one!r} is not supported for {family.name} (only {wanted!r})")
-    default = AutoConfig.for_model(family.name).to_dict()
-    understood = COMMON_FIELDS | ROPE_FIELDS | BOOKKEEPING | set(family.fields.values())
-    understood |= set(family.requires) | set(family.harmless)
+    blank = AutoConfig.for_model(family.name)
+    default = blank.to_dict()
+    understood = COMMON_FIELDS | ROPE_FIELDS | BOOKKEEPING | {s for s in family.fields.values() if isinstance(s, str)}
+    understood |= {source[0] for source in family.fields.values() if isinstance(source, tuple)}
+    understood |= set(family.requires) | set(family.harmless) | (WINDOW_FIELDS if family.windows else set())
+    understood |= {"quantization_config"} if family.mxfp4 else set()
+    for pair in blank.attribute_map.items():  # two names of one field
+        understood |= set(pair) if understood & set(pair) else set()
     understood |= set(PreTrainedConfig().to_dict()) | set(GenerationConfig().to_dict())
     for name, value in {**config, **raw}.items():
         if name in understood or name.startswith("_"):
@@ -173,9 +215,17 @@ def _check_fields(config: Mapping[str, Any], raw: Mapping[str, Any], family: Fam
             )
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers' rope_parameters, one table for all layers."""
-    rope = dict(config.get("rope_parameters") or {})
+def _ropes(config: Mapping[str, Any], num_layers: int) -> tuple[dict[str, Any], ...]:
+    """transformers' rope_parameters of every layer; some models have one table a kind of layer."""
+    parameters = dict(config.get("rope_parameters") or {})
+    kinds = list(config.get("layer_types") or ())
+    if any(isinstance(table, dict) for table in parameters.values()):
+        tables = {kind: _rope(dict(parameters[kind] or {}), config) for kind in set(kinds)}
+        return tuple(tables[kind] for kind in kinds)
+    return (_rope(parameters, config),) * num_layers
+
+
+def _rope(rope: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope.setdefault("rope_type", "default")
     if kind not in ROPE_TYPES:
         raise ValueError(f"config.json: rope type {kind!r} is not supported: one of {', '.join(ROPE_TYPES)}")
@@ -185,3 +235,15 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if "rope_theta" not in rope:
         raise ValueError("config.json has no rope_theta")
     return rope
+
+
+def _mxfp4(config: Mapping[str, Any], family: Family, rules: tuple[Rule, ...]) -> tuple[str, ...]:
+    """The tensors that a quantised model's files hold in MXFP4; ValueError for any other quantisation."""
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return ()
+    method = quantization.get("quant_method")
+    if method != "mxfp4":
+        raise ValueError(f"config.json: quantization_config of {method!r} is not supported for {family.name}")
+    names = [name for rule in rules for name, _ in rule.files]
+    return tuple(n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in family.mxfp4))

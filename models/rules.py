@@ -5,9 +5,11 @@ A rule is a list of row blocks, so any slice of the megatron tensor can be gathe
 directory without reading more than that slice, and the same blocks read backwards make the export.
 """
 
-import fnmatch
+import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 Dims = Mapping[str, int]
+Index = tuple[slice, ...]  # of the leading dimensions; those that are left out are taken whole; steps may be above 1
 
 
 class TensorReader(Protocol):
@@ -23,77 +26,156 @@ class TensorReader(Protocol):
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def dtype(self, name: str) -> torch.dtype: ...
-    def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Tensor: ...
+    def read(self, name: str, index: Index = (), out: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows `start:stop` of the Hugging Face tensor `name`."""
+    """Rows `start:stop:step` of the Hugging Face tensor `name`, or of matrix `expert` in a stack of them."""
 
     name: str
     start: int
     stop: int
+    step: int = 1
+    expert: int | None = None
+
+    def __len__(self) -> int:
+        return len(range(self.start, self.stop, self.step))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block of a Hugging Face tensor for export: made of the megatron tensor's `index` by `lay_out`."""
+
+    name: str
+    start: int  # where the block begins in the file tensor's first dimension
+    index: Index
+    lay_out: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One global megatron tensor: its segments one below the other, then zero rows up to `shape[0]`."""
+    """One global megatron tensor: its segments one below the other, then zero rows up to its height.
+
+    Of stacked experts [experts, rows, ...] the segments are every expert's rows, expert after expert.
+    """
 
     key: str
     shape: tuple[int, ...]
     segments: tuple[Segment, ...]
+    files: tuple[tuple[str, tuple[int, ...]], ...]  # Hugging Face tensors and their shapes, in table order
+    stacked: bool = False  # whether the first dimension counts experts
+    swapped: bool = False  # whether files hold the last two dimensions the other way round
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the Hugging Face tensors that this rule takes up, in the table's order."""
-        rows: dict[str, int] = {}
-        for segment in self.segments:
-            rows[segment.name] = max(rows.get(segment.name, 0), segment.stop)
-        return {name: (count, *self.shape[1:]) for name, count in rows.items()}
+        return dict(self.files)
 
     def dtype(self, reader: TensorReader) -> torch.dtype:
         """The dtype of the megatron tensor; ValueError where its parts disagree."""
-        dtypes = {name: reader.dtype(name) for name in self.hf_shapes()}
+        dtypes = {name: reader.dtype(name) for name, _ in self.files}
         if len(set(dtypes.values())) > 1:
             raise ValueError(f"tensors that form {self.key} have different dtypes: {dtypes}")
         return next(iter(dtypes.values()))
 
-    def read(self, reader: TensorReader, rows: slice | None = None, columns: slice | None = None) -> Tensor:
-        """Gather `[rows, columns]` of the global megatron tensor, reading that much and no more."""
-        first, last, _ = (rows or slice(None)).indices(self.shape[0])
-        parts: list[Tensor] = []
-        offset = 0
-        for segment in self.segments:
-            lower = max(first, offset)
-            upper = min(last, offset + segment.stop - segment.start)
-            if lower < upper:
-                shift = segment.start - offset
-                parts.append(reader.read(segment.name, slice(lower + shift, upper + shift), columns))
-            offset += segment.stop - segment.start
-        missing = last - max(first, offset)
-        if missing > 0 or not parts:
-            tail = [len(range(*(columns or slice(None)).indices(n))) for n in self.shape[1:2]]
-            parts.append(torch.zeros(max(missing, 0), *tail, *self.shape[2:], dtype=self.dtype(reader)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def read(self, reader: TensorReader, index: Index = ()) -> Tensor:
+        """Gather a slice of the global megatron tensor, reading that much and no more."""
+        whole = tuple(slice(0, size) for size in self.shape)
+        bounds = [part.indices(size)[:2] for part, size in zip(index + whole[len(index) :], self.shape, strict=True)]
+        result = torch.empty([stop - start for start, stop in bounds], dtype=self.dtype(reader))
+        depth = 2 if self.stacked else 1
+        rest = tuple(slice(*bound) for bound in bounds[depth:])
+        if not self.stacked:
+            self._fill(result, reader, bounds[0][0], rest)
+            return result
+        for matrix, expert in zip(result, range(*bounds[0]), strict=True):
+            self._fill(matrix, reader, expert * self.shape[1] + bounds[1][0], rest)
+        return result
+
+    def parts(self, itemsize: int, block_bytes: int) -> Iterator[Part]:
+        """Cut the Hugging Face tensors into blocks of about `block_bytes`, or of one expert's matrix, for export."""
+        keyed = groupby(zip(self.segments, self._offsets, strict=True), key=lambda pair: _matrix(pair[0]))
+        for (name, expert), run in keyed:
+            pairs = list(run)
+            if expert is not None:
+                yield Part(name, expert, (slice(expert, expert + 1),), self._assemble(pairs))
+                continue
+            for segment, offset in pairs:
+                width = math.prod(self.shape[2 if self.stacked else 1 :])
+                step = max(1, block_bytes // max(1, width * itemsize))
+                for first in range(0, len(segment), step):
+                    count = min(step, len(segment) - first)
+                    yield Part(name, segment.start + first, self._index(offset + first, count), self._unstack)
 
     def split(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield `(Hugging Face name, tensor)` from the whole megatron tensor; padding rows are left out.
-
-        A part that lies in one block is a view of `tensor`, so that nothing is copied for it.
-        """
+        """Yield `(Hugging Face name, tensor)` from the whole megatron tensor; padding rows are left out."""
         if tuple(tensor.shape) != self.shape:
             raise ValueError(f"{self.key} has shape {list(tensor.shape)}, expected {list(self.shape)}")
-        blocks: dict[str, list[tuple[int, Tensor]]] = {}
-        offset = 0
+        result = {name: tensor.new_empty(shape) for name, shape in self.files}
+        for part in self.parts(tensor.element_size(), 2**62):
+            block = part.lay_out(tensor[part.index])
+            result[part.name][part.start : part.start + len(block)] = block
+        yield from result.items()
+
+    @cached_property
+    def _offsets(self) -> list[int]:
+        """The first row of each segment."""
+        offsets, total = [], 0
         for segment in self.segments:
-            length = segment.stop - segment.start
-            blocks.setdefault(segment.name, []).append((segment.start, tensor[offset : offset + length]))
-            offset += length
-        for name, found in blocks.items():
-            ordered = [block for _, block in sorted(found, key=lambda item: item[0])]
-            yield name, ordered[0] if len(ordered) == 1 else torch.cat(ordered)
+            offsets.append(total)
+            total += len(segment)
+        return offsets
+
+    def _index(self, row: int, count: int) -> Index:
+        """The megatron index of `count` rows from `row` on, counted over all experts."""
+        if not self.stacked:
+            return (slice(row, row + count),)
+        expert, row = divmod(row, self.shape[1])
+        return slice(expert, expert + 1), slice(row, row + count)
+
+    def _unstack(self, tensor: Tensor) -> Tensor:
+        return tensor.flatten(0, 1) if self.stacked else tensor
+
+    def _assemble(self, pairs: list[tuple[Segment, int]]) -> Callable[[Tensor], Tensor]:
+        """Lays rows [1, rows, ...] of one expert out as the file holds them."""
+
+        def lay_out(tensor: Tensor) -> Tensor:
+            matrix = torch.empty_like(tensor[0])
+            for segment, offset in pairs:
+                first = offset % self.shape[1]
+                matrix[segment.start : segment.stop : segment.step] = tensor[0, first : first + len(segment)]
+            return (matrix.t() if self.swapped else matrix)[None]
+
+        return lay_out
+
+    def _fill(self, out: Tensor, reader: TensorReader, first: int, rest: Index) -> None:
+        """Put rows from `first` on, counted over all segments, into `out`; rows after the last are zero."""
+        done = 0
+        while done < len(out):
+            number = bisect_right(self._offsets, first + done) - 1
+            segment = self.segments[number]
+            skip = first + done - self._offsets[number]
+            count = min(len(segment) - skip, len(out) - done)
+            if count <= 0:
+                out[done:].zero_()
+                return
+            self._read_segment(out[done : done + count], reader, segment, skip, rest)
+            done += count
+
+    def _read_segment(self, out: Tensor, reader: TensorReader, segment: Segment, skip: int, rest: Index) -> None:
+        start = segment.start + skip * segment.step
+        rows = slice(start, start + (len(out) - 1) * segment.step + 1, segment.step)
+        index, target = ((*rest, rows), out.mT) if self.swapped else ((rows, *rest), out)
+        if segment.expert is not None:
+            index, target = (slice(segment.expert, segment.expert + 1), *index), target[None]
+        reader.read(segment.name, index, target)
 
 
-# A kind lays the rows of some tensors, given as {name: rows}, out as segments of one megatron tensor.
+def _matrix(segment: Segment) -> tuple[str, int | None]:
+    return segment.name, segment.expert
+
+
+# A kind lays the rows of some matrices, given as {name: rows}, out as segments of one megatron matrix.
 Kind = Callable[[Mapping[str, int], Dims], tuple[Segment, ...]]
 
 
@@ -109,13 +191,21 @@ def by_group(rows: Mapping[str, int], dims: Dims) -> tuple[Segment, ...]:
     return tuple(Segment(n, g * share[n], (g + 1) * share[n]) for g in range(groups) for n in rows)
 
 
+def alternating(rows: Mapping[str, int], dims: Dims) -> tuple[Segment, ...]:
+    """One tensor whose rows are gate and up by turns: all gates above all ups."""
+    return tuple(Segment(name, first, count, 2) for name, count in rows.items() for first in (0, 1))
+
+
 @dataclass(frozen=True)
 class Entry:
     """One row of a family's table.
 
-    `key` is a megatron key and may contain `{i}`, the layer. `tensors` maps Hugging Face names to their
-    shapes in the words of `Dims`, e.g. `"ffn hidden"`. `rows` names the megatron tensor's rows where
-    these are more than the sum of the parts. `only` names a condition of the model, e.g. `"untied"`.
+    `key` is a megatron key and may contain `{i}`, the layer. `tensors` maps Hugging Face names to the shapes
+    that files have, in the words of `Dims`, e.g. `"ffn hidden"`. Experts are stacked in the megatron tensor's
+    first dimension where a name contains `{e}` (a file tensor per expert) or a shape begins with "experts".
+    `rows` names the megatron tensor's rows where these are more than the sum of the parts. `only` names a
+    condition of the model, e.g. `"untied"`. `swapped` says that files hold the last two dimensions the other
+    way round, `whole` that "experts" counts a plain tensor's rows, as in a router.
     """
 
     key: str
@@ -123,14 +213,36 @@ class Entry:
     tensors: Mapping[str, str]
     rows: str | None = None
     only: str | None = None
+    swapped: bool = False
+    whole: bool = False
 
     def rule(self, dims: Dims, layer: int | None) -> Rule:
-        names = [name.replace("{i}", str(layer)) for name in self.tensors]
-        shapes = [tuple(dims[word] for word in words.split()) for words in self.tensors.values()]
-        heights = {name: shape[0] for name, shape in zip(names, shapes, strict=True)}
-        total = dims[self.rows] if self.rows else sum(heights.values())
+        """This row's rule for one layer of a model of these sizes."""
+        names = {name.replace("{i}", str(layer)): words.split() for name, words in self.tensors.items()}
+        shapes = {name: tuple(dims[word] for word in words) for name, words in names.items()}
+        per_file = any("{e}" in name for name in names)
+        in_file = not self.whole and any(words[0] == "experts" for words in names.values())
+        matrices = {name: shape[1:] if in_file else shape for name, shape in shapes.items()}
+        if self.swapped:
+            matrices = {name: shape[::-1] for name, shape in matrices.items()}
+        segments = self.kind({name: shape[0] for name, shape in matrices.items()}, dims)
+        height = dims[self.rows] if self.rows else sum(map(len, segments))
+        shape = (height, *next(iter(matrices.values()))[1:])
+        files = tuple(shapes.items())
+        if per_file or in_file:
+            experts = range(dims["experts"])
+            shape = (len(experts), *shape)
+            if per_file:
+                segments = tuple(replace(s, name=_numbered(s.name, e)) for e in experts for s in segments)
+                files = tuple((_numbered(name, e), size) for e in experts for name, size in files)
+            else:
+                segments = tuple(replace(s, expert=e) for e in experts for s in segments)
         key = self.key.replace("{i}", str(layer))
-        return Rule(key, (total, *shapes[0][1:]), self.kind(heights, dims))
+        return Rule(key, shape, segments, files, per_file or in_file, self.swapped)
+
+
+def _numbered(name: str, expert: int) -> str:
+    return name.replace("{e}", str(expert))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +252,17 @@ class Family:
     name: str  # transformers' model_type
     architecture: str  # the class named in config.json
     table: tuple[Entry, ...]
-    fields: Mapping[str, str]  # megatron TransformerConfig field -> config.json field
+    # megatron TransformerConfig field -> config.json field, or that and what turns its value into megatron's
+    fields: Mapping[str, str | tuple[str, Callable[[Any], Any]]]
     constants: Mapping[str, Any]  # megatron TransformerConfig field -> value
     requires: Mapping[str, Any]  # config.json field -> the only value that is understood
     harmless: tuple[str, ...] = ()  # config.json fields that never change the mathematics
     buffers: tuple[str, ...] = ()  # patterns of tensors in old files that are computed, not learned
     tied_copy: tuple[str, str] | None = None  # (copy, original): a tied model's files may hold both
+    post_norm: bool = False  # norms after attention and feed-forward, before the residual, in place of before them
+    windows: bool = False  # whether config.json may give layers a sliding window
+    qk_norm: str = "none"  # of queries and keys before rope: "head" by head, "projection" over all heads at once
+    mxfp4: tuple[str, ...] = ()  # patterns of tensors that files may hold as `_blocks` and `_scales`
 
 
 def expand(table: Iterable[Entry], dims: Dims, num_layers: int, conditions: set[str]) -> tuple[Rule, ...]:
@@ -157,51 +274,3 @@ def expand(table: Iterable[Entry], dims: Dims, num_layers: int, conditions: set[
         for layer in range(num_layers) if layered else (None,):
             rules.extend(entry.rule(dims, layer) for entry in entries)
     return tuple(rules)
-
-
-def check_tensors(rules: Iterable[Rule], reader: TensorReader, family: Family, tied: bool) -> tuple[str, ...]:
-    """Check that every tensor of a directory belongs to one rule, and every rule finds its tensors.
-
-    Returns the names that are rightly left out: computed buffers, and a tied model's second copy of its
-    embeddings. Raises ValueError naming missing, extra or misshapen tensors and how many there are.
-    """
-    expected: dict[str, tuple[int, ...]] = {}
-    for rule in rules:
-        for name, shape in rule.hf_shapes().items():
-            assert name not in expected, f"two rules take {name}"
-            expected[name] = shape
-    present = set(reader.names())
-    extra = present - expected.keys()
-    left_out = {n for n in extra if any(fnmatch.fnmatchcase(n, pattern) for pattern in family.buffers)}
-    if tied and family.tied_copy and family.tied_copy[0] in extra and family.tied_copy[1] in present:
-        _check_tied_copy(reader, *family.tied_copy)
-        left_out.add(family.tied_copy[0])
-    _refuse("lacks", sorted(expected.keys() - present), family)
-    _refuse("has", sorted(extra - left_out), family)
-    wrong = [
-        f"{name} {list(reader.shape(name))} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if tuple(reader.shape(name)) != shape
-    ]
-    _refuse("has misshapen", wrong, family)
-    return tuple(sorted(left_out))
-
-
-def _refuse(verb: str, names: list[str], family: Family) -> None:
-    if names:
-        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        tail = f" that no rule of {family.name} matches" if verb == "has" else ""
-        raise ValueError(f"the model directory {verb} {len(names)} tensor(s){tail}: {shown}")
-
-
-def _check_tied_copy(reader: TensorReader, copy: str, original: str, block_rows: int = 8192) -> None:
-    """A tied model whose files hold both tensors must hold them equal: one of them would be lost."""
-    same = reader.shape(copy) == reader.shape(original) and reader.dtype(copy) == reader.dtype(original)
-    for start in range(0, reader.shape(copy)[0] if same else 0, block_rows):
-        rows = slice(start, start + block_rows)
-        same = same and torch.equal(reader.read(copy, rows), reader.read(original, rows))
-    if not same:
-        raise ValueError(
-            f"config.json says tie_word_embeddings, but {copy} differs from {original}: "
-            "set tie_word_embeddings to false or remove the tensor"
-        )

@@ -1,4 +1,4 @@
-"""Rows that several families' tables share: the parts of a pre-norm transformer with grouped-query attention."""
+"""Rows that several families' tables share: the parts of a transformer with grouped-query attention."""
 
 from models.rules import Entry, by_group, stacked
 
@@ -11,51 +11,58 @@ EMBEDDING = Entry(
     {"model.embed_tokens.weight": "vocab hidden"},
     rows="padded_vocab",
 )
-ATTENTION = (
-    Entry(
-        MEGATRON + "self_attention.linear_qkv.layer_norm_weight",
-        stacked,
-        {HF + "input_layernorm.weight": "hidden"},
-    ),
-    Entry(
-        MEGATRON + "self_attention.linear_qkv.weight",
-        by_group,
-        {
-            HF + "self_attn.q_proj.weight": "heads*head_dim hidden",
-            HF + "self_attn.k_proj.weight": "groups*head_dim hidden",
-            HF + "self_attn.v_proj.weight": "groups*head_dim hidden",
-        },
-    ),
-    Entry(
-        MEGATRON + "self_attention.linear_proj.weight",
-        stacked,
-        {HF + "self_attn.o_proj.weight": "hidden heads*head_dim"},
-    ),
+QKV = Entry(
+    MEGATRON + "self_attention.linear_qkv.weight",
+    by_group,
+    {
+        HF + "self_attn.q_proj.weight": "heads*head_dim hidden",
+        HF + "self_attn.k_proj.weight": "groups*head_dim hidden",
+        HF + "self_attn.v_proj.weight": "groups*head_dim hidden",
+    },
 )
-QKV_BIAS = (
-    Entry(
-        MEGATRON + "self_attention.linear_qkv.bias",
-        by_group,
-        {
-            HF + "self_attn.q_proj.bias": "heads*head_dim",
-            HF + "self_attn.k_proj.bias": "groups*head_dim",
-            HF + "self_attn.v_proj.bias": "groups*head_dim",
-        },
-    ),
+QKV_BIAS = Entry(
+    MEGATRON + "self_attention.linear_qkv.bias",
+    by_group,
+    {
+        HF + "self_attn.q_proj.bias": "heads*head_dim",
+        HF + "self_attn.k_proj.bias": "groups*head_dim",
+        HF + "self_attn.v_proj.bias": "groups*head_dim",
+    },
 )
-GATED_MLP = (
-    Entry(
-        MEGATRON + "mlp.linear_fc1.layer_norm_weight",
-        stacked,
-        {HF + "post_attention_layernorm.weight": "hidden"},
-    ),
-    Entry(
-        MEGATRON + "mlp.linear_fc1.weight",
-        stacked,
-        {HF + "mlp.gate_proj.weight": "ffn hidden", HF + "mlp.up_proj.weight": "ffn hidden"},
-    ),
-    Entry(MEGATRON + "mlp.linear_fc2.weight", stacked, {HF + "mlp.down_proj.weight": "hidden ffn"}),
+PROJ = Entry(
+    MEGATRON + "self_attention.linear_proj.weight",
+    stacked,
+    {HF + "self_attn.o_proj.weight": "hidden heads*head_dim"},
 )
+FC1 = Entry(
+    MEGATRON + "mlp.linear_fc1.weight",
+    stacked,
+    {HF + "mlp.gate_proj.weight": "ffn hidden", HF + "mlp.up_proj.weight": "ffn hidden"},
+)
+FC2 = Entry(MEGATRON + "mlp.linear_fc2.weight", stacked, {HF + "mlp.down_proj.weight": "hidden ffn"})
+
+
+def norm(key: str, name: str, width: str = "hidden") -> Entry:
+    """The gain of one norm of a layer: `key` below megatron's layer, `name` below Hugging Face's."""
+    return Entry(MEGATRON + key, stacked, {HF + name: width})
+
+
+PRE_ATTENTION_NORM = norm("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
+PRE_MLP_NORM = norm("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight")
+# Experts read the norm's output through a router, so that the norm is a layer of its own in megatron-core.
+PRE_EXPERTS_NORM = norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight")
+POST_ATTENTION_NORM = norm("self_attention.linear_proj.post_norm.weight", "post_attention_layernorm.weight")
+POST_MLP_NORM = norm("mlp.linear_fc2.post_norm.weight", "post_feedforward_layernorm.weight")
+HEAD_QK_NORM = (
+    norm("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "head_dim"),
+    norm("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "head_dim"),
+)
+PROJECTION_QK_NORM = (
+    norm("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "heads*head_dim"),
+    norm("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "groups*head_dim"),
+)
+ATTENTION = (PRE_ATTENTION_NORM, QKV, PROJ)
+GATED_MLP = (PRE_MLP_NORM, FC1, FC2)
 HEAD = (
     Entry("decoder.final_layernorm.weight", stacked, {"model.norm.weight": "hidden"}),
     Entry(
@@ -77,6 +84,11 @@ DENSE_FIELDS = {
     "layernorm_epsilon": "rms_norm_eps",
     "init_method_std": "initializer_range",
 }
+EXPERT_FIELDS = {
+    "num_moe_experts": "num_experts",
+    "moe_router_topk": "num_experts_per_tok",
+}
+EXPERT_CONSTANTS = {"moe_router_load_balancing_type": "none"}
 DENSE_CONSTANTS = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,

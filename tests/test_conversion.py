@@ -134,7 +134,7 @@ def test_the_checkpoint_says_what_it_holds(model):
     for rule in description.rules:
         whole = rule.read(reader)
         assert torch.equal(store.read(rule.key), whole)
-        assert torch.equal(store.read(rule.key, slice(3, 11)), whole[3:11])
+        assert torch.equal(store.read(rule.key, (slice(3, 11),)), whole[3:11])
 
 
 def test_inspect_counts_parameters(model, capsys):
@@ -153,7 +153,8 @@ def with_masters(checkpoint: Path, target: Path, prefix: str) -> dict[str, torch
     store = StoreReader(checkpoint / "state")
     masters = {rule.key: torch.randn(rule.shape) for rule in describe(checkpoint / "hf").rules}
     shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns("state", MANIFEST))
-    model = [(key, store.shape(key), store.dtype(key), lambda rows, key=key: store.read(key, rows)) for key in masters]
+    layout = {key: (store.shape(key), store.dtype(key)) for key in masters}
+    model = [(key, *layout[key], lambda rows, key=key: store.read(key, (rows,))) for key in masters]
     optimizer = [(prefix + key, m.shape, m.dtype, m.__getitem__) for key, m in masters.items()]
     write_store(target / "state", model + optimizer)
     write_manifest(target, {k: v for k, v in read_manifest(checkpoint).items() if k != "files"})

@@ -43,11 +43,11 @@ def test_reads_whole_tensors_and_slices_from_sharded_files(sharded):
         assert (reader.shape(name), reader.dtype(name)) == (tuple(tensor.shape), torch.bfloat16)
         assert torch.equal(reader.read(name), tensor)
     name = "model.layers.1.mlp.down_proj.weight"
-    part = reader.read(name, slice(5, 9), slice(10, 50))
+    part = reader.read(name, (slice(5, 9), slice(10, 50)))
     assert torch.equal(part, expected[name][5:9, 10:50])
     # The part owns its memory: no mapped file stays behind it.
     assert part.untyped_storage().nbytes() == part.nbytes == 4 * 40 * 2
-    assert torch.equal(reader.read(name, None, slice(0, 3)), expected[name][:, :3])
+    assert torch.equal(reader.read(name, (slice(None), slice(0, 3))), expected[name][:, :3])
     assert source_dtype(sharded) == torch.bfloat16
 
 

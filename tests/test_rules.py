@@ -39,9 +39,9 @@ class Memory(dict):
     def dtype(self, name):
         return self[name].dtype
 
-    def read(self, name, rows=None, columns=None):
-        part = self[name][rows or slice(None)]
-        return part if columns is None else part[:, columns]
+    def read(self, name, index=(), out=None):
+        part = self[name][index]
+        return part if out is None else out.copy_(part)
 
 
 def random_tensors(description):
@@ -102,16 +102,16 @@ def test_any_slice_is_that_slice_of_the_whole_and_split_is_the_inverse(config):
         assert tuple(whole.shape) == rule.shape
         rows = rule.shape[0]
         for start, stop in ((0, rows), (1, rows - 1), (rows // 2, rows), (rows - 1, rows), (3, 3)):
-            columns = slice(2, 5) if len(rule.shape) == 2 else None
-            expected = whole[start:stop] if columns is None else whole[start:stop, columns]
-            assert torch.equal(rule.read(tensors, slice(start, stop), columns), expected), rule.key
+            index = (slice(start, stop), slice(2, 5)) if len(rule.shape) == 2 else (slice(start, stop),)
+            assert torch.equal(rule.read(tensors, index), whole[index]), rule.key
         found.update(rule.split(whole))
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
 def test_a_rule_refuses_parts_of_different_dtypes_and_a_wrong_shape():
-    rule = Rule("key", (4, 2), (Segment("a", 0, 2), Segment("b", 0, 2)))
+    files = (("a", (2, 2)), ("b", (2, 2)))
+    rule = Rule("key", (4, 2), (Segment("a", 0, 2), Segment("b", 0, 2)), files)
     mixed = Memory({"a": torch.zeros(2, 2), "b": torch.zeros(2, 2, dtype=torch.bfloat16)})
     with pytest.raises(ValueError, match="key have different dtypes"):
         rule.dtype(mixed)
@@ -153,7 +153,7 @@ def test_old_and_new_rope_fields_mean_the_same():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["BertModel"]}, "BertModel: supported are LlamaForCausalLM, Qwen2ForCausalLM"),
+        ({"architectures": ["BertModel"]}, "BertModel: supported are GptOssForCausalLM, LlamaForCausalLM, "),
         ({"attention_bias": True}, "attention_bias = True is not supported"),
         ({"mlp_bias": True}, "mlp_bias = True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
@@ -170,11 +170,15 @@ def test_a_field_that_could_change_the_mathematics_is_refused_by_name(changes, m
         describe(LLAMA | changes)
 
 
-def test_sliding_windows_are_refused_and_their_inactive_fields_are_not():
+def test_sliding_windows_are_read_where_the_family_has_them():
     inactive = {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 1}
     assert describe(QWEN2 | inactive | {"use_mrope": False, "_note": 1}).rules == describe(QWEN2).rules
-    with pytest.raises(ValueError, match="use_sliding_window = True is not supported"):
-        describe(QWEN2 | {"use_sliding_window": True, "sliding_window": 16})
+    assert "window_size" not in describe(QWEN2 | inactive).transformer
+    found = describe(QWEN2 | inactive | {"use_sliding_window": True}).transformer
+    assert found["window_size"] == (131071, 0)  # the tokens to the left of the token itself
+    assert found["window_attn_skip_freq"] == [0, 1]
+    with pytest.raises(ValueError, match="sliding_window = 4096 is not understood"):
+        describe(LLAMA | {"sliding_window": 4096})
 
 
 def test_missing_extra_and_misshapen_tensors_are_named_and_counted():

@@ -67,7 +67,7 @@ def test_what_megatron_core_saved_is_read_by_rows(pool, tmp_path):
         assert store.shape(key) == tuple(whole.shape)
         assert torch.equal(store.read(key), whole)
         for start in range(len(whole)):
-            assert torch.equal(store.read(key, slice(start, start + 3)), whole[start : start + 3])
+            assert torch.equal(store.read(key, (slice(start, start + 3),)), whole[start : start + 3])
 
 
 def test_tensors_without_dimensions_are_stored(tmp_path):

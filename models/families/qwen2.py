@@ -16,17 +16,11 @@ from models.tables import (
 FAMILY = Family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
-    table=(EMBEDDING, *ATTENTION, *QKV_BIAS, *GATED_MLP, *HEAD),
+    table=(EMBEDDING, *ATTENTION, QKV_BIAS, *GATED_MLP, *HEAD),
     fields=DENSE_FIELDS,
     constants=DENSE_CONSTANTS | {"add_qkv_bias": True},
-    requires={
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-        "use_sliding_window": False,
-        "layer_types": "full_attention",
-    },
-    # Both tell where windows would begin, and mean nothing without use_sliding_window.
-    harmless=("sliding_window", "max_window_layers"),
+    requires={"hidden_act": "silu", "attention_dropout": 0.0},
     buffers=ROTARY_BUFFERS,
     tied_copy=TIED_COPY,
+    windows=True,
 )

@@ -1,0 +1,61 @@
+"""gpt-oss: attention sinks, windows in every other layer, biases everywhere, experts with a clamped SwiGLU.
+
+Files hold each layer's experts in one tensor, [experts, in, out] in bf16 and [experts, out, in] in MXFP4 (which
+the reader turns round), with the rows of gate and up by turns.
+"""
+
+from models.rules import Entry, Family, alternating, stacked
+from models.tables import (
+    ATTENTION,
+    DENSE_CONSTANTS,
+    DENSE_FIELDS,
+    EMBEDDING,
+    EXPERT_CONSTANTS,
+    EXPERT_FIELDS,
+    HEAD,
+    HF,
+    MEGATRON,
+    PRE_EXPERTS_NORM,
+    QKV_BIAS,
+    TIED_COPY,
+)
+
+EXPERTS = HF + "mlp.experts."
+FC1, FC2 = MEGATRON + "mlp.experts.linear_fc1.", MEGATRON + "mlp.experts.linear_fc2."
+TABLE = (
+    QKV_BIAS,
+    Entry(MEGATRON + "self_attention.linear_proj.bias", stacked, {HF + "self_attn.o_proj.bias": "hidden"}),
+    Entry(MEGATRON + "self_attention.core_attention.softmax_offset", stacked, {HF + "self_attn.sinks": "heads"}),
+    PRE_EXPERTS_NORM,
+    Entry(MEGATRON + "mlp.router.weight", stacked, {HF + "mlp.router.weight": "experts hidden"}, whole=True),
+    Entry(MEGATRON + "mlp.router.bias", stacked, {HF + "mlp.router.bias": "experts"}, whole=True),
+    Entry(FC1 + "weight", alternating, {EXPERTS + "gate_up_proj": "experts hidden 2*expert_ffn"}, swapped=True),
+    Entry(FC1 + "bias", alternating, {EXPERTS + "gate_up_proj_bias": "experts 2*expert_ffn"}),
+    Entry(FC2 + "weight", stacked, {EXPERTS + "down_proj": "experts expert_ffn hidden"}, swapped=True),
+    Entry(FC2 + "bias", stacked, {EXPERTS + "down_proj_bias": "experts hidden"}),
+)
+
+FAMILY = Family(
+    name="gpt_oss",
+    architecture="GptOssForCausalLM",
+    table=(EMBEDDING, *ATTENTION, *TABLE, *HEAD),
+    fields=DENSE_FIELDS
+    | EXPERT_FIELDS
+    | {"moe_ffn_hidden_size": "intermediate_size", "activation_func_clamp_value": "swiglu_limit"},
+    constants=DENSE_CONSTANTS
+    | EXPERT_CONSTANTS
+    | {
+        "add_bias_linear": True,
+        "add_qkv_bias": True,
+        "softmax_type": "learnable",
+        "activation_func": "quick_gelu",  # x * sigmoid(1.702 x)
+        "glu_linear_offset": 1.0,
+        "moe_router_pre_softmax": False,
+    },
+    requires={"hidden_act": "silu", "attention_bias": True, "attention_dropout": 0.0, "swiglu_alpha": 1.702},
+    # The first two repeat fields under the names of the model's own repository.
+    harmless=("initial_context_length", "experts_per_token", "output_router_logits", "router_aux_loss_coef"),
+    tied_copy=TIED_COPY,
+    windows=True,
+    mxfp4=("model.layers.*.mlp.experts.gate_up_proj", "model.layers.*.mlp.experts.down_proj"),
+)
