@@ -37,6 +37,8 @@ class OptimConfig:
     """Also decay norms and biases."""
     clip_grad: float = 1.0
     """Gradient norm above which gradients are scaled down; 0 never clips."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """How AdamW keeps its two moments; bf16 (rounded at random, so without a bias) saves 4 bytes a parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class CheckpointConfig:
     """Keep the newest N checkpoints; 0 keeps all."""
     resume: bool = True
     """Continue from RUN's latest checkpoint where there is one."""
+    export_hf: bool = False
+    """Also write each checkpoint as a Hugging Face directory, RUN/hf/step_NNNNNN."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,20 @@ class OverrideConfig:
 
     rope_theta: float | None = None
     max_position_embeddings: int | None = None
+    resize_embeddings: bool = False
+    """Give the vocabulary rows for tokens that the data's tokenizer has and the model has not: the rows' mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+    """Mixture of experts."""
+
+    aux_loss: float = 0.0
+    """Coefficient of each layer's load-balancing loss, taken document by document; 0 for none."""
+    freeze_router: bool = False
+    """Leave the routers as they are."""
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach their experts' ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +115,8 @@ class RunConfig:
     """Pipeline parallelism."""
     vpp: int = 1
     """Interleaved stages a pipeline rank holds."""
+    pp_layout: str | None = None
+    """Layers of each of the pp*vpp stages where they are not equal, in the order of the model, e.g. 7,9,9,7."""
     ep: int = 1
     """Expert parallelism."""
     etp: int = 1
@@ -135,6 +155,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     override: OverrideConfig = field(default_factory=OverrideConfig)
+    moe: MoeConfig = field(default_factory=MoeConfig)
     log: LogConfig = field(default_factory=LogConfig)
     mcore: Annotated[dict[str, object], tyro.conf.Suppress] = field(default_factory=dict)
     """TransformerConfig fields by name, given as --mcore.FIELD=VALUE."""
