@@ -1,7 +1,7 @@
 """Average checkpoints of a run: the mean in fp64, rounded once, piece by piece.
 
     python checkpoint_tools/average_steps.py --run RUN --steps 7500,15000 --output OUT [--format mcore|hf]
-        [--dtype source|bf16|fp32]
+        [--dtype source|bf16|fp32] [--num-workers N]
 
 The fp32 master weights are averaged where a checkpoint has them, else the model's weights. Memory depends
 neither on the number of steps nor on the size of the tensors.
@@ -13,19 +13,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint_tools.common import Checkpoint, dtype_name, dtype_of, open_checkpoint, progress
+from checkpoint_tools.common import bar, manifest, total_bytes
 from checkpoint_tools.common import run as run_script
-from checkpoint_tools.hf_to_mcore import manifest
-from checkpoint_tools.mcore_to_hf import change_config, export
 from engine.checkpoint_format import HF, STATE, complete_or_absent, write_manifest
-from engine.tensor_store import master_key, row_blocks, write_store
+from engine.export import Checkpoint, Export, dtype_name, dtype_of, export, open_checkpoint
+from engine.store_writer import Spec, write_store
+from engine.tensor_store import Scratch, box_of, master_key, row_blocks
+from engine.workers import worker_count
 from models.hf_io import copy_side_files
-from models.rules import Index
+from models.rules import Index, Rule
 
-PIECE_BYTES = 32 * 2**20  # of the result, as it is written
 BLOCK_BYTES = 2 * 2**20  # of fp64 sums, which stay in a processor's cache
 
 
@@ -35,6 +36,7 @@ def main(
     output: Path,
     format: Literal["mcore", "hf"] = "mcore",
     dtype: Literal["source", "bf16", "fp32"] = "source",
+    num_workers: int | None = None,
 ) -> None:
     """Average checkpoints of a run.
 
@@ -44,59 +46,89 @@ def main(
         output: the directory to make; it must not exist, or be empty.
         format: mcore makes a checkpoint, hf a Hugging Face directory.
         dtype: of the result; source is what the original model had.
+        num_workers: processes that average; one for each processor and at most 8 unless given.
     """
+    workers = worker_count(num_workers)
     opened = [open_checkpoint(path) for path in find_steps(run, steps)]
     last = opened[-1]
     _check_same_model(opened)
-    target = dtype_of(dtype, last.meta)
+    target = dtype_of(dtype, last)
+    mean = Mean(opened, target)
     with complete_or_absent(output) as partial:
         if format == "hf":
-            export(partial, last.description, Mean(opened, target), target, last.path / HF, PIECE_BYTES)
-            if target != dtype_of("source", last.meta):
-                change_config(partial, {"dtype": dtype_name(target)})
+            changes = {"dtype": dtype_name(target)} if target != last.source_dtype else {}
+            job = Export(
+                output=partial,
+                description=last.description,
+                dtype=target,
+                side_files=last.path / HF,
+                changes=changes,
+            )
+            export(job, mean, workers, bar("averaging", job.total_bytes))
         else:
-            _write_checkpoint(partial, opened, target)
+            specs = [_spec(rule, mean) for rule in last.description.rules]
+            progress = bar("averaging", total_bytes(last.description, target))
+            write_store(partial / STATE, specs, num_workers=workers, bar=progress)
+            _complete_checkpoint(partial, opened, target)
     print(f"{output}: mean of {len(opened)} checkpoints ({steps}), {dtype_name(target)}")
 
 
 class Mean:
-    """Called with (key, index): the mean of that part over all checkpoints, in fp64 and rounded once."""
+    """Called with (key, index): the mean of that part over all checkpoints, in fp64 and rounded once.
+
+    Each call overwrites what the last one returned.
+    """
 
     def __init__(self, opened: Sequence[Checkpoint], dtype: torch.dtype):
-        self._opened, self._dtype = opened, dtype
+        self.dtype = dtype
+        self._opened = opened
+        self._read, self._result = Scratch(), Scratch()
 
     def __call__(self, key: str, index: Index) -> Tensor:
-        sizes = self._opened[0].store.shape(key)
-        whole = tuple(slice(0, size) for size in sizes)
-        rows, *rest = (slice(*part.indices(n)) for part, n in zip(index + whole[len(index) :], sizes, strict=True))
-        shape = [part.stop - part.start for part in (rows, *rest)]
-        result = torch.empty(shape, dtype=self._dtype)
+        rows, *rest = box_of(self._opened[0].store.shape(key), index)
+        shape = [len(rows), *map(len, rest)]
+        result = self._result.empty(shape, self.dtype)
+        others = [slice(side.start, side.stop) for side in rest]
         for block in row_blocks(shape, torch.float64, BLOCK_BYTES):
-            result[block] = self._block(key, (slice(rows.start + block.start, rows.start + block.stop), *rest))
+            result[block] = self._block(key, (slice(rows.start + block.start, rows.start + block.stop), *others))
         return result
 
     def _block(self, key: str, index: Index) -> Tensor:
         total: Tensor | None = None
         for one in self._opened:
-            part = one.store.read(master_key(one.store, key) or key, index)
+            part = one.store.read(master_key(one.store, key) or key, index, self._read)
             total = part.double() if total is None else total.add_(part)
         assert total is not None
         total /= len(self._opened)
         if not math.isfinite(total.sum()):  # in fp64 finite weights cannot add up to infinity
             raise ValueError(f"{key} holds values that are not finite in the checkpoints to average")
-        return round_once(total, self._dtype)
+        return round_once(total, self.dtype)
 
 
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Round finite fp64 values to the nearest of `dtype`, ties to even.
 
-    torch rounds fp64 to 16 bits by way of fp32, which is twice. Here the first rounding is to odd: towards
-    zero with the last bit set where anything was lost, after which the second rounds correctly (Boldo and
-    Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd",
-    IEEE Transactions on Computers 57(4), 2008).
+    torch rounds fp64 to 16 bits by way of fp32, which is twice. In bf16, whose range is that of fp32, this goes wrong
+    only where the first rounding makes a tie of what was none: where the lower half of its bits is 0x8000.
     """
     if dtype.itemsize >= 4:
         return values.to(dtype)
+    if dtype != torch.bfloat16:
+        return _round_by_odd(values, dtype)
+    rounded = values.float()
+    result = rounded.to(dtype)
+    # By numpy, whose comparisons and searches are several times faster than torch's on one core.
+    ties = np.flatnonzero(rounded.view(torch.int32).numpy() & 0xFFFF == 0x8000)
+    result.view(-1)[ties] = _round_by_odd(values.view(-1)[ties], dtype)
+    return result
+
+
+def _round_by_odd(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to fp32 towards zero with the last bit set where anything was lost; the second rounding is then right.
+
+    Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd",
+    IEEE Transactions on Computers 57(4), 2008.
+    """
     rounded = values.float()
     back = rounded.double()
     bits = rounded.view(torch.int32)
@@ -136,23 +168,14 @@ def _check_same_model(opened: Sequence[Checkpoint]) -> None:
             raise ValueError(f"{other.path} and {first.path} come from models of different dtypes")
 
 
-def _write_checkpoint(partial: Path, opened: Sequence[Checkpoint], dtype: torch.dtype) -> None:
+def _spec(rule: Rule, mean: Mean) -> Spec:
+    return rule.key, rule.shape, mean.dtype, lambda rows: mean(rule.key, (rows,))
+
+
+def _complete_checkpoint(partial: Path, opened: Sequence[Checkpoint], dtype: torch.dtype) -> None:
     last = opened[-1]
-    mean = Mean(opened, dtype)
-    total = sum(torch.Size(rule.shape).numel() * dtype.itemsize for rule in last.description.rules)
-    with progress("averaging", total) as advance:
-
-        def spec(rule):
-            def produce(rows: slice) -> Tensor:
-                tensor = mean(rule.key, (rows,))
-                advance(tensor.nbytes)
-                return tensor
-
-            return rule.key, rule.shape, dtype, produce
-
-        write_store(partial / STATE, map(spec, last.description.rules), PIECE_BYTES)
     copy_side_files(last.path / HF, partial / HF, with_index=True)
-    meta = manifest(last.description, dtype_of("source", last.meta), step=last.meta["step"])
+    meta = manifest(last.description, last.source_dtype, step=last.meta["step"])
     steps = [one.meta["step"] for one in opened]
     write_manifest(partial, {**meta, "precision": dtype_name(dtype), "mean_of_steps": steps})
     open_checkpoint(partial)

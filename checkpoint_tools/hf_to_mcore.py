@@ -1,34 +1,40 @@
 """Convert a Hugging Face directory into a checkpoint that any layout can load, piece by piece.
 
-python checkpoint_tools/hf_to_mcore.py --hf HF --output CKPT
+python checkpoint_tools/hf_to_mcore.py --hf HF --output CKPT [--num-workers N]
 """
 
 from pathlib import Path
 
 import torch
 
-from checkpoint_tools.common import dtype_name, open_checkpoint, progress, run
+from checkpoint_tools.common import bar, manifest, run, total_bytes
 from engine.checkpoint_format import HF, STATE, complete_or_absent, write_manifest
-from engine.tensor_store import Spec, write_store
-from models.hf_io import HFReader, copy_side_files, source_dtype
-from models.registry import ModelDescription, check_directory, describe
+from engine.export import dtype_name, open_checkpoint
+from engine.store_writer import Spec, write_store
+from engine.workers import worker_count
+from models.hf_io import copy_side_files
+from models.registry import check_directory, describe
+from models.rules import Rule, TensorReader
+from models.sources import open_reader, source_dtype
 
 
-def main(hf: Path, output: Path) -> None:
+def main(hf: Path, output: Path, num_workers: int | None = None) -> None:
     """Convert a Hugging Face directory into a checkpoint.
 
     Args:
         hf: the Hugging Face directory (safetensors).
         output: the checkpoint directory to make; it must not exist, or be empty.
+        num_workers: processes that convert; one for each processor and at most 8 unless given.
     """
+    workers = worker_count(num_workers)
     description = describe(hf)
-    reader = HFReader(hf)
+    reader = open_reader(hf, description)
     left_out = check_directory(description, reader)
     dtype = source_dtype(hf)
-    total = sum(torch.Size(rule.shape).numel() * dtype.itemsize for rule in description.rules)
     with complete_or_absent(output) as partial:
-        with progress("converting", total) as advance:
-            write_store(partial / STATE, _specs(description, reader, advance))
+        specs = [_spec(rule, reader) for rule in description.rules]
+        progress = bar("converting", total_bytes(description, dtype))
+        write_store(partial / STATE, specs, num_workers=workers, bar=progress)
         copy_side_files(hf, partial / HF, with_index=True)
         write_manifest(partial, manifest(description, dtype, step=0))
         open_checkpoint(partial)
@@ -37,29 +43,11 @@ def main(hf: Path, output: Path) -> None:
     print(f"{output}: {len(description.rules)} tensors, {description.family}, {dtype_name(dtype)}")
 
 
-def manifest(description: ModelDescription, dtype: torch.dtype, step: int) -> dict:
-    """What lathe.json says of a checkpoint that holds weights only."""
-    return {
-        "step": step,
-        "family": description.family,
-        "source_dtype": dtype_name(dtype),
-        "precision": dtype_name(dtype),
-        "vocab_size": description.vocab_size,
-        "padded_vocab_size": description.padded_vocab_size,
-        "tied": description.tied,
-    }
+def _spec(rule: Rule, reader: TensorReader) -> Spec:
+    def produce(rows: slice) -> torch.Tensor:
+        return rule.read(reader, (rows,))
 
-
-def _specs(description: ModelDescription, reader: HFReader, advance) -> list[Spec]:
-    def spec(rule) -> Spec:
-        def produce(rows: slice) -> torch.Tensor:
-            tensor = rule.read(reader, (rows,))
-            advance(tensor.nbytes)
-            return tensor
-
-        return rule.key, rule.shape, rule.dtype(reader), produce
-
-    return [spec(rule) for rule in description.rules]
+    return rule.key, rule.shape, rule.dtype(reader), produce
 
 
 if __name__ == "__main__":

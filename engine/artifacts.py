@@ -26,21 +26,28 @@ def write_model_files(source: Path, target: Path, *, overrides: dict[str, Any], 
     if any(value is not None for value in overrides.values()):
         config = apply_overrides(read_config(source), overrides)
         _write_json(target / "config.json", config)
-    if not any(name.startswith("tokenizer") for name in copied) and data.get("tokenizer"):
+    grown = overrides.get("vocab_size") is not None
+    if data.get("tokenizer") and (grown or not any(name.startswith("tokenizer") for name in copied)):
         copy_side_files(Path(data["tokenizer"]), target)
     if (template := data.get("chat_template")) and template != _own_template(target):
         _replace_template(target, template)
     _add_end_tokens(target, data.get("end_token_ids") or [])
 
 
-def check_tokenizer(model: Path, data: Path, meta: dict[str, Any]) -> None:
-    """Refuses data whose tokens mean other text to this model; a model without a tokenizer takes the data's."""
+def check_tokenizer(model: Path, data: Path, meta: dict[str, Any], *, grown: bool = False) -> None:
+    """Refuses data whose tokens mean other text to this model; a model without a tokenizer takes the data's.
+
+    grown: the data's tokenizer may have tokens that the model's has not, as long as the others stay what they are.
+    """
     wanted = meta.get("tokenizer_fingerprint")
     if wanted is None or not any(model.glob("tokenizer*")):
         return
     from transformers import AutoTokenizer
 
-    if tokenizer_fingerprint(AutoTokenizer.from_pretrained(model)) != wanted:
+    own = AutoTokenizer.from_pretrained(model)
+    if grown and own.get_vocab().items() <= AutoTokenizer.from_pretrained(data / "tokenizer").get_vocab().items():
+        return
+    if tokenizer_fingerprint(own) != wanted:
         raise ValueError(
             f"--data {data} was prepared with another tokenizer than that of --model {model}; prepare the data "
             f"again with prepare_data.py --model {model}"

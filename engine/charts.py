@@ -1,4 +1,4 @@
-"""Line charts and histograms as inline SVG, drawn by hand so that a report needs nothing from outside.
+"""Line charts, bars and histograms as inline SVG, drawn by hand so that a report needs nothing from outside.
 
 A chart is `WIDTH` x `HEIGHT` units and scales with its container. Long curves are cut into buckets, each of
 which draws its mean and, behind it, the band from its lowest to its highest value: no spike is lost.
@@ -138,7 +138,7 @@ def _draw_curve(curve: Curve, x_axis: _Axis, y_axis: _Axis) -> list[str]:
 
 def _grid(x_axis: _Axis, y_axis: _Axis, x_label: str, whole: bool = False) -> list[str]:
     """Grid lines, ticks and their labels; `whole` leaves out values that are no whole numbers."""
-    base, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    base, right = HEIGHT - BOTTOM, x_axis.end
     parts = []
     ticks = log_ticks(y_axis.low, y_axis.high) if y_axis.log else linear_ticks(y_axis.low, y_axis.high)
     for tick in ticks:
@@ -228,10 +228,34 @@ def histogram(shares: Sequence[float], *, label: str, colour: str, x_label: str,
     return _svg(parts, label)
 
 
-def _svg(parts: list[str], label: str) -> str:
+def bars(counts: Sequence[int], *, label: str, colour: str, name: str, mean: str, width: int = WIDTH) -> str:
+    """An SVG with a bar for each of `counts`, numbered from 0, and a line at their mean; red marks stand for 0.
+
+    `name` says what a bar is and `mean` what the line is, for the tooltips; `width` replaces `WIDTH`.
+    """
+    base = HEIGHT - BOTTOM
+    x_axis = _Axis(-0.5, len(counts) - 0.5, LEFT, width - RIGHT)
+    y_axis = _Axis(0.0, (max(counts) or 1) * 1.06, base, TOP)
+    parts = _grid(x_axis, y_axis, name, whole=True)
+    gap = min(4.0, 0.25 * (x_axis.at(1) - x_axis.at(0)))
+    for number, count in enumerate(counts):
+        left, right, y = x_axis.at(number - 0.5) + gap / 2, x_axis.at(number + 0.5) - gap / 2, y_axis.at(count)
+        title = f"<title>{escape(name)} {number}: {count:,}</title>"
+        if count:
+            place = f'x="{left:.1f}" y="{y:.1f}" width="{right - left:.1f}" height="{base - y:.1f}"'
+            parts.append(f'<rect {place} fill="{colour}">{title}</rect>')
+        else:
+            parts.append(f'<path d="M{x_axis.at(number):.1f},{base}v-9" class="lost">{title}</path>')
+    even = sum(counts) / len(counts)
+    title = f"<title>{escape(mean)}: {even:,.0f}</title>"
+    parts.append(f'<path d="M{LEFT},{y_axis.at(even):.1f}H{x_axis.end}" class="axis">{title}</path>')
+    return _svg(parts, label, width)
+
+
+def _svg(parts: list[str], label: str, width: int = WIDTH) -> str:
     """The drawing's frame, with its name for screen readers."""
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label, quote=True)}">'
+        f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{escape(label, quote=True)}">'
         + "".join(parts)
         + "</svg>"
     )

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
 from engine.checkpoint_format import HF, STATE, read_manifest, sync_directory, sync_tree, write_manifest
+from engine.export import Export, open_checkpoint
 from engine.mesh import Mesh
 from models.build import SHARDING_METADATA
 
@@ -147,8 +149,11 @@ def point_latest(target: Path) -> None:
 def _check_space(folder: Path, chunks: list, mesh: Mesh) -> None:
     """Refuses to start a save that cannot fit: other ranks would wait for one that ran out of space."""
     folder.mkdir(parents=True, exist_ok=True)
-    local = sum(p.numel() * (p.element_size() + 12) for chunk in chunks for p in chunk.parameters())
-    needed = local * mesh.layout.tp * mesh.layout.pp
+    layout, needed = mesh.layout, 0
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        # Experts are those that are not reduced over all data-parallel ranks.
+        ranks = layout.tp if getattr(parameter, "allreduce", True) else layout.ep * layout.etp
+        needed += parameter.numel() * (parameter.element_size() + 12) * ranks * layout.pp
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
@@ -158,11 +163,62 @@ def _check_space(folder: Path, chunks: list, mesh: Mesh) -> None:
 
 
 def _remove_old(folder: Path, keep: int) -> None:
-    """Removes the checkpoints of the lowest steps beyond `keep`; 0 keeps all."""
+    """Removes the checkpoints of the lowest steps beyond `keep`, and their exports; 0 keeps all."""
     named = ((re.fullmatch(r"step_(\d{6,})", path.name), path) for path in folder.iterdir())
     steps = sorted((int(match[1]), path) for match, path in named if match)
     for _, path in steps[: -keep if keep else 0]:
         shutil.rmtree(path)
+        shutil.rmtree(exported_directory(path), ignore_errors=True)
+
+
+def exported_directory(checkpoint: Path) -> Path:
+    """Where a checkpoint of a run is exported to: RUN/hf/step_NNNNNN."""
+    return checkpoint.parent.parent / HF / checkpoint.name
+
+
+def export_hf(checkpoint: Path, mesh: Mesh) -> Path:
+    """Writes a checkpoint as a Hugging Face directory beside it, every rank its share; returns the directory.
+
+    In the dtype of the model's source, complete or absent. Raises CheckpointFailed on every rank where one fails.
+    """
+    opened = open_checkpoint(checkpoint)
+    target = exported_directory(checkpoint)
+    partial = target.with_name(target.name + ".tmp")
+    job = Export(output=partial, description=opened.description, dtype=opened.source_dtype, side_files=checkpoint / HF)
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        job.begin()
+
+    read = opened.reader(opened.source_dtype)
+    _together(begin if mesh.rank == 0 else None, partial)
+    written = _together(lambda: job.write_share(read, (mesh.rank, mesh.world_size)), partial)
+
+    def finish() -> None:
+        job.finish(written)
+        sync_tree(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(partial, target)
+
+    _together(finish if mesh.rank == 0 else None, partial)
+    return target
+
+
+def _together(work: Callable[[], Any] | None, partial: Path) -> list[Any]:
+    """Runs every rank's work and returns all results; where one failed, every rank raises."""
+    result, failure = None, None
+    try:
+        result = work() if work else None
+    except (OSError, ValueError) as error:
+        failure = str(error)
+    answers: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(answers, (result, failure))
+    failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(answers) if failure]
+    if failures:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointFailed(f"{partial.with_suffix('')} could not be written ({'; '.join(failures)})")
+    return [result for result, _ in answers]
 
 
 def set_aside(run: Path) -> Path | None:

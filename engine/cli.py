@@ -31,6 +31,8 @@ _OWNED = {
     "calculate_per_token_loss",
     "hidden_dropout",
     "attention_dropout",
+    "pipeline_model_parallel_layout",
+    "moe_permute_fusion",  # makes room for every token, and padding is sent to no expert
 }
 
 

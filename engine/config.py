@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -164,7 +165,9 @@ class RunConfig:
     def layout(self) -> Layout:
         """The degrees of parallelism with sequence parallelism resolved."""
         sp = self.tp > 1 if self.sp == "auto" else self.sp == "on"
-        return Layout(tp=self.tp, cp=self.cp, pp=self.pp, vpp=self.vpp, ep=self.ep, etp=self.etp, sp=sp)
+        stages = tuple(int(count) for count in self.pp_layout.split(",")) if self.pp_layout else ()
+        degrees = {name: getattr(self, name) for name in ("tp", "cp", "pp", "vpp", "ep", "etp")}
+        return Layout(**degrees, sp=sp, stages=stages)
 
     @property
     def pad_multiple(self) -> int:
@@ -183,6 +186,10 @@ def check_values(config: RunConfig) -> None:
         raise ValueError("--steps and --epochs both set the length of the run; give one of them")
     if config.pad_multiple % 2 and config.cp > 1:
         raise ValueError(f"--pad-documents-to {config.pad_multiple} must be a multiple of 2*cp = {2 * config.cp}")
+    if config.pp_layout and not re.fullmatch(r"\d+(,\d+)*", config.pp_layout):
+        raise ValueError(f"--pp-layout {config.pp_layout}: give layers per stage, separated by commas, e.g. 7,9,9,7")
+    if not 0 <= config.moe.aux_loss < math.inf:
+        raise ValueError(f"--moe.aux-loss {config.moe.aux_loss} must be a number of 0 or more")
     if config.valid_every and not config.valid:
         raise ValueError(f"--valid-every {config.valid_every} needs held-out data: give --valid")
     if config.valid_every < 0 or config.valid_batches < 0:

@@ -11,14 +11,16 @@ PEAKS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}
 
 
 def matrix_parameters(description: ModelDescription) -> int:
-    """Parameters that multiply every token: all matrices but the embedding's look-up, the head included."""
+    """Parameters that multiply each token: all matrices but the embedding's look-up, the head included."""
     fields = description.transformer
     hidden, layers = fields["hidden_size"], fields["num_layers"]
-    per_layer = sum(
-        int(np.prod(rule.shape))
-        for rule in description.rules
-        if rule.key.startswith("decoder.layers.0.") and len(rule.shape) == 2
-    )
+    matrices = [
+        rule for rule in description.rules if rule.key.startswith("decoder.layers.0.") and rule.key.endswith("weight")
+    ]
+    per_layer = sum(int(np.prod(rule.shape)) for rule in matrices if len(rule.shape) == 2)
+    experts = sum(int(np.prod(rule.shape)) for rule in matrices if len(rule.shape) == 3)
+    if experts:  # of which a token sees the chosen ones
+        per_layer += experts * fields["moe_router_topk"] // fields["num_moe_experts"]
     return layers * per_layer + description.vocab_size * hidden
 
 

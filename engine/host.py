@@ -7,11 +7,12 @@ is present. `tests/test_host.py` holds the contract: it fails when megatron-core
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-_HOST = torch.device("cpu")
+_place = torch.device("cpu")  # where "cuda" goes
 _enabled: _HostMode | None = None
 
 
@@ -30,11 +31,14 @@ class _HostMode(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # The optimizers accept a parameter by the string "torch.cuda.FloatTensor".
-            return func(*args).replace("torch.", "torch.cuda.", 1)
+            return "torch.cuda." + func(*args).rpartition(".")[2]
+        if func is torch.Tensor.to and args[0].device.type == _place.type == "meta":  # it has nothing to move
+            args = tuple(_place if isinstance(argument, torch.device) else argument for argument in args)
+            kwargs = {name: _place if name == "device" else value for name, value in kwargs.items()}
         if "device" in kwargs and _is_cuda(kwargs["device"]):
-            kwargs = {**kwargs, "device": _HOST}
+            kwargs = {**kwargs, "device": _place}
         if func is torch.Tensor.to and any(map(_is_cuda, args)):
-            args = tuple(_HOST if _is_cuda(argument) else argument for argument in args)
+            args = tuple(_place if _is_cuda(argument) else argument for argument in args)
         return func(*args, **kwargs)
 
 
@@ -62,7 +66,7 @@ class _Stream(_Event):
 def _replace_cuda_runtime() -> None:
     stream = _Stream()
     replacements = {
-        "current_device": lambda: _HOST,
+        "current_device": lambda: _place,
         "synchronize": lambda device=None: None,
         "Stream": _Stream,
         "Event": _Event,
@@ -86,10 +90,15 @@ def _replace_rng_access() -> None:
 
 
 def _replace_collectives() -> None:
-    """Gloo wants split sizes as ints, where megatron-core hands over tensors that only CUDA turns to lists."""
+    """Gloo wants split sizes as ints, where megatron-core hands over tensors that only CUDA turns to lists.
+
+    And it gathers and scatters parts of one length only: of uneven ones (experts' tokens under expert tensor
+    parallelism) it gets as many rows as the longest has.
+    """
     from torch import distributed
 
     all_to_all_single = distributed.all_to_all_single
+    all_gather, reduce_scatter = distributed.all_gather, distributed.reduce_scatter
 
     def with_int_splits(
         output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op: bool = False
@@ -99,7 +108,30 @@ def _replace_collectives() -> None:
 
         return all_to_all_single(output, input, ints(output_split_sizes), ints(input_split_sizes), group, async_op)
 
+    def gather_uneven(tensor_list, tensor, group=None, async_op: bool = False):
+        if len({part.shape for part in tensor_list}) <= 1:
+            return all_gather(tensor_list, tensor, group, async_op)
+        longest = max(map(len, tensor_list))
+        rows = [_lengthened(part, longest) for part in tensor_list]
+        all_gather(rows, _lengthened(tensor, longest), group)
+        for part, row in zip(tensor_list, rows, strict=True):
+            part.copy_(row[: len(part)])
+
+    def scatter_uneven(output, input_list, op=distributed.ReduceOp.SUM, group=None, async_op: bool = False):
+        if len({part.shape for part in input_list}) <= 1:
+            return reduce_scatter(output, input_list, op, group, async_op)
+        longest = max(map(len, input_list))
+        row = _lengthened(output, longest)
+        reduce_scatter(row, [_lengthened(part, longest) for part in input_list], op, group)
+        output.copy_(row[: len(output)])
+
     distributed.all_to_all_single = with_int_splits
+    distributed.all_gather, distributed.reduce_scatter = gather_uneven, scatter_uneven
+
+
+def _lengthened(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """The tensor with zero rows below, up to `rows`."""
+    return torch.cat((tensor, tensor.new_zeros((rows - len(tensor), *tensor.shape[1:]))))
 
 
 def _replace_fused_kernels() -> None:
@@ -110,6 +142,19 @@ def _replace_fused_kernels() -> None:
     clip_grads.multi_tensor_applier = utils.local_multi_tensor_applier
     clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
     clip_grads.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Puts all that is allocated meanwhile on torch's meta device: shapes without memory. Call `enable` first."""
+    global _place
+    assert _enabled is not None, "enable() comes first"
+    kept, _place = _place, torch.device("meta")
+    try:
+        with _place:
+            yield
+    finally:
+        _place = kept
 
 
 def enable() -> bool:

@@ -25,6 +25,7 @@ class Layout:
     ep: int = 1
     etp: int = 1
     sp: bool = False
+    stages: tuple[int, ...] = ()  # layers of each pipeline stage in the order of the model; empty for equal stages
 
     @property
     def ranks_per_replica(self) -> int:
@@ -34,7 +35,8 @@ class Layout:
     def product(self, world_size: int) -> str:
         """The whole product in words, for messages."""
         dp = world_size / self.ranks_per_replica
-        return f"tp {self.tp} x cp {self.cp} x pp {self.pp} x dp {dp:g} = {world_size} ranks"
+        experts = f", experts ep {self.ep} x etp {self.etp}" if self.ep * self.etp > 1 else ""
+        return f"tp {self.tp} x cp {self.cp} x pp {self.pp} x dp {dp:g} = {world_size} ranks{experts}"
 
 
 def _divisors(number: int, limit: int) -> str:
@@ -74,22 +76,46 @@ def check_layout(layout: Layout, world_size: int, description: ModelDescription)
     layers = fields["num_layers"]
     _require(fields["num_attention_heads"], layout.tp, "the attention heads", "--tp", product)
     _require(fields["num_query_groups"], layout.tp, "the key-value heads", "--tp", product)
-    _require(fields["ffn_hidden_size"], layout.tp, "the feed-forward size", "--tp", product)
+    if "num_moe_experts" not in fields:
+        _require(fields["ffn_hidden_size"], layout.tp, "the feed-forward size", "--tp", product)
     _require(description.padded_vocab_size, layout.tp, "the padded vocabulary", "--tp", product)
-    _require(layers, layout.pp, "the layers", "--pp", product)
-    if layout.vpp > 1:
-        if layout.pp == 1:
-            raise ValueError(f"--vpp {layout.vpp} interleaves pipeline stages and needs --pp of at least 2")
-        _require(
-            layers // layout.pp, layout.vpp, f"the layers of a pipeline stage at --pp {layout.pp}", "--vpp", product
-        )
-    experts = fields.get("num_moe_experts")
-    if experts is None and layout.ep * layout.etp > 1:
-        raise ValueError(f"--ep {layout.ep} --etp {layout.etp}: this model has no experts; leave both at 1")
-    if experts is not None:
-        _require(experts, layout.ep, "the experts", "--ep", product)
+    if layout.vpp > 1 and layout.pp == 1:
+        raise ValueError(f"--vpp {layout.vpp} interleaves pipeline stages and needs --pp of at least 2")
+    if layout.stages:
+        _check_stages(layout, layers)
+    else:
+        _require(layers, layout.pp, "the layers", "--pp", product)
+        share = layers // layout.pp
+        _require(share, layout.vpp, f"the layers of a pipeline stage at --pp {layout.pp}", "--vpp", product)
     if layout.sp and layout.tp == 1:
         raise ValueError("--sp on splits the sequence over tensor-parallel ranks and needs --tp of at least 2")
+    _check_experts(layout, fields, product)
+
+
+def _check_stages(layout: Layout, layers: int) -> None:
+    given = ",".join(map(str, layout.stages))
+    if len(layout.stages) != layout.pp * layout.vpp:
+        raise ValueError(
+            f"--pp-layout {given} has {len(layout.stages)} stages and --pp {layout.pp} x --vpp {layout.vpp} make "
+            f"{layout.pp * layout.vpp}"
+        )
+    if sum(layout.stages) != layers or min(layout.stages) < 1:
+        raise ValueError(
+            f"--pp-layout {given} adds up to {sum(layout.stages)} layers and the model has {layers}, of which each "
+            "stage takes at least one"
+        )
+
+
+def _check_experts(layout: Layout, fields: dict[str, Any], product: str) -> None:
+    experts = fields.get("num_moe_experts")
+    if experts is None:
+        if layout.ep * layout.etp > 1:
+            raise ValueError(f"--ep {layout.ep} --etp {layout.etp}: this model has no experts; leave both at 1")
+        return
+    _require(experts, layout.ep, "the experts", "--ep", product)
+    _require(fields["moe_ffn_hidden_size"], layout.etp, "the experts' feed-forward size", "--etp", product)
+    if layout.tp > 1 and not layout.sp:
+        raise ValueError(f"--tp {layout.tp} with experts needs sequence parallelism: leave --sp at auto")
 
 
 def check_sequence(layout: Layout, seq_len: int, pad_documents_to: int) -> None:
@@ -185,7 +211,9 @@ def build_mesh(layout: Layout, *, timeout_minutes: int = 30) -> Mesh:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if not distributed.is_initialized():
+    if distributed.is_initialized():
+        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    else:
         timeout = datetime.timedelta(minutes=timeout_minutes)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if world_size == 1 and "MASTER_ADDR" not in os.environ:

@@ -199,12 +199,19 @@ class MetricsLog:
         return line
 
     def _mirror(self, line: dict[str, Any]) -> None:
-        """Send the numbers of a line to TensorBoard and Weights & Biases; what is unknown is left out."""
+        """Send the numbers of a line to TensorBoard and Weights & Biases; what is unknown is left out.
+
+        Of the lists, one number a layer or an expert, only the mean and the largest imbalance of experts go.
+        """
         numbers = {
             name: value
             for name, value in line.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
+        imbalance = [value for value in line.get("expert_imbalance") or () if value is not None]
+        if imbalance:
+            numbers["expert_imbalance/mean"] = sum(imbalance) / len(imbalance)
+            numbers["expert_imbalance/max"] = max(imbalance)
         if self.tensorboard is not None:
             now = time.time()
             for name, value in numbers.items():

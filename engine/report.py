@@ -12,11 +12,12 @@ from typing import Any
 
 import yaml
 
-from engine.charts import Curve, histogram, line_chart, number
+from engine.charts import histogram, line_chart, number
 from engine.metrics import read_metrics
 from engine.progress import clock
+from engine.report_experts import experts_card
+from engine.report_parts import BLUE, ORANGE, ROSE, TEAL, VIOLET, Metrics, card, field_curve, key, last_value, total
 
-BLUE, ORANGE, VIOLET, TEAL, ROSE = "#2f62d9", "#e07318", "#7c4dcf", "#0f8f86", "#c93a5b"
 TRAINED, MASKED = "#c9efd6", "#e9ecf1"
 # Tokens of a sample that are shown; a longer one is cut, and the page says so.
 MOST_TOKENS = 4096
@@ -49,8 +50,6 @@ FACTS = (
     ("seed", "Seed"),
 )
 
-Metrics = list[dict[str, Any]]
-
 
 def write_report(
     run_dir: str | Path,
@@ -81,6 +80,7 @@ def write_report(
         *_charts(metrics),
         _fill_card(shares, unit),
         _counts_card(metrics),
+        experts_card(metrics),
         _facts_card(config_text) if config_text else "",
         _sample_card(sample) if sample else "",
         "</div>",
@@ -96,24 +96,6 @@ def write_report(
     beside.write_text(page, encoding="utf-8")
     os.replace(beside, report)
     return report
-
-
-def _curve(metrics: Metrics, field: str, label: str, colour: str, dots: bool = False) -> Curve:
-    """A field over the steps; with `dots` only the steps that have it."""
-    points = [(line["step"], line.get(field)) for line in metrics]
-    if dots:
-        points = [(step, value) for step, value in points if value is not None]
-    return Curve(label=label, colour=colour, points=points, dots=dots and len(points) <= 60)
-
-
-def _last(metrics: Metrics, field: str) -> float | None:
-    """The latest known value of a field."""
-    return next((line[field] for line in reversed(metrics) if line.get(field) is not None), None)
-
-
-def _total(metrics: Metrics, field: str) -> float:
-    """The sum of a field over all steps."""
-    return sum(line.get(field) or 0 for line in metrics)
 
 
 def _median(values: list[float]) -> float:
@@ -133,20 +115,20 @@ def _header(name: str, metrics: Metrics) -> str:
     """The page's title and one line that says how far the run came."""
     first, last = metrics[0]["step"], metrics[-1]["step"]
     steps = f"steps {first:,} to {last:,}" if first != last else f"step {last:,}"
-    note = f"Training report, {steps}, {clock(_total(metrics, 'seconds'))} in steps"
+    note = f"Training report, {steps}, {clock(total(metrics, 'seconds'))} in steps"
     return f'<header><h1>{escape(name)}</h1><p class="sub">{note}</p></header>'
 
 
 def _tiles(metrics: Metrics) -> str:
     """The run's key figures."""
-    tokens, padding = _total(metrics, "tokens"), _total(metrics, "padding_tokens")
+    tokens, padding = total(metrics, "tokens"), total(metrics, "padding_tokens")
     rates = [line["tokens_per_second"] for line in metrics if line.get("tokens_per_second") is not None]
-    loss, valid, mfu = (_last(metrics, field) for field in ("loss", "valid_loss", "mfu"))
+    loss, valid, mfu = (last_value(metrics, field) for field in ("loss", "valid_loss", "mfu"))
     tiles = [("loss at the end", "not finite" if loss is None else f"{loss:.4f}")]
     if valid is not None:
         tiles.append(("held-out loss", f"{valid:.4f}"))
     tiles.append(("tokens trained on", number(tokens)))
-    tiles.append(("of them supervised", f"{_total(metrics, 'supervised_tokens') / max(1, tokens):.1%}"))
+    tiles.append(("of them supervised", f"{total(metrics, 'supervised_tokens') / max(1, tokens):.1%}"))
     tiles.append(("tokens/s, median step", number(_median(rates)) if rates else "unknown"))
     tiles.append(("of the bins is filled", f"{tokens / max(1, tokens + padding):.2%}"))
     if mfu is not None:
@@ -155,50 +137,38 @@ def _tiles(metrics: Metrics) -> str:
     return f'<div class="tiles">{"".join(drawn)}</div>'
 
 
-def _card(heading: str, note: str, content: str, wide: bool = False) -> str:
-    """A white box; `heading` and `content` are HTML already, `note` is."""
-    return f'<section class="card{" wide" if wide else ""}"><h2>{heading}</h2><p>{note}</p>{content}</section>'
-
-
-def _key(curves: Sequence[Curve]) -> str:
-    """Coloured squares with the curves' names."""
-    return "".join(
-        f'<span class="key"><i style="background:{curve.colour}"></i>{escape(curve.label)}</span>' for curve in curves
-    )
-
-
 def _charts(metrics: Metrics) -> Iterator[str]:
     """The four curves of the run."""
-    losses = [_curve(metrics, "loss", "training loss", BLUE)]
-    valid = _curve(metrics, "valid_loss", "held-out loss", ORANGE, dots=True)
+    losses = [field_curve(metrics, "loss", "training loss", BLUE)]
+    valid = field_curve(metrics, "valid_loss", "held-out loss", ORANGE, dots=True)
     losses += [valid] if valid.points else []
     rates = [
-        _curve(metrics, "tokens_per_second", "all tokens", TEAL),
-        _curve(metrics, "supervised_tokens_per_second", "supervised tokens", ORANGE),
+        field_curve(metrics, "tokens_per_second", "all tokens", TEAL),
+        field_curve(metrics, "supervised_tokens_per_second", "supervised tokens", ORANGE),
     ]
-    yield _card("Loss", _key(losses) + " &middot; mean over supervised tokens", line_chart(losses, label="Loss"))
-    norm = [_curve(metrics, "grad_norm", "gradient norm", ROSE)]
-    yield _card("Gradient norm", _key(norm) + " &middot; before clipping", line_chart(norm, label="Gradient norm"))
-    lr = [_curve(metrics, "lr", "learning rate", VIOLET)]
-    yield _card("Learning rate", _key(lr), line_chart(lr, label="Learning rate"))
-    yield _card("Throughput", _key(rates) + " &middot; a second", line_chart(rates, label="Throughput"))
+    yield card("Loss", key(losses) + " &middot; mean over supervised tokens", line_chart(losses, label="Loss"))
+    norm = [field_curve(metrics, "grad_norm", "gradient norm", ROSE)]
+    yield card("Gradient norm", key(norm) + " &middot; before clipping", line_chart(norm, label="Gradient norm"))
+    lr = [field_curve(metrics, "lr", "learning rate", VIOLET)]
+    yield card("Learning rate", key(lr), line_chart(lr, label="Learning rate"))
+    yield card("Throughput", key(rates) + " &middot; a second", line_chart(rates, label="Throughput"))
 
 
 def _fill_card(shares: list[float], unit: str) -> str:
     """How full the bins were, as a histogram."""
     if not shares:
-        return _card("How full the bins are", "", '<p class="nothing">No tokens were recorded.</p>')
+        return card("How full the bins are", "", '<p class="nothing">No tokens were recorded.</p>')
     mean = sum(shares) / len(shares)
     units = f"{unit}s" if len(shares) > 1 else unit
     note = f"{len(shares):,} {units}: mean {mean:.2%}, least {min(shares):.2%} of the tokens are not padding"
     drawn = histogram(shares, label="Fill of the bins", colour=TEAL, x_label=f"percent filled, count of {unit}s")
-    return _card("How full the bins are", note, drawn)
+    return card("How full the bins are", note, drawn)
 
 
 def _counts_card(metrics: Metrics) -> str:
     """Where every token went: nothing that came in is unaccounted for."""
-    tokens, supervised = _total(metrics, "tokens"), _total(metrics, "supervised_tokens")
-    padding = _total(metrics, "padding_tokens")
+    tokens, supervised = total(metrics, "tokens"), total(metrics, "supervised_tokens")
+    padding = total(metrics, "padding_tokens")
     slots = max(1, tokens + padding)
     parts = [
         ("supervised", supervised, BLUE, "bear loss"),
@@ -215,7 +185,7 @@ def _counts_card(metrics: Metrics) -> str:
         for name, count, colour, what in parts
     )
     drawn = f'<div class="bar">{bar}</div><dl class="keys">{rows}</dl>'
-    return _card("Where the tokens went", f"{slots:,.0f} token slots in all", drawn)
+    return card("Where the tokens went", f"{slots:,.0f} token slots in all", drawn)
 
 
 def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -241,7 +211,7 @@ def _facts_card(config_text: str) -> str:
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             rows.append(f"<div><dt>{label}</dt><dd>{escape(text)}</dd></div>")
     every = f"<details><summary>Every option</summary><pre>{escape(config_text.rstrip())}</pre></details>"
-    return _card("The run", "From config.yaml", f"<dl>{''.join(rows)}</dl>{every}", wide=True)
+    return card("The run", "From config.yaml", f"<dl>{''.join(rows)}</dl>{every}", wide=True)
 
 
 def _sample_card(sample: Sequence[tuple[str, bool]]) -> str:
@@ -263,4 +233,4 @@ def _sample_card(sample: Sequence[tuple[str, bool]]) -> str:
     keys = "".join(f'<span><i style="background:{colour}"></i>{text}</span>' for colour, text in meanings)
     legend = f'<div class="keys">{keys}</div>'
     drawn = f'{legend}<div class="sample">{"".join(tokens)}</div>'
-    return _card("One sample and its loss mask", note, drawn, wide=True)
+    return card("One sample and its loss mask", note, drawn, wide=True)

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -14,25 +13,15 @@ from data.index import DocumentIndex
 from data.loader import Loader
 from engine.artifacts import check_tokenizer
 from engine.checkpoint import ResumePoint, find_latest
-from engine.checkpoint_format import HF, STATE, read_manifest
-from engine.config import RunConfig, check_values
+from engine.config import MoeConfig, RunConfig, check_values
 from engine.mesh import Mesh, check_fp8, check_layout, check_sequence
+from engine.source import Source, find_model
 from models.backend import choose_backend
 from models.build import TransformerConfig, transformer_config
-from models.hf_io import HFReader, read_shard, source_dtype
-from models.registry import ModelDescription, check_directory, describe
+from models.registry import ModelDescription, check_directory
+from models.sources import open_reader
 
 VALID_BINS = 64  # bins of one held-out batch, whatever the layout
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where the base weights and the model's files come from: a Hugging Face directory or a checkpoint of ours."""
-
-    weights: Path
-    files: Path  # config, tokenizer and the rest, in Hugging Face's form
-    is_checkpoint: bool
-    dtype: str  # of the source's weights, "bfloat16", "float32", ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,31 +37,6 @@ class Prepared:
     valid: tuple[tuple[DocumentIndex, float], ...]
     resume: ResumePoint | None
     pad_multiple: int
-
-
-def find_source(model: str) -> Source:
-    """Resolves --model: a directory of ours, a Hugging Face directory, or a hub name."""
-    path = Path(model)
-    if (path / STATE).is_dir():
-        manifest = read_manifest(path)
-        return Source(weights=path / STATE, files=path / HF, is_checkpoint=True, dtype=manifest["source_dtype"])
-    if not path.is_dir():
-        path = _from_hub(model)
-    dtype = str(source_dtype(path)).removeprefix("torch.")
-    return Source(weights=path, files=path, is_checkpoint=False, dtype=dtype)
-
-
-def _from_hub(model: str) -> Path:
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ValueError(f"--model {model}: there is no such directory")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
-    except Exception as error:
-        raise ValueError(
-            f"--model {model} is neither a directory here nor to be had from the hub ({type(error).__name__})"
-        ) from None
 
 
 def open_sources(arguments: tuple[str, ...], flag: str) -> tuple[tuple[DocumentIndex, float], ...]:
@@ -97,24 +61,17 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     check_values(config)
     assert config.model is not None and config.data, "the entry script fills in the built-in demo"
     resume = find_latest(config.output) if config.checkpoint.resume else None
-    source, description = _find_model(config, resume)
-    check_layout(config.layout, world_size, description)
-    if not source.is_checkpoint:
-        check_directory(description, HFReader(source.weights))
-    backend, reason = choose_backend(config.backend, cuda=cuda, precision=config.precision)
-    pad_multiple = _pad_multiple(config, resume)
-    check_sequence(config.layout, config.seq_len, pad_multiple)
-    if config.precision == "fp8":
-        check_fp8(config.layout, config.seq_len * config.micro_batch_size, description, config.fp8)
-    if config.seq_len > description.max_position_embeddings:
-        raise ValueError(
-            f"--seq-len {config.seq_len} exceeds the model's max_position_embeddings "
-            f"{description.max_position_embeddings}; lower it or give --override.max-position-embeddings"
-        )
     data, valid = open_sources(config.data, "--data"), open_sources(config.valid, "--valid")
-    for index, _ in data + valid:
-        check_tokenizer(source.files, index.path, index.meta)
-    check_data([index for index, _ in data + valid], description.vocab_size)
+    indexes = [index for index, _ in data + valid]
+    source, description = find_model(config, resume, max(index.meta.get("vocab_size", 0) for index in indexes))
+    pad_multiple = _pad_multiple(config, resume)
+    check_model(config, description, world_size, pad_multiple=pad_multiple, resume=resume)
+    if not source.is_checkpoint:
+        check_directory(description, open_reader(source.weights, description))
+    backend, reason = choose_backend(config.backend, cuda=cuda, precision=config.precision, description=description)
+    for index in indexes:
+        check_tokenizer(source.files, index.path, index.meta, grown=config.override.resize_embeddings)
+    check_data(indexes, description.vocab_size)
     model_config(config, description)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--log.wandb needs Weights & Biases, which is not installed: pip install 'lathe[track]'")
@@ -133,27 +90,42 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     return prepared
 
 
-def _find_model(config: RunConfig, resume: ResumePoint | None) -> tuple[Source, ModelDescription]:
-    """The base model; on a resume what the checkpoint itself holds, which a --model still there must agree with."""
-    assert config.model is not None
-    overrides = dataclasses.asdict(config.override)
-    if resume is None:
-        source = find_source(config.model)
-        return source, describe(source.files, overrides=overrides)
-    files = resume.directory / HF
-    description = describe(files)
-    given = Path(config.model) / HF if (Path(config.model) / STATE).is_dir() else Path(config.model)
-    if (given / "config.json").is_file():
-        asked = describe(given, overrides=overrides)
-        names = ("family", "transformer", "vocab_size", "tied", "max_position_embeddings", "rope")
-        changed = [name for name in names if getattr(asked, name) != getattr(description, name)]
-        if changed:
-            raise ValueError(
-                f"--model {config.model} with its overrides differs from the model of the run in {config.output} in "
-                f"{', '.join(changed)}; give what the run was started with, or another --output"
-            )
-    weights, dtype = resume.directory / STATE, resume.manifest["source_dtype"]
-    return Source(weights=weights, files=files, is_checkpoint=True, dtype=dtype), description
+def check_model(
+    config: RunConfig,
+    description: ModelDescription,
+    world_size: int,
+    *,
+    pad_multiple: int,
+    resume: ResumePoint | None = None,
+) -> None:
+    """Refuses what model, layout and sizes do not allow together; needs neither weights nor data."""
+    check_layout(config.layout, world_size, description)
+    check_experts(config, description, resume)
+    check_sequence(config.layout, config.seq_len, pad_multiple)
+    if config.precision == "fp8":
+        check_fp8(config.layout, config.seq_len * config.micro_batch_size, description, config.fp8)
+    if config.seq_len > description.max_position_embeddings:
+        raise ValueError(
+            f"--seq-len {config.seq_len} exceeds the model's max_position_embeddings "
+            f"{description.max_position_embeddings}; lower it or give --override.max-position-embeddings"
+        )
+
+
+def check_experts(config: RunConfig, description: ModelDescription, resume: ResumePoint | None) -> None:
+    """Refuses --moe flags for a model without experts, and a router frozen or thawed in the middle of a run."""
+    changed = [
+        f"--moe.{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(MoeConfig)
+        if getattr(config.moe, field.name) != field.default
+    ]
+    if changed and "num_moe_experts" not in description.transformer:
+        raise ValueError(f"{', '.join(changed)}: this model has no experts; leave it out")
+    if resume is not None and resume.manifest.get("freeze_router", False) != config.moe.freeze_router:
+        before = "was" if not config.moe.freeze_router else "was not"
+        raise ValueError(
+            f"--moe.freeze-router {before} given when the run in {config.output} began; resume with what it was "
+            "started with, or give another --output"
+        )
 
 
 def check_data(indexes: list[DocumentIndex], vocab_size: int) -> None:
@@ -162,7 +134,8 @@ def check_data(indexes: list[DocumentIndex], vocab_size: int) -> None:
         if (tokens := index.meta.get("vocab_size", 0)) > vocab_size:
             raise ValueError(
                 f"{index.path} was prepared with a vocabulary of {tokens:,} tokens and the model has {vocab_size:,}; "
-                "prepare the data with the model's own tokenizer"
+                "prepare the data with the model's own tokenizer, or give the model rows for the new tokens with "
+                "--override.resize-embeddings"
             )
         for name in ("chat_template", "end_token_ids"):
             if index.meta.get(name) != indexes[0].meta.get(name):
@@ -174,6 +147,8 @@ def check_data(indexes: list[DocumentIndex], vocab_size: int) -> None:
 
 def model_config(config: RunConfig, description: ModelDescription) -> TransformerConfig:
     """megatron-core's config of a run; ValueError for what --mcore or the layout ask of it in vain."""
+    has_experts = "num_moe_experts" in description.transformer
+    experts = {"moe_token_dispatcher_type": config.moe.dispatcher} if has_experts else {}
     try:
         return transformer_config(
             description,
@@ -181,7 +156,7 @@ def model_config(config: RunConfig, description: ModelDescription) -> Transforme
             precision=config.precision,
             recompute=config.recompute,
             fp8=config.fp8,
-            extra=config.mcore,
+            extra=experts | config.mcore,
         )
     except (AssertionError, ValueError, TypeError) as error:
         given = " ".join(f"--mcore.{name}={value}" for name, value in config.mcore.items())
@@ -246,26 +221,6 @@ def make_loader(
         microbatch_multiple=config.pp if config.vpp > 1 else 1,
         shuffle=shuffle,
     )
-
-
-def weight_reader(prepared: Prepared) -> Any:
-    """Returns read(key, global offset, local shape) over the run's source."""
-    if not prepared.source.is_checkpoint:
-        reader = HFReader(prepared.source.weights)
-        return lambda key, offset, shape: read_shard(prepared.description, reader, key, offset, shape)
-    from engine.tensor_store import StoreReader, master_key
-
-    store = StoreReader(prepared.source.weights)
-    missing = [key for key in prepared.description.rule if key not in store]
-    if missing:
-        raise ValueError(f"{prepared.source.weights} lacks {len(missing)} tensor(s): {', '.join(missing[:5])}")
-    wide = prepared.config.precision == "fp32"
-
-    def read(key: str, offset: tuple[int, ...], shape: tuple[int, ...]):
-        stored = (master_key(store, key) or key) if wide else key
-        return store.read(stored, tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True)))
-
-    return read
 
 
 def total_steps(config: RunConfig, loader: Loader) -> int:

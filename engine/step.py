@@ -18,6 +18,7 @@ from data.loader import Microbatch, without_padding_documents
 from engine.mesh import Mesh
 from models.build import PackedModel
 from models.documents import PackedDocuments, pack_documents, zigzag_indices
+from models.router import RoutedTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,8 @@ class DeviceBatch:
     supervised: Tensor  # int32 scalar, tokens with a loss on this context-parallel rank
 
 
-def to_device(batch: Microbatch, mesh: Mesh, *, kernel: str) -> DeviceBatch:
-    """Takes this context-parallel rank's tokens and plans what all layers share."""
+def to_device(batch: Microbatch, mesh: Mesh, *, kernel: str, experts: bool = False) -> DeviceBatch:
+    """Takes this context-parallel rank's tokens and plans what all layers share; `experts`: also what routers need."""
     cp_size, device = mesh.layout.cp, mesh.device
     packed = pack_documents(
         batch.cu_seqlens.astype(np.int64),
@@ -43,11 +44,60 @@ def to_device(batch: Microbatch, mesh: Mesh, *, kernel: str) -> DeviceBatch:
     local = zigzag_indices(batch.cu_seqlens.astype(np.int64), cp_size, mesh.cp_rank)
     supervised = np.flatnonzero(batch.loss_mask[local])
     packed.supervised = torch.from_numpy(supervised).to(device, non_blocking=True)
+    if experts:
+        packed.routed = routed_tokens(batch, local, mesh)
     return DeviceBatch(
         tokens=torch.from_numpy(batch.tokens[local])[None].to(device, non_blocking=True),
         targets=torch.from_numpy(batch.labels[local][supervised]).to(device, non_blocking=True),
         packed=packed,
         supervised=torch.tensor(len(supervised), dtype=torch.int).to(device, non_blocking=True),
+    )
+
+
+def routed_tokens(batch: Microbatch, local: np.ndarray, mesh: Mesh) -> RoutedTokens:
+    """What routers must know of this rank's tokens; `local` are those of its context-parallel rank."""
+    if mesh.layout.sp:
+        local = np.split(local, mesh.layout.tp)[mesh.tp_rank]
+    starts, sizes = batch.cu_seqlens[:-1].astype(np.int64), np.diff(batch.cu_seqlens)
+    document = np.repeat(np.arange(len(sizes)), sizes)[local]
+    arrays = {
+        "real": local - starts[document] < batch.document_lengths[document],
+        "document": document,
+        "lengths": batch.document_lengths.astype(np.float32),
+        "supervised": np.add.reduceat(batch.loss_mask, starts, dtype=np.float32),
+    }
+    return RoutedTokens(**{name: torch.from_numpy(array).to(mesh.device) for name, array in arrays.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterStatistics:
+    """What the routers of all layers did in one step, over all ranks."""
+
+    tokens_per_expert: tuple[int, ...]  # summed over layers
+    expert_imbalance: tuple[float, ...]  # a layer's most loaded expert over the mean of its experts
+    aux_loss: float  # sum over supervised tokens, mean over layers, without its coefficient
+
+
+def take_router_statistics(chunks: list, mesh: Mesh) -> RouterStatistics | None:
+    """Adds up what all ranks' routers counted since the last call; None for models without experts."""
+    config = chunks[0].config
+    if config.num_moe_experts is None:
+        return None
+    totals = torch.zeros((config.num_layers, config.num_moe_experts + 1), dtype=torch.float64, device=mesh.device)
+    for chunk in chunks:
+        for layer in chunk.module.decoder.layers:
+            counts, aux_loss = layer.mlp.router.take_statistics()
+            if counts is not None:
+                totals[layer.layer_number - 1, :-1] = counts.double()
+            if aux_loss is not None:
+                totals[layer.layer_number - 1, -1] = aux_loss.double()
+    distributed.all_reduce(totals)
+    loads = totals[:, :-1]
+    imbalance = loads.amax(1) / loads.mean(1).clamp_min(1e-30)
+    return RouterStatistics(
+        tokens_per_expert=tuple(int(count) for count in loads.sum(0).tolist()),
+        expert_imbalance=tuple(imbalance.tolist()),
+        aux_loss=float(totals[:, -1].mean()),
     )
 
 
@@ -123,11 +173,14 @@ def run_microbatches(
     All ranks must call it with equally many microbatches. Gradients are left reduced over all ranks and
     divided by the global count of supervised tokens.
     """
-    if mesh.device.type == "cpu" and mesh.layout.pp == 1:
-        # The host pays for every token; pipeline stages exchange fixed shapes, and GPUs like them.
+    config = chunks[0].config
+    gathers_tokens = config.moe_token_dispatcher_type == "allgather" and mesh.layout.ep * mesh.layout.etp > 1
+    if mesh.device.type == "cpu" and mesh.layout.pp == 1 and not gathers_tokens:
+        # The host pays for every token; stages and gathered ranks exchange fixed shapes, and GPUs like them.
         multiple = _local_multiple(mesh, microbatches)
         microbatches = [without_padding_documents(batch, multiple) for batch in microbatches]
-    batches = [to_device(batch, mesh, kernel=kernel) for batch in microbatches]
+    experts = config.num_moe_experts is not None
+    batches = [to_device(batch, mesh, kernel=kernel, experts=experts) for batch in microbatches]
     loss_sums: list[Tensor] = []
     iterators = [iter(batches) for _ in chunks]
     get_forward_backward_func()(

@@ -6,8 +6,8 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import distributed
 
@@ -16,12 +16,22 @@ from engine.artifacts import write_model_files
 from engine.flops import device_peak, step_flops
 from engine.mesh import Mesh, build_mesh
 from engine.metrics import MetricsLog, read_metrics
+from engine.opening import sample_document, start_lines
 from engine.optim import build_optimizer, learning_rate, update
 from engine.report import write_report
-from engine.run import Prepared, make_loader, model_config, total_steps, weight_reader, write_config
-from engine.step import StepTotals, gather_samples, run_microbatches, wrap_chunks
+from engine.run import Prepared, make_loader, model_config, total_steps, write_config
+from engine.source import config_overrides, weight_reader
+from engine.step import (
+    RouterStatistics,
+    StepTotals,
+    gather_samples,
+    run_microbatches,
+    take_router_statistics,
+    wrap_chunks,
+)
 from models.backend import attention_kernel, parameter_dtype
 from models.build import build_chunks, load_weights
+from models.router import set_routers
 
 
 class Trainer:
@@ -35,8 +45,11 @@ class Trainer:
         self.kernel = attention_kernel(prepared.backend, mesh.device, parameter_dtype(config.precision))
         megatron = model_config(config, prepared.description)
         chunks = build_chunks(prepared.description, megatron, backend=prepared.backend, groups=mesh.groups)
+        set_routers(chunks, aux_loss=config.moe.aux_loss, frozen=config.moe.freeze_router)
         if prepared.resume is None:
-            load_weights(chunks, checkpoint.sharding_metadata(mesh), weight_reader(prepared))
+            wide = config.precision == "fp32"
+            read = weight_reader(prepared.source, prepared.description, wide=wide)
+            load_weights(chunks, checkpoint.sharding_metadata(mesh), read)
         self.chunks = wrap_chunks(chunks, mesh)
         self.optimizer = build_optimizer(config.optim, self.chunks, mesh, bf16=config.precision != "fp32")
         self.step = 0
@@ -48,6 +61,7 @@ class Trainer:
         self.model_files = config.output / "model_files"
         self.data_state = self.loader.state_dict()  # after the last good step, also when the next one fails
         self.saved_step = self.step
+        self.routers: RouterStatistics | None = None  # of the last step
 
     def train_step(self) -> tuple[StepTotals, float, float]:
         """One step: returns (totals, gradient norm, learning rate). FloatingPointError before a bad update."""
@@ -70,6 +84,7 @@ class Trainer:
                 f"step {step}: the gradient's norm is {done.grad_norm}, the update was not made; samples of the step: "
                 f"{self._names(samples)}"
             )
+        self.routers = take_router_statistics(self.chunks, self.mesh)
         self.step, self.data_state = step, self.loader.state_dict()
         return totals, done.grad_norm, lr
 
@@ -109,11 +124,12 @@ class Trainer:
             "padded_vocab_size": description.padded_vocab_size,
             "tied": description.tied,
             "precision": self.config.precision,
+            "freeze_router": self.config.moe.freeze_router,
             "pad_documents_to": self.prepared.pad_multiple,
             "data": self.data_state,
         }
         self.saved_step = self.step
-        return checkpoint.save(
+        target = checkpoint.save(
             self.config.output,
             self.step,
             self.chunks,
@@ -123,6 +139,9 @@ class Trainer:
             manifest=manifest,
             keep=self.config.checkpoint.keep,
         )
+        if self.config.checkpoint.export_hf:
+            checkpoint.export_hf(target, self.mesh)
+        return target
 
 
 def train(prepared: Prepared) -> None:
@@ -134,8 +153,7 @@ def train(prepared: Prepared) -> None:
     if mesh.rank == 0:
         first, _ = prepared.data[0]
         meta = first.meta | {"tokenizer": first.path / "tokenizer"}
-        overrides = {"rope_theta": config.override.rope_theta}
-        overrides["max_position_embeddings"] = config.override.max_position_embeddings
+        overrides = config_overrides(config.override, prepared.source.files, first.meta.get("vocab_size", 0))
         prepare_output(prepared)
         write_model_files(prepared.source.files, trainer.model_files, overrides=overrides, data=meta)
         print(start_lines(trainer, on_host), flush=True)
@@ -179,7 +197,7 @@ def loop(trainer: Trainer, log: MetricsLog | None) -> None:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         last = trainer.step == trainer.total_steps
-        extra = {}
+        extra: dict[str, Any] = {}
         every = config.valid_every
         if trainer.valid_loader is not None and (last or (every and trainer.step % every == 0)):
             extra["valid_loss"] = trainer.valid_loss()
@@ -196,9 +214,17 @@ def write_line(
     grad_norm: float,
     lr: float,
     seconds: float,
-    extra: dict[str, float],
+    extra: dict[str, Any],
 ) -> None:
     """Adds the step's line to metrics.jsonl and its mirrors."""
+    if (routers := trainer.routers) is not None:
+        extra = {
+            **extra,
+            "tokens_per_expert": list(routers.tokens_per_expert),
+            "expert_imbalance": list(routers.expert_imbalance),
+        }
+        if trainer.config.moe.aux_loss:
+            extra["aux_loss"] = routers.aux_loss / max(totals.supervised, 1)
     flops = step_flops(trainer.prepared.description, totals.tokens, totals.squared_lengths)
     tflops = flops / seconds / trainer.mesh.world_size / 1e12
     cuda = trainer.mesh.device.type == "cuda"
@@ -230,42 +256,3 @@ def make_log(trainer: Trainer) -> MetricsLog:
         config=dataclasses.asdict(trainer.config),
         progress_every=log.print_every,
     )
-
-
-def start_lines(trainer: Trainer, on_host: bool) -> str:
-    """What a run says of itself before its first step."""
-    prepared, mesh, config = trainer.prepared, trainer.mesh, trainer.config
-    counts = trainer.loader.counts
-    parameters = sum(int(np.prod(rule.shape)) for rule in prepared.description.rules)
-    where = "host, gloo" if on_host else f"{torch.cuda.get_device_name()}, NCCL"
-    lines = [
-        f"model: {prepared.description.family}, {parameters / 1e6:,.1f} M parameters from {prepared.source.weights}",
-        f"layout: {mesh.layout.product(mesh.world_size)}, sp {'on' if mesh.layout.sp else 'off'}, {where}",
-        f"backend: {prepared.backend} ({prepared.backend_reason}), {config.precision}",
-        f"data: {counts.documents:,} documents, dropped {counts.dropped:,}, truncated {counts.truncated:,}, "
-        f"bins of {config.seq_len:,} tokens, documents padded to {prepared.pad_multiple}",
-        f"run: {trainer.total_steps:,} steps of {config.global_batch_size} {config.batch_unit} in {config.output}",
-    ]
-    if trainer.valid_loader is not None:
-        held_out = trainer.valid_loader.counts
-        lines.append(
-            f"held out: {held_out.documents:,} documents, dropped {held_out.dropped:,}, truncated "
-            f"{held_out.truncated:,}"
-        )
-    if prepared.resume is not None:
-        lines.append(f"resumed from {prepared.resume.directory} after step {trainer.step}")
-    return "\n".join(lines)
-
-
-def sample_document(trainer: Trainer) -> list[tuple[str, bool]] | None:
-    """One document as (token text, supervised), for the report; None where the data has no tokenizer."""
-    index, _ = trainer.prepared.data[0]
-    if not (index.path / "tokenizer").is_dir():
-        return None
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(index.path / "tokenizer")
-    tokens, supervised = index.tokens(0)[:600], np.zeros(len(index.tokens(0)), dtype=bool)
-    for start, end in index.spans(0):
-        supervised[start:end] = True
-    return [(tokenizer.decode([int(t)]), bool(s)) for t, s in zip(tokens, supervised, strict=False)]

@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor, distributed
 
 from models.documents import PackedDocuments, PaddedPlan
 from models.rope import Rope, rotate
+from models.sinks import padded_sink_attention, varlen_sink_attention
 
 
 class _TakeRows(torch.autograd.Function):
@@ -80,13 +83,17 @@ class _GatherSequence(torch.autograd.Function):
         return own, None
 
 
-def padded_attention(query: Tensor, key: Tensor, value: Tensor, plan: PaddedPlan, scale: float) -> Tensor:
+def padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: PaddedPlan, scale: float, sinks: Tensor | None = None
+) -> Tensor:
     """Attention by padded batches. query [local tokens, heads, dim]; key, value [gathered tokens, groups, dim].
 
-    Returns [local tokens, heads, dim]; tokens of padding documents get zeros.
+    sinks: [heads], logits that only the softmax's denominator sees. Returns [local tokens, heads, dim]; tokens of
+    padding documents get zeros.
     """
     if not plan.groups:  # nothing but padding: zeros that still carry (zero) gradients
-        return query * 0.0 + (key.sum() + value.sum()) * 0.0
+        unused = key.sum() + value.sum() + (sinks.sum() if sinks is not None else 0.0)
+        return query * 0.0 + unused * 0.0
     rows = query if plan.in_place else _TakeRows.apply(query, plan.queries, plan.back, plan.unattended)
     if plan.in_place:
         keys, values = key, value
@@ -100,22 +107,36 @@ def padded_attention(query: Tensor, key: Tensor, value: Tensor, plan: PaddedPlan
         query_rows, key_rows = group.batch * group.queries, group.batch * group.keys
         batch = rows[first_query : first_query + query_rows].unflatten(0, (group.batch, group.queries))
         span = slice(first_key, first_key + key_rows)
-        output = F.scaled_dot_product_attention(
+        states = (
             batch.transpose(1, 2),
             keys[span].unflatten(0, (group.batch, group.keys)).transpose(1, 2),
             values[span].unflatten(0, (group.batch, group.keys)).transpose(1, 2),
-            attn_mask=group.mask,
-            is_causal=group.mask is None,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
         )
+        if sinks is not None:
+            output = padded_sink_attention(*states, sinks, group.mask, scale)
+        else:
+            output = F.scaled_dot_product_attention(
+                *states,
+                attn_mask=group.mask,
+                is_causal=group.mask is None,
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         first_query, first_key = first_query + query_rows, first_key + key_rows
     padded = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return padded if plan.in_place else _ReturnRows.apply(padded, plan.back, plan.unattended)
 
 
-def varlen_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments, scale: float) -> Tensor:
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: PackedDocuments,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attention by the variable-length flash kernel (CUDA, fp16 or bf16). Shapes as in `padded_attention`."""
     if packed.prefixes is None:
         boundaries, longest = packed.cu_seqlens_q, packed.max_seqlen_q
@@ -124,9 +145,12 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedDo
         plan = packed.prefixes
         key, value = key.index_select(0, plan.rows), value.index_select(0, plan.rows)
         bounds = (plan.query_bounds, plan.key_bounds, plan.longest_query, plan.longest_key)
+    sides = (-1 if window is None else window - 1, 0)
+    if sinks is not None:
+        return varlen_sink_attention(query, key, value, sinks, bounds, scale, sides)
     kernel, names_gqa = _varlen_kernel()
     options = {"enable_gqa": query.shape[1] != key.shape[1]} if names_gqa else {}
-    return kernel(query, key, value, *bounds, scale=scale, window_size=(-1, 0), **options)
+    return kernel(query, key, value, *bounds, scale=scale, window_size=sides, **options)
 
 
 @cache
@@ -148,7 +172,16 @@ class PackedAttention(MegatronModule):
         super().__init__(config=config)
         self.rope = ropes[layer_number - 1]
         self.cp_group = pg_collection.cp
+        self.tp_group = pg_collection.tp
         self.scale = config.softmax_scale or config.kv_channels**-0.5
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // self.tp_group.size()
+            offset = torch.zeros(heads, dtype=config.params_dtype, device=torch.cuda.current_device())
+            self.softmax_offset = torch.nn.Parameter(offset)
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
 
     def forward(self, query, key, value, attention_mask=None, *, packed_seq_params: PackedDocuments, **_unused):
         """query [tokens, heads, dim], key and value [tokens, groups, dim], packed; returns query's shape."""
@@ -157,6 +190,18 @@ class PackedAttention(MegatronModule):
         if self.cp_group.size() > 1:
             gathered = _GatherSequence.apply(torch.stack((key, value), dim=1), self.cp_group)
             key, value = gathered.unbind(1)
-        if packed_seq_params.plan is None:
-            return varlen_attention(query, key, value, packed_seq_params, self.scale)
-        return padded_attention(query, key, value, packed_seq_params.plan, self.scale)
+        if packed_seq_params.padded is None:
+            return varlen_attention(query, key, value, packed_seq_params, self.scale, self.window, self.softmax_offset)
+        plan = packed_seq_params.plan(self.window)
+        return padded_attention(query, key, value, plan, self.scale, self.softmax_offset)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """The sinks, split over tensor-parallel ranks by head."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )

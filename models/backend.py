@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -18,32 +19,50 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from models.attention import PackedAttention
-from models.norm import RMSNorm
+from models.experts import GroupedExperts
+from models.norm import PostNormLinear, ProjectionNorm, RMSNorm
+from models.registry import ModelDescription
 from models.rope import Rope, rotate
+from models.router import PackedMoELayer, PackedRouter
 
 
-def choose_backend(asked: str, *, cuda: bool, precision: str) -> tuple[str, str]:
+def choose_backend(asked: str, *, cuda: bool, precision: str, description: ModelDescription) -> tuple[str, str]:
     """Returns (backend, why) for --backend auto|te|native; ValueError where the choice cannot run."""
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    if asked == "te" and not (installed and cuda):
-        missing = "Transformer Engine is not installed" if not installed else "no GPU is visible"
-        raise ValueError(f"--backend te cannot run here because {missing}; use --backend native")
-    if asked == "native" or (asked == "auto" and not (installed and cuda)):
-        if precision == "fp8":
-            raise ValueError("--precision fp8 needs --backend te on a GPU with Transformer Engine installed")
-        if asked == "native":
-            return "native", "asked for"
-        return "native", "no GPU is visible" if not cuda else "Transformer Engine is not installed"
-    if precision == "fp32":
-        if asked == "te":
-            raise ValueError("--backend te computes attention in bf16 or fp8 only; use --backend native for fp32")
-        return "native", "Transformer Engine's attention has no fp32"
+    native = _why_native(cuda, precision, description)
+    if asked == "te" and native:
+        raise ValueError(f"--backend te cannot run here because {native}; use --backend native")
+    if precision == "fp8" and (asked == "native" or native):
+        reason = f" ({native})" if native else ""
+        raise ValueError(f"--precision fp8 needs --backend te on a GPU with Transformer Engine installed{reason}")
+    if asked == "native":
+        return "native", "asked for"
+    if native:
+        return "native", native
     return "te", "asked for" if asked == "te" else "a GPU and Transformer Engine are there"
+
+
+def _why_native(cuda: bool, precision: str, description: ModelDescription) -> str | None:
+    """What keeps Transformer Engine's layers from being used, or None. Untried combinations are not tried."""
+    fields = description.transformer
+    if not cuda:
+        return "no GPU is visible"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed"
+    if precision == "fp32":
+        return "Transformer Engine's attention has no fp32"
+    if "num_moe_experts" in fields:
+        return "experts were not tried with Transformer Engine's layers"
+    if description.post_norm or description.qk_norm == "projection":
+        return "norms after a block or over whole projections were not tried with Transformer Engine's layers"
+    if fields.get("softmax_type", "vanilla") != "vanilla" or "window_size" in fields:
+        return "attention sinks and sliding windows were not tried with Transformer Engine's layers"
+    return None
 
 
 class RotaryTEAttention(MegatronModule):
@@ -66,53 +85,83 @@ class RotaryTEAttention(MegatronModule):
         return self.inner.sharded_state_dict(prefix, sharded_offsets, metadata)
 
 
-def native_layer_spec(ropes: tuple[Rope, ...]) -> ModuleSpec:
-    """A dense pre-norm layer from megatron-core's parallel linears and Lathe's attention and norm."""
+class PackedLayer(TransformerLayer):
+    """megatron-core's layer; experts are told which tokens are real where it would hand over a padding mask."""
+
+    def forward(self, *args, **kwargs):
+        if self.is_moe_layer:
+            kwargs["padding_mask"] = kwargs["packed_seq_params"].routed
+        return super().forward(*args, **kwargs)
+
+
+def native_layer_spec(description: ModelDescription, ropes: tuple[Rope, ...], groups: Any) -> ModuleSpec:
+    """A layer from megatron-core's parallel linears and Lathe's attention, norms and experts."""
+    post_norm = description.post_norm
+    before: type = IdentityOp if post_norm else RMSNorm
+    output: type = PostNormLinear if post_norm else RowParallelLinear
+    query_norm, key_norm = _qk_norms(description, groups)
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=partial(PackedAttention, ropes=ropes),
+            linear_proj=output,
+            q_layernorm=query_norm,
+            k_layernorm=key_norm,
+        ),
+    )
+    keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if "num_moe_experts" in description.transformer:
+        experts = MoESubmodules(experts=GroupedExperts, router=PackedRouter)
+        mlp = ModuleSpec(module=PackedMoELayer, submodules=experts, params={"pg_collection": groups})
+    else:
+        mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=output))
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
-        module=TransformerLayer,
+        module=PackedLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=partial(PackedAttention, ropes=ropes),
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
-                ),
-            ),
+            input_layernorm=before,
+            self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
+            pre_mlp_layernorm=before,
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=keys,
         ),
     )
 
 
-def te_layer_spec(ropes: tuple[Rope, ...]) -> ModuleSpec:
+def _qk_norms(description: ModelDescription, groups: Any) -> tuple[Any, Any]:
+    """The norms of queries and keys: none, of each head by itself, or over all heads at once."""
+    if description.qk_norm == "head":
+        return RMSNorm, RMSNorm
+    if description.qk_norm == "none":
+        return IdentityOp, IdentityOp
+    fields = description.transformer
+    heads = (fields["num_attention_heads"], fields["num_query_groups"])
+    query, key = (ModuleSpec(module=ProjectionNorm, params={"heads": n, "tp_group": groups.tp}) for n in heads)
+    return query, key
+
+
+def te_layer_spec(description: ModelDescription, ropes: tuple[Rope, ...]) -> ModuleSpec:
     """megatron-core's own Transformer Engine layer with the rotary wrapper around its core attention."""
-    spec = get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=description.qk_norm == "head")
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = partial(RotaryTEAttention, ropes=ropes, inner=attention.core_attention)
     return spec
 
 
-def block_spec(backend: str, layers: int, ropes: tuple[Rope, ...]) -> TransformerBlockSubmodules:
+def block_spec(
+    backend: str, layers: int, description: ModelDescription, ropes: tuple[Rope, ...], groups: Any
+) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage and the final norm."""
     if backend == "native":
-        return TransformerBlockSubmodules(layer_specs=[native_layer_spec(ropes)] * layers, layer_norm=RMSNorm)
+        spec = native_layer_spec(description, ropes, groups)
+        return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
     from megatron.core.extensions.transformer_engine import TENorm
 
-    return TransformerBlockSubmodules(layer_specs=[te_layer_spec(ropes)] * layers, layer_norm=TENorm)
+    return TransformerBlockSubmodules(layer_specs=[te_layer_spec(description, ropes)] * layers, layer_norm=TENorm)
 
 
 def attention_kernel(backend: str, device: torch.device, dtype: torch.dtype) -> str:

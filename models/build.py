@@ -8,11 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from models.loss import loss_sum
 from models.registry import ModelDescription
 from models.rope import Rope
 
-_ACTIVATIONS = {"silu": F.silu}
+_ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu}
 SHARDING_METADATA = {
     # Layers are named one by one, whatever stage they live on: keys do not depend on the layout.
     "non_homogeneous_layers": True,
@@ -72,7 +74,7 @@ def transformer_config(
     fp8: str = "tensorwise",
     extra: dict[str, Any] | None = None,
 ) -> TransformerConfig:
-    """Turns a description into megatron-core's config. `layout` has tp, cp, pp, vpp, ep, etp, sp.
+    """Turns a description into megatron-core's config. `layout` has tp, cp, pp, vpp, ep, etp, sp, stages.
 
     `extra` holds TransformerConfig fields the user set by hand; they win.
     """
@@ -85,7 +87,9 @@ def transformer_config(
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
         "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
-        "expert_tensor_parallel_size": layout.etp,
+        # megatron-core's experts cannot add a bias once under expert tensor parallelism; ours can, and take the
+        # degree from their groups.
+        "expert_tensor_parallel_size": 1 if fields["add_bias_linear"] else layout.etp,
         "sequence_parallel": layout.sp,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -109,6 +113,11 @@ def transformer_config(
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
     }
+    if layout.stages:
+        parts = ["t" * count for count in layout.stages]
+        fields["pipeline_model_parallel_layout"] = "E" + "|".join(parts) + "L"
+    if "num_moe_experts" in fields and precision != "fp32":
+        fields["moe_router_dtype"] = "fp32"  # logits of close experts differ in digits that bf16 has not
     if precision == "fp8":
         fields |= {"fp8": "hybrid", "fp8_recipe": fp8}
     if recompute == "full":
@@ -145,8 +154,8 @@ def build_chunks(
     for stage in range(stages):
         first = pp_rank == 0 and stage == 0
         last = pp_rank == pp_size - 1 and stage == stages - 1
-        layers = config.num_layers // (pp_size * stages)
-        spec = block_spec(backend, layers, ropes)
+        layers = get_num_layers_to_build(config, stage if stages > 1 else None, pp_rank)
+        spec = block_spec(backend, layers, description, ropes, groups)
         if not last:
             spec.layer_norm = None
         chunks.append(

@@ -8,6 +8,7 @@ throughout; a document's padding comes after its tokens, where causality hides i
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 # Documents share a padded batch on the host when the shorter is at least this share of the longest.
 _GROUP_RATIO = 0.8
 _GROUP_SLACK = 32  # tokens: below this, another call costs more than the padding
+_SHORTEST_BLOCK = 64  # queries that are cut off together where windows are shorter than documents
 
 
 def zigzag_indices(cu_seqlens: np.ndarray, cp_size: int, cp_rank: int) -> np.ndarray:
@@ -59,6 +61,26 @@ class Segments:
             key_lengths=np.concatenate(((cp_rank + 1) * chunks, (2 * cp_size - cp_rank) * chunks)),
         )
 
+    def within(self, window: int | None) -> Segments:
+        """Cuts the queries into blocks that leave out the keys before every window; itself where none ends."""
+        if window is None or not len(self.key_lengths) or self.key_lengths.max() <= window:
+            return self
+        block = max(window, _SHORTEST_BLOCK)
+        counts = np.where(self.key_lengths > window, -(-self.query_lengths // block), 1)
+        owner = np.repeat(np.arange(len(counts)), counts)
+        number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        cut = self.key_lengths[owner] > window
+        first = np.where(cut, number * block, 0)
+        last = np.where(cut, np.minimum(first + block, self.query_lengths[owner]), self.query_lengths[owner])
+        before = (self.key_lengths - self.query_lengths)[owner]  # keys of a segment before its first query
+        left = np.where(cut, np.maximum(before + first - window + 1, 0), 0)
+        return Segments(
+            query_starts=self.query_starts[owner] + first,
+            query_lengths=last - first,
+            key_starts=self.key_starts[owner] + left,
+            key_lengths=before + last - left,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
@@ -94,8 +116,19 @@ def _group_segments(segments: Segments) -> list[np.ndarray]:
     return groups
 
 
-def plan_padded(segments: Segments, local_tokens: int, gathered: np.ndarray | None, device: torch.device) -> PaddedPlan:
-    """Plans the padded batches. `gathered` [tokens] says where a token lies in the all-gathered keys."""
+def plan_padded(
+    segments: Segments,
+    local_tokens: int,
+    gathered: np.ndarray | None,
+    device: torch.device,
+    window: int | None = None,
+) -> PaddedPlan:
+    """Plans the padded batches. `gathered` [tokens] says where a token lies in the all-gathered keys.
+
+    window: the last keys that a query sees, itself included; None for all.
+    """
+    whole, segments = segments, segments.within(window)
+    once = gathered is None and segments is whole  # queries and keys are the same tokens, each taken once
 
     def place(indices: np.ndarray) -> Tensor:
         return torch.from_numpy(indices).to(device)
@@ -116,9 +149,13 @@ def plan_padded(segments: Segments, local_tokens: int, gathered: np.ndarray | No
         query_indices.append(query.reshape(-1))
         key_indices.append((key if gathered is None else gathered[key]).reshape(-1))
         mask = None
-        if not np.array_equal(query_lengths, key_lengths):
+        narrow = window is not None and keys > window
+        if narrow or not np.array_equal(query_lengths, key_lengths):
             last = (key_lengths - query_lengths)[:, None] + np.minimum(row, query_lengths[:, None] - 1)
-            mask = place(column[None, None, None, :] <= last[:, None, :, None])
+            seen = column <= last[:, :, None]  # [batch, queries, keys]
+            if narrow:
+                seen &= column > last[:, :, None] - window
+            mask = place(seen[:, None])
         groups.append(Group(batch=batch, queries=queries, keys=keys, mask=mask))
     empty = np.zeros(0, dtype=np.int64)
     missing = np.flatnonzero(back < 0)
@@ -126,10 +163,10 @@ def plan_padded(segments: Segments, local_tokens: int, gathered: np.ndarray | No
     query_rows = place(np.concatenate(query_indices or [empty]))
     return PaddedPlan(
         groups=tuple(groups),
-        in_place=gathered is None and filled == local_tokens and np.array_equal(back, np.arange(filled)),
+        in_place=once and filled == local_tokens and np.array_equal(back, np.arange(filled)),
         queries=query_rows,
         # One object tells the attention that each key is taken once, too, so that gradients can be gathered.
-        keys=query_rows if gathered is None else place(np.concatenate(key_indices or [empty])),
+        keys=query_rows if once else place(np.concatenate(key_indices or [empty])),
         back=place(back),
         unattended=place(missing) if len(missing) else None,
     )
@@ -163,14 +200,25 @@ def plan_prefixes(segments: Segments, gathered: np.ndarray, device: torch.device
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PaddedInput:
+    """What plans of padded batches are made from."""
+
+    segments: Segments
+    local_tokens: int
+    gathered: np.ndarray | None
+
+
 @dataclass(kw_only=True)
 class PackedDocuments(PackedSeqParams):
     """megatron-core's THD parameters together with what the native attention plans once a microbatch."""
 
     positions: Tensor = field(kw_only=True)  # int64 [local tokens], position in the document
     supervised: Tensor | None = None  # int64, this rank's tokens that bear a loss
-    plan: PaddedPlan | None = None  # for the padded kernel
+    padded: PaddedInput | None = None  # for the padded kernel
+    plans: dict[int | None, PaddedPlan] = field(default_factory=dict)  # window -> plan
     prefixes: PrefixPlan | None = None  # for the variable-length kernel under context parallelism
+    routed: Any = None  # models.router.RoutedTokens, for models with experts
     rotary: dict = field(default_factory=dict)  # (rope key, dtype) -> tables
 
     def tables(self, rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -179,6 +227,15 @@ class PackedDocuments(PackedSeqParams):
         if key not in self.rotary:
             self.rotary[key] = rope.tables(self.positions, dtype)
         return self.rotary[key]
+
+    def plan(self, window: int | None) -> PaddedPlan:
+        """Returns the padded batches for layers with this window, planned at the first that asks."""
+        if window not in self.plans:
+            assert self.padded is not None
+            given = self.padded
+            device = self.positions.device
+            self.plans[window] = plan_padded(given.segments, given.local_tokens, given.gathered, device, window)
+        return self.plans[window]
 
     def for_transformer_engine(self) -> PackedSeqParams:
         """The plain parameters: Transformer Engine's attention takes each field as an argument."""
@@ -220,7 +277,7 @@ def pack_documents(
         gathered[order] = np.arange(len(order))
     if kernel == "padded":
         segments = Segments.of(cu_seqlens, real_lengths, cp_size, cp_rank)
-        packed.plan = plan_padded(segments, len(local), gathered, device)
+        packed.padded = PaddedInput(segments=segments, local_tokens=len(local), gathered=gathered)
     elif kernel == "varlen" and gathered is not None:
         # Padding documents, too: the kernel leaves what it is not given uninitialised.
         segments = Segments.of(cu_seqlens, np.diff(cu_seqlens), cp_size, cp_rank)

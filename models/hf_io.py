@@ -156,18 +156,6 @@ def read_shard(
     return rule.read(reader, tuple(slice(offset, end) for offset, end in zip(global_offset, ends, strict=True)))
 
 
-def source_dtype(path: str | Path) -> torch.dtype:
-    """The dtype of a directory's weights; ValueError where there are several."""
-    reader = HFReader(path)
-    counts: dict[torch.dtype, int] = {}
-    for name in reader.names():
-        counts[reader.dtype(name)] = counts.get(reader.dtype(name), 0) + 1
-    if len(counts) != 1:
-        shown = ", ".join(f"{n} x {dtype}" for dtype, n in counts.items()) or "none"
-        raise ValueError(f"{path}: weights of one dtype are needed, found {shown}")
-    return next(iter(counts))
-
-
 def copy_side_files(src: str | Path, dst: str | Path, *, with_index: bool = False) -> list[str]:
     """Copy config, generation config, tokenizer and chat templates byte for byte; returns the names.
 

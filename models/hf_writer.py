@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -27,6 +27,9 @@ class HFWriter:
     `plan` maps every name to (shape, dtype). `like` may name a directory that holds the index of the
     model's origin: where it lists the same tensors, they are put into the same files again. Otherwise a
     file is filled up to `shard_bytes`. Use as a context: leaving it checks that all was written.
+
+    Several processes may write one directory: one calls `create`; then each enters a writer of the same plan
+    with `shared`, writes its part and leaves with its counts in `written`; then one calls `finish` with these.
     """
 
     def __init__(
@@ -35,23 +38,35 @@ class HFWriter:
         plan: Mapping[str, tuple[Sequence[int], torch.dtype]],
         shard_bytes: float = 5e9,
         like: str | Path | None = None,
+        shared: bool = False,
     ):
-        self.path = Path(path)
+        self.path, self.shared = Path(path), shared
         self.plan = {name: (tuple(shape), dtype) for name, (shape, dtype) in plan.items()}
+        self.written: dict[str, int] = {}  # bytes by name
         self._bytes = {name: _size(*entry) for name, entry in self.plan.items()}
-        self._missing = dict(self._bytes)
         self._origin = read_index(Path(like)) if like else None
         if self._origin is not None and self._origin["weight_map"].keys() != self.plan.keys():
             self._origin = None
         self._file = self._origin["weight_map"] if self._origin else self._shards(shard_bytes)
         self._descriptors: dict[str, int] = {}
         self._offset: dict[str, int] = {}  # of a tensor's first byte in its file
+        self._length: dict[str, int] = {}  # of the files
+        self._header = {file: self._lay_out(file) for file in sorted(set(self._file.values()))}
+
+    def create(self) -> None:
+        """Make the files, with their headers and their full length, in place of what is there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for file, header in self._header.items():
+            with open(self.path / file, "wb") as created:
+                created.write(len(header).to_bytes(8, "little") + header)
+                created.truncate(self._length[file])
 
     def __enter__(self) -> Self:
-        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.shared:
+            self.create()
         try:
-            for file in sorted(set(self._file.values())):
-                self._begin(file)
+            for file in self._header:
+                self._descriptors[file] = os.open(self.path / file, os.O_WRONLY)
         except BaseException:
             self._close()
             raise
@@ -64,20 +79,44 @@ class HFWriter:
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not {dtype} {list(shape)}")
         data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
         row_bytes = self._bytes[name] // shape[0] if shape and shape[0] else 0
-        self._missing[name] -= len(data)
-        if self._missing[name] < 0:
+        self.written[name] = self.written.get(name, 0) + len(data)
+        if start * row_bytes + len(data) > self._bytes[name] or self.written[name] > self._bytes[name]:
             raise ValueError(f"{name}: more rows were written than it has ({list(shape)})")
-        offset = self._offset[name] + start * row_bytes
+        descriptor, offset = self._descriptors[self._file[name]], self._offset[name] + start * row_bytes
         while data:
-            count = os.pwrite(self._descriptors[self._file[name]], data, offset)
+            count = os.pwrite(descriptor, data, offset)
+            # Sends these pages to the disk already now, so that the last fsync finds little left to wait for.
+            os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
             data, offset = data[count:], offset + count
 
     def __exit__(self, kind, error, trace) -> None:
         try:
             if kind is None:
-                self._finish()
+                for descriptor in self._descriptors.values():
+                    os.fsync(descriptor)
+                if not self.shared:
+                    self.finish([self.written])
         finally:
             self._close()
+
+    def finish(self, written: Iterable[Mapping[str, int]]) -> None:
+        """Check that all processes together wrote every byte, and write the index; ValueError naming gaps."""
+        missing = dict(self._bytes)
+        for counts in written:
+            for name, count in counts.items():
+                missing[name] -= count
+        unwritten = [name for name, size in missing.items() if size]
+        if unwritten:
+            raise ValueError(f"{len(unwritten)} tensor(s) were not written: {', '.join(unwritten[:5])}")
+        total = sum(self._bytes.values())
+        index = self.path / INDEX
+        if self._origin and self._origin["metadata"].get("total_size") == total:
+            index.write_bytes(self._origin["bytes"])
+        elif set(self._file.values()) == {SINGLE}:
+            index.unlink(missing_ok=True)
+        else:
+            content = {"metadata": {"total_size": total}, "weight_map": self._file}
+            index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _shards(self, shard_bytes: float) -> dict[str, str]:
         """Fill one file after the other, as transformers does; a larger tensor has a file of its own."""
@@ -92,8 +131,8 @@ class HFWriter:
             return dict.fromkeys(self.plan, SINGLE)
         return {name: f"model-{one:05d}-of-{number:05d}.safetensors" for name, one in numbers.items()}
 
-    def _begin(self, file: str) -> None:
-        """Create a file and write its header; wider dtypes come first, so that all data is aligned."""
+    def _lay_out(self, file: str) -> bytes:
+        """A file's header, padded; wider dtypes come first, so that all data is aligned."""
         names = [name for name in self.plan if self._file[name] == file]
         names.sort(key=lambda name: (-self.plan[name][1].itemsize, name))
         header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -105,27 +144,10 @@ class HFWriter:
             header[name] = entry
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        descriptor = os.open(self.path / file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
-        self._descriptors[file] = descriptor
-        os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
         for name in names:
             self._offset[name] = 8 + len(text) + header[name]["data_offsets"][0]
-
-    def _finish(self) -> None:
-        unwritten = [name for name, size in self._missing.items() if size]
-        if unwritten:
-            raise ValueError(f"{len(unwritten)} tensor(s) were not written: {', '.join(unwritten[:5])}")
-        for descriptor in self._descriptors.values():
-            os.fsync(descriptor)
-        total = sum(self._bytes.values())
-        index = self.path / INDEX
-        if self._origin and self._origin["metadata"].get("total_size") == total:
-            index.write_bytes(self._origin["bytes"])
-        elif set(self._file.values()) == {SINGLE}:
-            index.unlink(missing_ok=True)
-        else:
-            content = {"metadata": {"total_size": total}, "weight_map": self._file}
-            index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        self._length[file] = 8 + len(text) + end
+        return text
 
     def _close(self) -> None:
         for descriptor in self._descriptors.values():

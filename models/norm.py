@@ -1,9 +1,12 @@
-"""RMSNorm that knows sequence parallelism, with a backward pass that keeps only the input and its scale."""
+"""RMSNorm that knows sequence and tensor parallelism, with backward passes that keep only input and scale."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from megatron.core.tensor_parallel.layers import RowParallelLinear, set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, distributed
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -45,3 +48,77 @@ class RMSNorm(torch.nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """states [..., hidden_size]; returns the same shape and dtype."""
         return _RMSNorm.apply(states, self.weight, self.eps)
+
+
+class _ProjectionNorm(torch.autograd.Function):
+    """RMS norm over a dimension that tensor-parallel ranks share out; each rank keeps its part."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, weight: Tensor, eps: float, group) -> Tensor:
+        wide = states.float()
+        squares = wide.pow(2).sum(-1, keepdim=True)  # [..., 1]
+        width = states.shape[-1] * group.size()
+        if group.size() > 1:
+            distributed.all_reduce(squares, group=group)
+        scale = torch.rsqrt(squares / width + eps)
+        ctx.group, ctx.width = group, width
+        ctx.save_for_backward(states, weight, scale)
+        return (wide * scale * weight.float()).to(states.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        states, weight, scale = ctx.saved_tensors
+        wide = gradient.float()
+        normed = states.float() * scale
+        grad_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        wide = wide * weight.float()
+        inner = (wide * normed).sum(-1, keepdim=True)
+        if ctx.group.size() > 1:
+            distributed.all_reduce(inner, group=ctx.group)
+        inner /= ctx.width
+        return ((wide - normed * inner) * scale).to(gradient.dtype), grad_weight, None, None
+
+
+class ProjectionNorm(MegatronModule):
+    """RMSNorm of queries or keys over all heads at once, heads split over tensor-parallel ranks.
+
+    The sum of squares spans the ranks, and so do the gains: each rank holds those of its own heads.
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float, *, heads: int, tp_group):
+        super().__init__(config=config)
+        self.eps, self.tp_group = eps, tp_group
+        width = hidden_size * heads // tp_group.size()
+        weight = torch.ones(width, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight = torch.nn.Parameter(weight)
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states [..., this rank's heads, head_dim]; returns the same shape and dtype."""
+        flat = states.flatten(-2)
+        return _ProjectionNorm.apply(flat, self.weight, self.eps, self.tp_group).view_as(states)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """The gains, split over tensor-parallel ranks by head."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+class PostNormLinear(RowParallelLinear):
+    """A block's output projection and the norm of its output, which the residual is added to."""
+
+    def __init__(self, input_size: int, output_size: int, *, config, **options):
+        super().__init__(input_size, output_size, config=config, **options)
+        assert self.bias is None, "a bias would have to be added before the norm"
+        self.post_norm = RMSNorm(config, output_size, eps=config.layernorm_epsilon)
+
+    def forward(self, states: Tensor) -> tuple[Tensor, None]:
+        """states [tokens, batch, this rank's width]; under sequence parallelism the output is this rank's tokens."""
+        output, _ = super().forward(states)
+        return self.post_norm(output), None

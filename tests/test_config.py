@@ -11,6 +11,8 @@ from engine.cli import parse_run
 from engine.config import OptimConfig, RunConfig, check_values
 from engine.mesh import Layout, check_layout, check_sequence
 from engine.optim import learning_rate
+from engine.run import check_experts
+from models.backend import choose_backend
 from models.registry import describe
 from tests.tiny import save_model
 
@@ -19,6 +21,12 @@ from tests.tiny import save_model
 def description(tmp_path_factory):
     """8 heads, 4 key-value heads, 4 layers, feed-forward 96, vocabulary 131 padded to 256."""
     return describe(save_model("llama", tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """4 layers of 8 experts of feed-forward size 64."""
+    return describe(save_model("gpt_oss", tmp_path_factory.mktemp("experts")))
 
 
 @pytest.mark.parametrize(
@@ -53,6 +61,54 @@ def test_layout_is_refused(description, layout, ranks, sentence):
     with pytest.raises(ValueError) as caught:
         check_layout(layout, ranks, description)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "sentence"),
+    [
+        (Layout(ep=3), 3, "--ep 3 does not divide the experts (8)"),
+        (Layout(etp=5), 5, "--etp 5 does not divide the experts' feed-forward size (64)"),
+        (Layout(ep=4), 2, "2 ranks cannot be split as ep 4 x etp 1 x pp 1 = 4 ranks for the experts"),
+        (Layout(tp=2), 2, "--tp 2 with experts needs sequence parallelism"),
+        (Layout(pp=2, stages=(1, 2)), 2, "--pp-layout 1,2 adds up to 3 layers and the model has 4"),
+        (Layout(pp=2, stages=(1, 2, 1)), 2, "--pp-layout 1,2,1 has 3 stages and --pp 2 x --vpp 1 make 2"),
+        (Layout(pp=2, stages=(4, 0)), 2, "each stage takes at least one"),
+    ],
+)
+def test_layout_of_experts_and_stages_is_refused(experts, layout, ranks, sentence):
+    with pytest.raises(ValueError) as caught:
+        check_layout(layout, ranks, experts)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--pp-layout", "3;4"], "--pp-layout 3;4: give layers per stage, separated by commas"),
+        (["--moe.aux-loss", "-1"], "--moe.aux-loss -1.0 must be a number of 0 or more"),
+    ],
+)
+def test_flags_of_experts_and_stages_are_checked(flags, sentence):
+    with pytest.raises(ValueError) as caught:
+        check_values(parse_run(["--model", "M", "--data", "D", *flags]))
+    assert sentence in str(caught.value)
+
+
+def test_flags_of_experts_need_experts(description, experts):
+    config = parse_run(["--moe.aux-loss", "0.1", "--moe.dispatcher", "allgather"])
+    check_experts(config, experts, None)
+    with pytest.raises(ValueError, match="--moe.aux-loss, --moe.dispatcher: this model has no experts"):
+        check_experts(config, description, None)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "olmo3", "qwen3_moe"])
+def test_backends_that_were_not_tried_are_not_chosen(tmp_path, name):
+    found = describe(save_model(name, tmp_path / name))
+    assert choose_backend("auto", cuda=False, precision="bf16", description=found) == ("native", "no GPU is visible")
+    with pytest.raises(ValueError, match="--backend te cannot run here because no GPU is visible"):
+        choose_backend("te", cuda=False, precision="bf16", description=found)
+    with pytest.raises(ValueError, match="--precision fp8 needs --backend te"):
+        choose_backend("auto", cuda=False, precision="fp8", description=found)
 
 
 def test_layouts_that_fit_pass(description):

@@ -4,8 +4,10 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_tools import hf_to_mcore, inspect_checkpoint, mcore_to_hf
 from engine.checkpoint_format import MANIFEST, complete_or_absent, read_manifest, write_manifest
-from engine.tensor_store import StoreReader, write_store
+from engine.export import Export, change_config, open_checkpoint
+from engine.store_writer import write_store
+from engine.tensor_store import StoreReader
 from models.hf_io import INDEX, SINGLE, HFReader
 from models.registry import describe
 from tests.tiny import save_model
@@ -83,6 +87,78 @@ def test_there_and_back_gives_the_same_files(model, tmp_path):
     assert after.keys() == before.keys()
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} < after.keys()
     assert [name for name in before if before[name] != after[name]] == []
+
+
+OTHERS = {
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 8},
+    "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 8},
+}
+
+
+def save_other(kind: str, folder: Path) -> Path:
+    """A random bf16 model of a family with experts, post-norms or sinks."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 131}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256}
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**sizes, **heads, **OTHERS[kind]}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_experts_norms_and_sinks_go_there_and_back(kind, tmp_path):
+    """By one process and by three: the same tensors, and every file of the source bit for bit."""
+    source = save_other(kind, tmp_path / "hf")
+    rules, reader = describe(source).rules, HFReader(source)
+    for workers in (1, 3):
+        checkpoint, back = tmp_path / f"checkpoint{workers}", tmp_path / f"back{workers}"
+        hf_to_mcore.main(source, checkpoint, workers)
+        store = StoreReader(checkpoint / "state")
+        for rule in rules:
+            whole = rule.read(reader)
+            assert torch.equal(store.read(rule.key), whole), rule.key
+            if len(rule.shape) == 3:
+                box = (slice(2, 5), slice(3, 31), slice(4, 9))
+                assert torch.equal(store.read(rule.key, box), whole[box])
+        mcore_to_hf.main(checkpoint, back, num_workers=workers)
+        assert tree(back) == tree(source)
+    assert any(len(rule.shape) == 3 for rule in rules) == (kind in ("qwen3_moe", "gpt_oss"))
+
+
+def test_shares_of_an_export_are_written_apart(model, tmp_path):
+    """As the ranks of a job do it: one begins, each writes its share, one finishes; a missing share is named."""
+    source, checkpoint = model
+    opened = open_checkpoint(checkpoint)
+    job = Export(
+        output=tmp_path,
+        description=opened.description,
+        dtype=torch.bfloat16,
+        side_files=checkpoint / "hf",
+        block_bytes=1000,
+    )
+    job.begin()
+    written = [job.write_share(opened.reader(torch.bfloat16), (rank, 3)) for rank in (2, 0, 1)]
+    with pytest.raises(ValueError, match=r"tensor\(s\) were not written: model"):
+        job.finish(written[1:])
+    job.finish(written)
+    assert tree(tmp_path) == tree(source)
+    assert sum(sum(counts.values()) for counts in written) == job.total_bytes
+
+
+def test_config_fields_are_set_and_removed(tmp_path):
+    text = '{"torch_dtype": "bfloat16",  "quantization_config": {"quant_method": "mxfp4"}}'
+    (tmp_path / "config.json").write_text(text)
+    change_config(tmp_path, {"dtype": None}, remove=["nothing"])
+    assert (tmp_path / "config.json").read_text() == text
+    change_config(tmp_path, {"dtype": "float32"}, remove=["quantization_config"])
+    assert json.loads((tmp_path / "config.json").read_text()) == {"torch_dtype": "float32"}
 
 
 def test_a_sharded_model_keeps_its_files_and_index(model, tmp_path):
@@ -272,6 +348,42 @@ def test_a_full_disk_leaves_nothing_and_says_so(small, tmp_path):
         assert last.startswith("error: no space left while writing")
         assert "Traceback" not in result.stderr
         assert list(tmp_path.iterdir()) == []
+
+
+# A worker that has written something and then waits for ever.
+STUCK = """
+import sys, time
+from checkpoint_tools import hf_to_mcore
+from checkpoint_tools.common import run
+from models.rules import Rule
+read = Rule.read
+def read_once(*arguments):
+    Rule.read = lambda *_: time.sleep(600)
+    return read(*arguments)
+Rule.read = read_once
+run(hf_to_mcore.main)
+"""
+
+
+@pytest.mark.parametrize("victim", ["the script", "a worker"])
+def test_a_conversion_that_is_killed_leaves_nothing(small, tmp_path, victim):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", STUCK, "--hf", small[0], "--output", out, "--num-workers", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and len(list(tmp_path.rglob("__?_0.distcp"))) < 2:
+            time.sleep(0.01)
+        listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        workers = [int(pid) for pid in listed.split()]
+        assert len(workers) == 2
+        process.terminate() if victim == "the script" else os.kill(workers[1], signal.SIGKILL)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == (143 if victim == "the script" else 2), errors
+    assert "Traceback" not in errors
+    if victim == "a worker":
+        assert errors.splitlines()[-1].startswith("error: a worker process was killed by SIGKILL")
+    assert list(tmp_path.iterdir()) == []
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
 
 def test_scripts_work_from_the_command_line(small, tmp_path):

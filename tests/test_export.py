@@ -14,14 +14,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from checkpoint_tools import mcore_to_hf
 from data.index import write_index
 from engine.artifacts import write_model_files
-from engine.checkpoint import step_directory
+from engine.checkpoint import exported_directory, step_directory
 from engine.checkpoint_format import STATE
 from engine.tensor_store import StoreReader
 from models.registry import describe
 from tests.chatting import small_tokenizer
 from tests.test_resume import run
-from tests.tiny import VOCABULARY, conversations, read_json, save_model
+from tests.tiny import EXPERTS, MODELS, VOCABULARY, conversations, read_json, save_model
 
+EVERYWHERE = "--tp 2 --pp 2"
+SHARDED = [(name, torch.bfloat16, EVERYWHERE) for name in MODELS]
+SHARDED += [(name, torch.float32, EVERYWHERE) for name in ("llama", "olmo2", "gpt_oss")]
+SHARDED += [(name, torch.bfloat16, "--ep 2 --pp 2") for name in EXPERTS]
+SHARDED += [("qwen3_moe", torch.bfloat16, "--ep 2 --etp 2 --tp 2")]
 TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
 
 
@@ -39,19 +44,23 @@ def train(pool, ranks: int, model: Path, data: Path, output: Path, *extra: str) 
     return step_directory(output, 1)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_tied", "qwen2_untied"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_run_that_learns_nothing_exports_its_source(pool, data, tmp_path, name, dtype):
+@pytest.mark.parametrize(("name", "dtype", "layout"), SHARDED)
+def test_a_run_that_learns_nothing_exports_its_source(pool, data, tmp_path, name, dtype, layout):
     """Through a sharded checkpoint, at a learning rate of zero: every file bit for bit."""
     source = save_model(name, tmp_path / "source", dtype=dtype, layers=2)
     precision = "fp32" if dtype == torch.float32 else "bf16"
-    flags = ("--precision", precision, "--tp", "2", "--pp", "2", "--optim.lr", "0", "--optim.weight-decay", "0")
-    checkpoint = train(pool, 4, source, data, tmp_path / "run", *flags)
+    flags = ("--precision", precision, *layout.split(), "--optim.lr", "0", "--optim.weight-decay", "0")
+    checkpoint = train(pool, 4, source, data, tmp_path / "run", *flags, "--checkpoint.export-hf")
     target = tmp_path / "export"
     mcore_to_hf.main(checkpoint=checkpoint, output=target)
     for file in source.iterdir():
         assert (target / file.name).read_bytes() == file.read_bytes(), file.name
     assert {file.name for file in target.iterdir()} == {file.name for file in source.iterdir()}
+    beside = exported_directory(checkpoint)  # written by the run's own ranks
+    assert {f.name: f.read_bytes() for f in beside.iterdir()} == {f.name: f.read_bytes() for f in source.iterdir()}
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=dtype) for path in (source, target)]
+    tokens = torch.arange(40)[None] % VOCABULARY
+    assert torch.equal(*(model(tokens).logits for model in models))
 
 
 def test_wide_exports_come_from_the_master_weights(pool, data, tmp_path):

@@ -117,12 +117,19 @@ def test_tensorboard_shows_the_resumed_steps_only_once(tmp_path):
     # Event files are named by the second and read in the order of their names.
     first = next((tmp_path / "tensorboard").iterdir())
     first.rename(first.with_name(first.name.replace("tfevents.", "tfevents.0")))
+    routing = {"tokens_per_expert": [3, 0, 9], "expert_imbalance": [1.5, None, 2.0]}
     with quiet(tmp_path, tensorboard=True, start_step=3) as log:
-        write_steps(log, 4, 6, loss=0.5)
+        write_steps(log, 4, 6, loss=0.5, **routing)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     scalars = [(event.step, event.value) for event in events.Scalars("loss")]
     assert scalars == [(1, 9.0), (2, 9.0), (3, 9.0), (4, 0.5), (5, 0.5), (6, 0.5)]
-    assert "mfu" not in events.Tags()["scalars"]
+    tags = events.Tags()["scalars"]
+    assert "mfu" not in tags
+    assert [tag for tag in tags if "expert" in tag] == ["expert_imbalance/mean", "expert_imbalance/max"]
+    means = [(event.step, event.value) for event in events.Scalars("expert_imbalance/mean")]
+    assert means == [(4, 1.75), (5, 1.75), (6, 1.75)]
+    assert events.Scalars("expert_imbalance/max")[-1].value == 2.0
+    assert read_metrics(log.path)[-1]["tokens_per_expert"] == routing["tokens_per_expert"]
 
 
 def test_wandb_is_imported_only_when_chosen_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
@@ -142,10 +149,11 @@ def test_wandb_is_imported_only_when_chosen_and_goes_on_in_the_same_run(tmp_path
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     for start_step in (0, 1):
         with quiet(tmp_path, wandb="lathe", start_step=start_step) as log:
-            write_steps(log, start_step + 1, start_step + 1)
+            write_steps(log, start_step + 1, start_step + 1, expert_imbalance=[1.0, 2.0])
     assert [options["id"] for options in started] == [None, "abc"]
     assert [line["step"] for line in logged] == [1, 2]
-    assert "mfu" not in logged[0]
+    assert "mfu" not in logged[0] and "expert_imbalance" not in logged[0]
+    assert (logged[1]["expert_imbalance/mean"], logged[1]["expert_imbalance/max"]) == (1.5, 2.0)
 
 
 def test_a_log_file_gets_few_plain_lines_with_an_eta(tmp_path):

@@ -1,5 +1,6 @@
 """The report page: self-contained, escaped, right in its numbers, and readable for 1 and for 30,000 steps."""
 
+import itertools
 import json
 import math
 import re
@@ -7,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from engine.charts import HEIGHT, WIDTH, Curve, line_chart, linear_ticks, log_ticks, number
+from engine.charts import HEIGHT, WIDTH, Curve, bars, line_chart, linear_ticks, log_ticks, number
 from engine.report import MOST_TOKENS, write_report
 
 VOID = {"meta", "br"}
@@ -185,3 +186,56 @@ def test_facts_come_from_nested_options(tmp_path):
         ("Learning rate", "2e-5"),
         ("Schedule", "cosine"),
     ]
+
+
+@pytest.mark.parametrize("experts", [8, 128])
+def test_experts_have_a_card_of_their_own(tmp_path, experts):
+    write_metrics(tmp_path, 20)
+    assert "Experts" not in write_report(tmp_path, title="dense").read_text()
+    changes = {
+        "tokens_per_expert": lambda step: [0 if expert in (1, 5) else step + expert for expert in range(experts)],
+        "expert_imbalance": lambda step: [1.5, 4 - step / 10, 1.25, None],
+    }
+    write_metrics(tmp_path, 20, **changes)
+    page = Page(write_report(tmp_path).read_text())
+    assert page.count("svg") == 7
+    share = {8: "2 of 8 experts (25.0%)", 128: "2 of 128 experts (1.6%)"}[experts]
+    assert f"At step 20, {share} got no token; the worst layer is number 1, counted from 0: its fullest" in page.words
+    assert "got 2.00 times the mean" in page.words
+    assert f"expert {experts - 1}: {20 + experts - 1}" in page.words
+    assert page.count("path", class_="lost") == 2, "the experts without a token"
+    assert "mean of the layers at step 20: 1.58\nworst layer at step 20: 2" in page.words
+    assert page.count("div", class_="wide") == 0
+    write_metrics(tmp_path, 20, **changes, aux_loss=lambda step: 1 + 1 / step)
+    page = Page(write_report(tmp_path).read_text())
+    assert page.count("svg") == 8
+    assert "load-balancing loss at step 20: 1.05" in page.words
+    assert page.count("div", class_="wide") == page.count("svg", viewbox=f"0 0 {2 * WIDTH} {HEIGHT}") == 1
+
+
+def test_steps_without_routing_are_no_loss(tmp_path):
+    # The first steps were written before the fields existed; at the last one nothing was routed.
+    write_metrics(tmp_path, 6)
+    early = (tmp_path / "metrics.jsonl").read_text()
+    loads = {
+        "tokens_per_expert": lambda step: [step % 6, 0],
+        "expert_imbalance": lambda step: [2.0 if step < 6 else None],
+    }
+    write_metrics(tmp_path, 6, **loads)
+    late = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text("".join(early.splitlines(True)[:3] + late.splitlines(True)[3:]))
+    page = Page(write_report(tmp_path).read_text())
+    assert "At step 6, 2 of 2 experts (100.0%) got no token" in page.words and "worst layer is" not in page.words
+    assert "worst layer at step 4: 2" in page.words and "worst layer at step 3" not in page.words
+    assert page.words.count("not finite at step 6") == 2
+
+
+def test_bars_stand_on_their_axis_and_reach_their_counts():
+    drawn = bars([10, 0, 30, 20], label="load", colour="#123456", name="expert", mean="even", width=2 * WIDTH)
+    found = re.findall(r'<rect x="([^"]*)" y="([^"]*)" width="([^"]*)" height="([^"]*)"', drawn)
+    places = [tuple(map(float, place)) for place in found]
+    assert [height / places[0][3] for *_, height in places] == pytest.approx([1, 3, 2], rel=0.01)
+    assert len({round(y + height, 1) for _, y, _, height in places}) == 1
+    assert all(x > 0 and x + width < 2 * WIDTH and 0 < y < HEIGHT for x, y, width, _ in places)
+    assert all(right[0] > left[0] + left[2] for left, right in itertools.pairwise(places))
+    assert "<title>even: 15</title>" in drawn

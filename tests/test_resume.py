@@ -19,10 +19,12 @@ from engine.mesh import world_from_environment
 from engine.run import prepare_run
 from engine.tensor_store import StoreReader
 from engine.train import train
+from models.hf_io import HFReader
 from tests.tiny import VOCABULARY, conversations, save_model
 
 TIMINGS = ("seconds", "tokens_per_second", "supervised_tokens_per_second", "tflops", "mfu")
 LENGTHS = {"conversations": 9, "sequences": 9}
+EXPERT_FLAGS = ("--precision", "fp32", "--moe.aux-loss", "0.01")
 
 
 def run(arguments: list[str], environment: dict[str, str] | None = None) -> None:
@@ -111,6 +113,54 @@ def test_resume_under_another_layout(pool, inputs, tmp_path, ranks, layout):
     np.testing.assert_allclose(*([line.get("valid_loss", 0) for line in run] for run in (found, wanted)), rtol=1e-5)
     for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
         np.testing.assert_allclose([f[key] for f in found], [w[key] for w in wanted], rtol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def experts_run(pool, inputs, tmp_path_factory):
+    """A run of a model with biased experts, sinks and windows, its routers balanced."""
+    save_model("gpt_oss", inputs / "experts")
+    output = tmp_path_factory.mktemp("experts") / "whole"
+    pool.run(run, 2, arguments(inputs, output, *EXPERT_FLAGS, "--model", str(inputs / "experts"), "--ep", "2"))
+    return output
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(2, "--ep 2"), (1, ""), (4, "--ep 4"), (4, "--ep 2 --pp 2 --pp-layout 3,1"), (4, "--ep 2 --etp 2 --tp 2")],
+)
+def test_experts_resume_under_every_split(pool, inputs, experts_run, tmp_path, ranks, layout):
+    cut = tmp_path / "cut"
+    interrupt(experts_run, cut, 3)
+    given = arguments(inputs, cut, *EXPERT_FLAGS, "--model", str(inputs / "experts"), *layout.split())
+    pool.run(run, ranks, given)
+    found, wanted = metrics(cut), metrics(experts_run)
+    if layout == "--ep 2":
+        assert found == wanted
+        states = tensors(cut, 9), tensors(experts_run, 9)
+        assert all(torch.equal(states[0][key], tensor) for key, tensor in states[1].items())
+    assert len(found[-1]["tokens_per_expert"]) == 8 and len(found[-1]["expert_imbalance"]) == 4
+    for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("aux_loss", 1e-4)):
+        np.testing.assert_allclose([f[key] for f in found], [w[key] for w in wanted], rtol=tolerance)
+
+
+def test_a_router_stays_frozen_or_free(pool, inputs, experts_run, tmp_path):
+    cut = tmp_path / "cut"
+    interrupt(experts_run, cut, 3)
+    given = arguments(inputs, cut, *EXPERT_FLAGS, "--model", str(inputs / "experts"), "--moe.freeze-router")
+    with pytest.raises(RuntimeError, match="--moe.freeze-router was not given when the run"):
+        pool.run(run, 1, given)
+    frozen = tmp_path / "frozen"
+    given = arguments(inputs, frozen, "--model", str(inputs / "experts"), "--moe.freeze-router", "--ep", "2")
+    pool.run(run, 2, given)
+    first, last = tensors(frozen, 3), tensors(frozen, 9)
+    routers = [key for key in last if ".router." in key]
+    assert len(routers) == 8 and not any(key.startswith("optimizer") for key in routers)
+    source = HFReader(inputs / "experts")
+    for number in range(4):
+        kept = source.read(f"model.layers.{number}.mlp.router.weight").bfloat16()
+        assert torch.equal(last[f"decoder.layers.{number}.mlp.router.weight"], kept)
+    experts = "decoder.layers.0.mlp.experts.linear_fc1.weight"
+    assert not torch.equal(first[experts], last[experts])
 
 
 def test_keep_and_latest(pool, inputs, tmp_path):

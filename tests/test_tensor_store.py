@@ -1,9 +1,16 @@
 """The streamed torch_dist store: megatron-core loads what it writes, and it reads what that saved."""
 
+import math
+import os
+import tempfile
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from engine.tensor_store import StoreReader, write_store
+from engine.store_writer import write_store
+from engine.tensor_store import Scratch, StoreReader
 
 
 def load_slices(folder: str) -> dict[str, torch.Tensor]:
@@ -68,8 +75,71 @@ def test_what_megatron_core_saved_is_read_by_rows(pool, tmp_path):
         assert torch.equal(store.read(key), whole)
         for start in range(len(whole)):
             assert torch.equal(store.read(key, (slice(start, start + 3),)), whole[start : start + 3])
+            box = (slice(start, start + 3), slice(1, 4))
+            assert torch.equal(store.read(key, box), whole[box])
 
 
 def test_tensors_without_dimensions_are_stored(tmp_path):
     write_store(tmp_path, [("s", (), torch.float32, lambda rows: torch.tensor(3.5))])
     assert StoreReader(tmp_path).read("s") == 3.5
+
+
+@st.composite
+def stored_boxes(draw):
+    """A shape, the bytes of a piece, and a box in that shape."""
+    shape = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+    index = []
+    for size in shape[: draw(st.integers(0, len(shape)))]:
+        start = draw(st.integers(0, size))
+        index.append(slice(start, draw(st.integers(start, size))))
+    return tuple(shape), draw(st.sampled_from([1, 24, 100, 10**6])), tuple(index)
+
+
+@given(stored_boxes(), st.sampled_from([torch.bfloat16, torch.float32, torch.uint8]), st.integers(1, 2))
+@settings(max_examples=60, deadline=None)
+def test_any_box_is_read_from_any_pieces(case, dtype, workers):
+    shape, piece_bytes, index = case
+    whole = torch.arange(math.prod(shape)).view(shape).to(dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        write_store(folder, [("t", shape, dtype, whole.__getitem__)], piece_bytes, workers)
+        store, scratch = StoreReader(folder), Scratch()
+        assert torch.equal(store.read("t", index), whole[index])
+        assert torch.equal(store.read("t", (), scratch), whole)
+        assert torch.equal(store.read("t", index, scratch), whole[index])
+
+
+def test_a_box_touches_no_other_bytes(tmp_path):
+    """A column slice of a stored matrix reads its rows' pages, a row slice only its own bytes."""
+    whole = torch.arange(64 * 4096, dtype=torch.float32).view(64, 4096)
+    write_store(tmp_path, [("t", whole.shape, whole.dtype, whole.__getitem__)])
+    store = StoreReader(tmp_path)
+    store.read("t", (slice(0, 1),))  # which finds where the data begins
+    counts = []
+    original = os.preadv
+
+    def counting(descriptor, buffers, offset):
+        counts.append(sum(map(len, buffers)))
+        return original(descriptor, buffers, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "preadv", counting)
+        assert torch.equal(store.read("t", (slice(7, 9),)), whole[7:9])
+        assert torch.equal(store.read("t", (slice(7, 8), slice(5, 11))), whole[7:8, 5:11])
+        assert torch.equal(store.read("t", (slice(None), slice(100, 103))), whole[:, 100:103])
+    assert counts == [2 * 4096 * 4, 6 * 4]
+    with pytest.raises(ValueError, match="a box has no steps"):
+        store.read("t", (slice(0, 4, 2),))
+
+
+def test_workers_write_files_of_their_own_and_one_list_of_pieces(tmp_path):
+    tensors = {f"t{number}": torch.randn(number + 1, 3, 5) for number in range(7)}
+    specs = [(key, t.shape, t.dtype, t.__getitem__) for key, t in tensors.items()]
+    for workers in (1, 3):
+        write_store(tmp_path / str(workers), specs, 60, workers)
+        store = StoreReader(tmp_path / str(workers))
+        assert store.keys() == sorted(tensors)
+        assert all(torch.equal(store.read(key), t) for key, t in tensors.items())
+        files = sorted(path.name for path in (tmp_path / str(workers)).glob("*.distcp"))
+        assert files == [f"__{number}_0.distcp" for number in range(workers)]
+    with pytest.raises(ValueError, match=r"t: torch.float32 \[2\] is not \[3\]"):
+        write_store(tmp_path / "bad", [("t", (3,), torch.float32, lambda rows: torch.zeros(2))], 60, 2)

@@ -10,6 +10,15 @@ import numpy as np
 import torch
 
 VOCABULARY = 131  # no tensor-parallel size divides it
+PLAIN = {"rope_type": "default", "rope_theta": 1e6}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 32,
+}
 MODELS = {
     "llama": {
         "model_type": "llama",
@@ -17,6 +26,18 @@ MODELS = {
             "rope_type": "llama3",
             "rope_theta": 500000.0,
             "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "llama_tied": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 32,
@@ -32,11 +53,58 @@ MODELS = {
         "tie_word_embeddings": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
+    "qwen3_tied": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True, "rope_parameters": PLAIN},
+    "qwen3_windows": {  # windows in the upper half of the layers
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "tie_word_embeddings": False,
+        "rope_parameters": PLAIN,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 2,
+    },
+    "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False, "rope_parameters": PLAIN},
+    "olmo3": {
+        "model_type": "olmo3",
+        "tie_word_embeddings": False,
+        "sliding_window": 9,
+        "rope_parameters": {"sliding_attention": PLAIN, "full_attention": YARN},
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "tie_word_embeddings": False,
+        "rope_parameters": PLAIN,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+    },
+    "qwen3_moe_tied": {  # with weights as a softmax over all experts gives them
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "rope_parameters": PLAIN,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": False,
+    },
+    "gpt_oss": {  # whose square down-projection keeps its shape when it is turned round
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "sliding_window": 5,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "rope_parameters": YARN | {"factor": 32.0, "truncate": False},
+    },
 }
+EXPERTS = ("qwen3_moe", "qwen3_moe_tied", "gpt_oss")
 
 
 def save_model(name: str, folder: Path, *, dtype=torch.float32, layers: int = 4, **changes) -> Path:
-    """Writes a Hugging Face directory with random weights, norms and biases included."""
+    """Writes a Hugging Face directory with random weights; norms, biases and sinks included."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = {
@@ -48,6 +116,8 @@ def save_model(name: str, folder: Path, *, dtype=torch.float32, layers: int = 4,
         "num_key_value_heads": 4,
         "max_position_embeddings": 256,
         "rms_norm_eps": 1e-6,
+        "pad_token_id": None,
+        "eos_token_id": 1,
         **MODELS[name],
         **changes,
     }
@@ -56,10 +126,12 @@ def save_model(name: str, folder: Path, *, dtype=torch.float32, layers: int = 4,
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields), attn_implementation="eager")
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 or key.endswith("_bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             elif "embed" not in key:
                 parameter.mul_(3.0)  # far from zero, so that attention is far from uniform
+            if key.endswith("sinks"):
+                parameter.add_(torch.randn_like(parameter))
     model.to(dtype).save_pretrained(folder)
     return folder
 
@@ -101,9 +173,10 @@ def reference(folder: Path, index: MemoryIndex, batches: list[list[int]], optim:
     """Trains the plain Hugging Face model one conversation at a time: losses, norms, first gradients."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() == 1]
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **eager)
+    plain = [p for name, p in model.named_parameters() if p.dim() == 1 or name.endswith("_bias")]
+    decayed = [p for p in model.parameters() if not any(p is other for other in plain)]
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
     losses, norms, gradients = [], [], {}
@@ -124,12 +197,27 @@ def reference(folder: Path, index: MemoryIndex, batches: list[list[int]], optim:
         for parameter in model.parameters():
             parameter.grad /= count
         if not gradients:
-            gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+            gradients = {
+                name: part for key, p in model.named_parameters() for name, part in in_files(model.config, key, p.grad)
+            }
         losses.append(total / count)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)))
         adam.step()
         adam.zero_grad()
     return SimpleNamespace(losses=losses, norms=norms, gradients=gradients)
+
+
+def in_files(config, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """A parameter of a transformers model as its files hold it: some families' experts are one file tensor each."""
+    head, experts, kind = name.rpartition("experts.")
+    if not experts or config.model_type != "qwen3_moe":
+        return [(name, tensor.clone())]
+    names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[kind]
+    return [
+        (f"{head}experts.{number}.{one}.weight", part.clone())
+        for number, matrix in enumerate(tensor)
+        for one, part in zip(names, matrix.chunk(len(names)), strict=True)
+    ]
 
 
 def read_json(path: Path) -> dict:

@@ -12,24 +12,35 @@ from torch import distributed
 
 from data.loader import Loader
 from engine.checkpoint import sharding_metadata
-from engine.config import OptimConfig
+from engine.config import MoeConfig, OptimConfig
 from engine.mesh import Layout, build_mesh, check_layout
 from engine.optim import build_optimizer, update
-from engine.step import run_microbatches, to_device, wrap_chunks
+from engine.step import run_microbatches, take_router_statistics, to_device, wrap_chunks
 from models.build import build_chunks, load_weights, sharded_tensors, transformer_config
 from models.documents import zigzag_indices
 from models.hf_io import HFReader, read_shard
 from models.registry import describe
+from models.router import set_routers
 from tests.tiny import MemoryIndex
 
 
-def start(folder: Path, layout: Layout, *, precision: str = "fp32", recompute: str = "none") -> SimpleNamespace:
+def start(
+    folder: Path,
+    layout: Layout,
+    *,
+    precision: str = "fp32",
+    recompute: str = "none",
+    moe: MoeConfig | None = None,
+) -> SimpleNamespace:
     """Builds this rank's part of a Hugging Face model under `layout`."""
+    moe = moe or MoeConfig()
     description = describe(folder)
     check_layout(layout, distributed.get_world_size(), description)
     mesh = build_mesh(layout)
-    config = transformer_config(description, layout=layout, precision=precision, recompute=recompute)
+    extra = {"moe_token_dispatcher_type": moe.dispatcher}
+    config = transformer_config(description, layout=layout, precision=precision, recompute=recompute, extra=extra)
     chunks = build_chunks(description, config, backend="native", groups=mesh.groups)
+    set_routers(chunks, aux_loss=moe.aux_loss, frozen=moe.freeze_router)
     metadata = sharding_metadata(mesh)
     reader = HFReader(folder)
     load_weights(chunks, metadata, lambda *piece: read_shard(description, reader, *piece))
@@ -55,7 +66,7 @@ def make_loader(index: MemoryIndex, mesh, options: dict) -> Loader:
 def full_gradients(part: SimpleNamespace, wrapped: list) -> dict[str, torch.Tensor]:
     """Hugging Face-named global gradients on every rank, from reduce-scattered gradient buffers."""
     for chunk in wrapped:
-        for buffer in chunk.buffers:
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
             group = buffer.data_parallel_group
             for bucket in buffer.buckets:
                 own = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
@@ -64,7 +75,7 @@ def full_gradients(part: SimpleNamespace, wrapped: list) -> dict[str, torch.Tens
     for chunk in part.chunks:
         for parameter in chunk.parameters():
             kept.append((parameter, parameter.data.clone()))
-            parameter.data.copy_(parameter.main_grad)
+            parameter.data.copy_(getattr(parameter, "main_grad", torch.zeros(())))  # a frozen one has none
     pieces = [
         (piece.key, tuple(piece.global_offset), piece.data.clone())
         for chunk in part.chunks
@@ -89,13 +100,14 @@ def train(
     options: dict,
     precision: str = "fp32",
     recompute: str = "none",
+    moe: MoeConfig | None = None,
 ) -> SimpleNamespace:
-    """Trains `steps` steps; returns losses, norms, sample ids of each step and the first step's gradients."""
-    part = start(folder, layout, precision=precision, recompute=recompute)
+    """Trains `steps` steps; returns losses, norms, sample ids, router statistics and the first step's gradients."""
+    part = start(folder, layout, precision=precision, recompute=recompute, moe=moe)
     wrapped = wrap_chunks(part.chunks, part.mesh)
     optimizer = build_optimizer(optim, wrapped, part.mesh, bf16=precision != "fp32")
     loader = make_loader(index, part.mesh, options)
-    losses, norms, samples, gradients = [], [], [], None
+    losses, norms, samples, routers, gradients = [], [], [], [], None
     for _ in range(steps):
         for chunk in wrapped:
             chunk.zero_grad_buffer()
@@ -105,9 +117,12 @@ def train(
             gradients = full_gradients(part, wrapped)
         norms.append(update(optimizer, lr=optim.lr, clip_grad=optim.clip_grad).grad_norm)
         losses.append(totals.loss)
+        routers.append(take_router_statistics(wrapped, part.mesh))
         samples.append([sample for batch in microbatches for sample in batch.sample_ids])
     first = distributed.get_rank() == 0
-    return SimpleNamespace(losses=losses, norms=norms, samples=samples, gradients=gradients if first else None)
+    return SimpleNamespace(
+        losses=losses, norms=norms, samples=samples, routers=routers, gradients=gradients if first else None
+    )
 
 
 def logits(folder: Path, layout: Layout, index: MemoryIndex, options: dict) -> dict[int, np.ndarray] | None:
@@ -116,7 +131,8 @@ def logits(folder: Path, layout: Layout, index: MemoryIndex, options: dict) -> d
     mesh = part.mesh
     wrapped = wrap_chunks(part.chunks, mesh)
     microbatches = make_loader(index, mesh, options).next_step()
-    batches = [to_device(batch, mesh, kernel="padded") for batch in microbatches]
+    experts = part.config.num_moe_experts is not None
+    batches = [to_device(batch, mesh, kernel="padded", experts=experts) for batch in microbatches]
 
     def forward(iterator, model):
         batch = next(iterator)

@@ -6,6 +6,7 @@ and returns their results in rank order. Functions must be importable (module le
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import tempfile
@@ -42,6 +43,7 @@ def _serve(number: int, requests, results) -> None:
             parallel_state.destroy_model_parallel()
             if distributed.is_initialized():
                 distributed.destroy_process_group()
+            gc.collect()  # models hold their groups in cycles, and each group holds threads and sockets
 
 
 class Pool:

@@ -1,0 +1,177 @@
+"""A checkpoint written as a Hugging Face directory: by scripts, or by the ranks of a running job."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint_format import HF, STATE, read_manifest
+from engine.tensor_store import Scratch, StoreReader, box_of, master_key
+from engine.workers import Advance, Bar, no_bar, run_workers, share_of
+from models.hf_io import copy_side_files
+from models.hf_writer import HFWriter
+from models.mxfp4 import Mxfp4Writer, mxfp4_plan
+from models.registry import ModelDescription, apply_overrides, check_directory, describe, read_config
+from models.rules import Index, Part, Rule
+from models.sources import open_reader
+
+BLOCK_BYTES = 16 * 2**20
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+QUANTIZATION = "quantization_config"  # says of the source's files what is not true of plain ones
+
+Read = Callable[[str, Index], Tensor]  # a slice of a global megatron tensor, in the export's dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint that was found complete, and whose model tensors are just those of its family's rules."""
+
+    path: Path
+    meta: dict[str, Any]
+    description: ModelDescription
+    store: StoreReader
+
+    @property
+    def source_dtype(self) -> torch.dtype:
+        """The dtype that the Hugging Face model had."""
+        return getattr(torch, self.meta["source_dtype"])
+
+    def reader(self, dtype: torch.dtype) -> Read:
+        """Returns read(key, index) of model tensors, where each call overwrites what the last one returned.
+
+        It takes the fp32 master weights where `dtype` holds more than the model's.
+        """
+        stored, converted = Scratch(), Scratch()
+
+        def read(key: str, index: Index) -> Tensor:
+            if dtype.itemsize > self.store.dtype(key).itemsize:
+                key = master_key(self.store, key) or key
+            tensor = self.store.read(key, index, stored)
+            return tensor if tensor.dtype == dtype else converted.empty(tensor.shape, dtype).copy_(tensor)
+
+        return read
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a step directory; ValueError where it is incomplete or its tensors do not fit the model."""
+    meta = read_manifest(path)
+    description = describe(path / HF)
+    store = StoreReader(path / STATE)
+    expected = {rule.key: rule.shape for rule in description.rules}
+    present = {key for key in set(store.keys()) if not key.startswith("optimizer.")}
+    for verb, keys in (("lacks", expected.keys() - present), ("has unknown", present - expected.keys())):
+        if keys:
+            names = ", ".join(sorted(keys)[:5])
+            raise ValueError(f"{path} {verb} {len(keys)} tensor(s) of {description.family}: {names}")
+    for key, shape in expected.items():
+        if store.shape(key) != shape:
+            raise ValueError(f"{path}: {key} has shape {list(store.shape(key))} instead of {list(shape)}")
+    return Checkpoint(path=path, meta=meta, description=description, store=store)
+
+
+def dtype_of(name: str, opened: Checkpoint) -> torch.dtype:
+    """The dtype that `--dtype` names: `source` is the one that the Hugging Face model had."""
+    return opened.source_dtype if name == "source" else DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """A Hugging Face directory that several processes write, each its share of the tensors.
+
+    First one process calls `begin`, then every process `write_share`, then one calls `finish` with what the
+    others returned; between these steps the caller lets all processes wait for each other. `side_files` is the
+    directory with config, tokenizer and templates, `changes` are fields to set in its config.json. `mxfp4` names
+    tensors to write in MXFP4, for which `read` gives values that it holds exactly (else ValueError).
+    """
+
+    output: Path
+    description: ModelDescription
+    dtype: torch.dtype
+    side_files: Path
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    mxfp4: tuple[str, ...] = ()
+    block_bytes: int = BLOCK_BYTES
+
+    @cached_property
+    def plan(self) -> dict[str, tuple[Sequence[int], torch.dtype]]:
+        """What the files will hold: shape and dtype by name."""
+        plain = {name: (shape, self.dtype) for rule in self.description.rules for name, shape in rule.files}
+        return mxfp4_plan(plain, self.mxfp4)
+
+    @property
+    def total_bytes(self) -> int:
+        """What the progress of `write_share` adds up to."""
+        shapes = [shape for rule in self.description.rules for _, shape in rule.files]
+        return sum(torch.Size(shape).numel() * self.dtype.itemsize for shape in shapes)
+
+    def begin(self) -> None:
+        """Copy the files beside the weights and make those of the weights, without any yet."""
+        copy_side_files(self.side_files, self.output)
+        change_config(self.output, self.changes, remove=[] if self.mxfp4 else [QUANTIZATION])
+        self._writer().create()
+
+    def write_share(self, read: Read, share: tuple[int, int], advance: Advance = lambda count: None) -> dict[str, int]:
+        """Write the part of one process, `share` = (rank, ranks); returns the bytes written by name."""
+        parts = [(rule, part) for rule in self.description.rules for part in self._parts(rule)]
+        sizes = [_numel(rule, part) for rule, part in parts]
+        with self._writer() as files:
+            writer = Mxfp4Writer(files, self.mxfp4)
+            for number in share_of(sizes, *share):
+                rule, part = parts[number]
+                tensor = part.lay_out(read(rule.key, part.index))
+                writer.write(part.name, tensor if part.name in self.mxfp4 else tensor.to(self.dtype), start=part.start)
+                advance(tensor.numel() * self.dtype.itemsize)
+        return files.written
+
+    def finish(self, written: Iterable[Mapping[str, int]]) -> None:
+        """Check that nothing is missing, and write the index; ValueError naming what was not written."""
+        self._writer().finish(written)
+        description = describe(self.output)
+        check_directory(description, open_reader(self.output, description))
+
+    def _parts(self, rule: Rule) -> Iterable[Part]:
+        return rule.parts(self.dtype.itemsize, self.block_bytes)
+
+    def _writer(self) -> HFWriter:
+        return HFWriter(self.output, self.plan, like=self.side_files, shared=True)
+
+
+def export(job: Export, read: Read, num_workers: int = 1, bar: Bar = no_bar) -> None:
+    """Write a whole Hugging Face directory from this process and those that it forks."""
+    job.begin()
+    written = run_workers(
+        lambda rank, advance: job.write_share(read, (rank, num_workers), advance), range(num_workers), bar
+    )
+    job.finish(written)
+
+
+def change_config(directory: Path, changes: Mapping[str, Any], remove: Iterable[str] = ()) -> None:
+    """Set and remove fields of config.json; where nothing changes the file stays as it is, byte for byte.
+
+    A change to None leaves the field alone.
+    """
+    config = read_config(directory)
+    changes = {name: value for name, value in changes.items() if value is not None}
+    removed = [config.pop(name) for name in remove if name in config]
+    if not changes and not removed:
+        return
+    dtype = changes.pop("dtype", None)
+    if dtype:
+        # transformers 4 called the field torch_dtype.
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    text = json.dumps(apply_overrides(config, changes), indent=2, ensure_ascii=False)
+    (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _numel(rule: Rule, part: Part) -> int:
+    return math.prod(len(side) for side in box_of(rule.shape, part.index))

@@ -1,0 +1,112 @@
+"""What each rank of a run will hold in memory, found by building it on the meta device in a world of fakes.
+
+Counted are parameters, gradients and the optimizer's state, as the engine itself allocates them. Activations,
+the copies that FP8 layers keep of their weights, and what a checkpoint gathers while it is written are not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from engine import host
+from engine.config import RunConfig, check_values
+from engine.mesh import build_mesh, destroy_mesh
+from engine.optim import build_optimizer
+from engine.run import check_model, model_config
+from engine.step import wrap_chunks
+from models.build import build_chunks
+from models.registry import ModelDescription
+from models.router import set_routers
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """What one rank of a pipeline stage holds from the first step to the last, in bytes unless said otherwise."""
+
+    stage: int
+    layers: int  # of all interleaved stages that the rank holds
+    num_parameters: int
+    parameters: int
+    gradients: int
+    optimizer: int  # fp32 master weights, where parameters are narrower, and two moments: this rank's share
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+
+def check_plan(config: RunConfig, description: ModelDescription, world_size: int) -> None:
+    """Every check of a run that needs neither data nor weights; raises ValueError in one sentence."""
+    assert config.model is not None
+    check_values(dataclasses.replace(config, data=config.data or ("DATA",)))
+    check_model(config, description, world_size, pad_multiple=config.pad_multiple)
+
+
+def plan_memory(config: RunConfig, description: ModelDescription, world_size: int) -> tuple[StageMemory, ...]:
+    """The memory of the first rank of each pipeline stage of a run on `world_size` ranks.
+
+    Ranks of a stage differ by the padding of their shards only. The layers are the native ones, whose parameters
+    are Transformer Engine's. Nothing may have joined a process group in this process, nor may it see a GPU.
+    """
+    check_plan(config, description, world_size)
+    ranks_per_stage = world_size // config.pp
+    return tuple(
+        _stage_memory(config, description, stage, stage * ranks_per_stage, world_size) for stage in range(config.pp)
+    )
+
+
+def _stage_memory(
+    config: RunConfig, description: ModelDescription, stage: int, rank: int, world_size: int
+) -> StageMemory:
+    narrow = config.precision != "fp32"
+    native = dataclasses.replace(config, precision="bf16" if narrow else "fp32")
+    host.enable()
+    with _fake_world(rank, world_size):
+        mesh = build_mesh(config.layout)
+        assert mesh.pp_rank == stage
+        with host.on_meta():
+            chunks = build_chunks(description, model_config(native, description), backend="native", groups=mesh.groups)
+            set_routers(chunks, aux_loss=config.moe.aux_loss, frozen=config.moe.freeze_router)
+            wrapped = wrap_chunks(chunks, mesh)
+            optimizer = build_optimizer(config.optim, wrapped, mesh, bf16=narrow)
+            return measure(stage, chunks, wrapped, optimizer)
+
+
+def measure(stage: int, chunks: list, wrapped: list, optimizer: Any) -> StageMemory:
+    """What this rank's model chunks, their gradient buffers and their optimizer hold; creates zero moments."""
+    weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    buffers = [buffer for chunk in wrapped for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    state: list[torch.Tensor] = []
+    for sharded in optimizer.chained_optimizers:
+        sharded.optimizer.initialize()
+        state += [tensor for group in sharded.shard_fp32_from_float16_groups for tensor in group]
+        state += [tensor for moments in sharded.optimizer.state.values() for tensor in moments.values()]
+    return StageMemory(
+        stage=stage,
+        layers=sum(len(chunk.decoder.layers) for chunk in chunks),
+        num_parameters=sum(parameter.numel() for parameter in weights),
+        parameters=sum(parameter.nbytes for parameter in weights),
+        gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
+        optimizer=sum(tensor.nbytes for tensor in state),
+    )
+
+
+@contextlib.contextmanager
+def _fake_world(rank: int, world_size: int) -> Iterator[None]:
+    """A world whose other ranks do not exist and whose collectives do nothing; this process is `rank` in it."""
+    assert not torch.cuda.is_available(), "a plan is made where no GPU is visible"
+    assert not distributed.is_initialized(), "a plan is made outside of any run"
+    distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        destroy_mesh()
+        distributed.destroy_process_group()

@@ -1,0 +1,74 @@
+"""Says what a run will hold in memory, before anyone asks for a cluster: needs a config.json, no weights, no GPU.
+
+python examples/plan_run.py [recipe.yaml ...] --ranks 64 [--model DIR] [any flag of pretrain_sft.py]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+GIB = 2**30
+
+
+def find_config(model: str | None) -> Path:
+    """The directory of --model's config.json, which comes from the hub where there is no such directory."""
+    if model is None:
+        raise ValueError("--model is missing: give a directory with a config.json, or a hub name")
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json")).parent
+    except Exception as error:
+        raise ValueError(
+            f"--model {model} is neither a directory here nor to be had from the hub ({type(error).__name__})"
+        ) from None
+
+
+def take_ranks(arguments: list[str]) -> tuple[int, list[str]]:
+    """Takes `--ranks N` out of the arguments."""
+    for place, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == "--ranks":
+            rest = arguments[:place] + arguments[place + (1 if value else 2) :]
+            value = value or "".join(arguments[place + 1 : place + 2])
+            if value.isdecimal() and int(value):
+                return int(value), rest
+            raise ValueError(f"--ranks {value}: give how many processes the run will have")
+    raise ValueError("--ranks is missing: give how many processes the run will have")
+
+
+def main(arguments: list[str]) -> None:
+    """Checks the run and prints a line a pipeline stage."""
+    from engine.cli import parse_run
+    from engine.plan import plan_memory
+    from engine.source import config_overrides
+    from models.registry import describe
+
+    ranks, arguments = take_ranks(arguments)
+    config = parse_run(arguments)
+    files = find_config(config.model)
+    description = describe(files, overrides=config_overrides(config.override, files, data_vocab_size=0))
+    stages = plan_memory(config, description, ranks)
+    print(f"{config.model}: {config.layout.product(ranks)}, GiB per rank")
+    print("stage  layers  parameters  gradients  optimizer     sum")
+    for one in stages:
+        parts = (one.parameters, one.gradients, one.optimizer, one.total)
+        cells = [f"{part / GIB:{width}.2f}" for part, width in zip(parts, (12, 11, 11, 8), strict=True)]
+        print(f"{one.stage:5d}{one.layers:8d}" + "".join(cells))
+    print("Activations come on top: --recompute full keeps a layer's input alone.")
+
+
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is computed; torch reads it when it is imported
+    from engine.quiet import silence_libraries
+
+    silence_libraries()
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
