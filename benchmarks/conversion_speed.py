@@ -14,8 +14,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 import tyro
+from common import REPOSITORY, load
 
-from benchmarks.common import REPOSITORY, load
 from checkpoint_tools import average_steps, hf_to_mcore, mcore_to_hf
 from engine.workers import worker_count
 from models.hf_writer import HFWriter

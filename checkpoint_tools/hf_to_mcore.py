@@ -12,9 +12,11 @@ from engine.checkpoint_format import HF, STATE, complete_or_absent, write_manife
 from engine.export import dtype_name, open_checkpoint
 from engine.store_writer import Spec, write_store
 from engine.workers import worker_count
-from models.hf_io import copy_side_files
+from models.extents import Extent
+from models.hf_io import HFReader, copy_side_files
 from models.registry import check_directory, describe
 from models.rules import Rule, TensorReader
+from models.runs import runs_of
 from models.sources import open_reader, source_dtype
 
 
@@ -44,10 +46,22 @@ def main(hf: Path, output: Path, num_workers: int | None = None) -> None:
 
 
 def _spec(rule: Rule, reader: TensorReader) -> Spec:
-    def produce(rows: slice) -> torch.Tensor:
-        return rule.read(reader, (rows,))
+    dtype = rule.dtype(reader)
 
-    return rule.key, rule.shape, rule.dtype(reader), produce
+    def produce(rows: slice) -> torch.Tensor | list[Extent]:
+        runs = runs_of(rule, (rows,))
+        if runs is None or not isinstance(reader, HFReader):
+            return rule.read(reader, (rows,))
+        return [_extent(reader, name, first * dtype.itemsize, count * dtype.itemsize) for name, first, count in runs]
+
+    return rule.key, rule.shape, dtype, produce
+
+
+def _extent(reader: HFReader, name: str | None, skip: int, length: int) -> Extent:
+    if name is None:
+        return Extent(None, 0, length)
+    path, first_byte = reader.place(name)
+    return Extent(path, first_byte + skip, length)
 
 
 if __name__ == "__main__":

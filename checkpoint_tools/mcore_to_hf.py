@@ -54,7 +54,7 @@ def main(
         )
         # In fp32 nothing is rounded before it is packed.
         read = opened.reader(torch.float32 if packed else target)
-        export(job, read, workers, bar("exporting", job.total_bytes))
+        export(job, read, workers, bar("exporting", job.total_bytes), opened.locator(target))
     print(f"{output}: {opened.description.family}, {'MXFP4 and ' if packed else ''}{dtype_name(target)}")
 
 

@@ -191,9 +191,9 @@ def export_hf(checkpoint: Path, mesh: Mesh) -> Path:
         partial.mkdir(parents=True)
         job.begin()
 
-    read = opened.reader(opened.source_dtype)
+    read, share = opened.reader(opened.source_dtype), (mesh.rank, mesh.world_size)
     _together(begin if mesh.rank == 0 else None, partial)
-    written = _together(lambda: job.write_share(read, (mesh.rank, mesh.world_size)), partial)
+    written = _together(lambda: job.write_share(read, share, copy=opened.locator(opened.source_dtype)), partial)
 
     def finish() -> None:
         job.finish(written)
@@ -221,22 +221,23 @@ def _together(work: Callable[[], Any] | None, partial: Path) -> list[Any]:
     return [result for result, _ in answers]
 
 
-def set_aside(run: Path) -> Path | None:
-    """Moves the checkpoints of a run that is started anew to `checkpoints.N` and returns where; None without any."""
-    folder = Path(run) / "checkpoints"
-    if not folder.exists():
-        return None
-    number = 1
-    while (target := folder.with_name(f"checkpoints.{number}")).exists():
+def set_aside(run: Path) -> list[Path]:
+    """Moves what a run that is started anew had saved to `checkpoints.N` and `hf.N`; returns where, if anywhere."""
+    names, number = ("checkpoints", HF), 1
+    while any((Path(run) / f"{name}.{number}").exists() for name in names):
         number += 1
-    os.rename(folder, target)
-    return target
+    moved = []
+    for name in names:
+        if (folder := Path(run) / name).exists():
+            moved.append(folder.rename(folder.with_name(f"{name}.{number}")))
+    return moved
 
 
 def remove_unfinished(run: Path) -> None:
-    """Removes what interrupted saves left behind."""
-    for path in (Path(run) / "checkpoints").glob("step_*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Removes what interrupted saves and exports left behind."""
+    for name in ("checkpoints", HF):
+        for path in (Path(run) / name).glob("step_*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def load(point: ResumePoint, chunks: list, optimizer: Any, mesh: Mesh) -> None:

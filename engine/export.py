@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.checkpoint_format import HF, STATE, read_manifest
 from engine.tensor_store import Scratch, StoreReader, box_of, master_key
 from engine.workers import Advance, Bar, no_bar, run_workers, share_of
+from models.extents import Extent
 from models.hf_io import copy_side_files
 from models.hf_writer import HFWriter
 from models.mxfp4 import Mxfp4Writer, mxfp4_plan
@@ -25,6 +26,7 @@ BLOCK_BYTES = 16 * 2**20
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 QUANTIZATION = "quantization_config"  # says of the source's files what is not true of plain ones
 
+Locate = Callable[[str, Index], list[Extent] | None]  # where a slice's bytes lie, where they lie somewhere as they are
 Read = Callable[[str, Index], Tensor]  # a slice of a global megatron tensor, in the export's dtype
 
 
@@ -41,6 +43,14 @@ class Checkpoint:
     def source_dtype(self) -> torch.dtype:
         """The dtype that the Hugging Face model had."""
         return getattr(torch, self.meta["source_dtype"])
+
+    def locator(self, dtype: torch.dtype) -> Locate:
+        """Returns what finds the bytes of model tensors that are stored as `dtype` holds them."""
+
+        def locate(key: str, index: Index) -> list[Extent] | None:
+            return self.store.extents(key, index) if self.store.dtype(key) == dtype else None
+
+        return locate
 
     def reader(self, dtype: torch.dtype) -> Read:
         """Returns read(key, index) of model tensors, where each call overwrites what the last one returned.
@@ -62,6 +72,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open a step directory; ValueError where it is incomplete or its tensors do not fit the model."""
     meta = read_manifest(path)
     description = describe(path / HF)
+    if meta["vocab_size"] != description.vocab_size:
+        raise ValueError(
+            f"{path} was saved with a vocabulary of {meta['vocab_size']} tokens and its {HF}/config.json has "
+            f"{description.vocab_size}; restore the config.json that belongs to it"
+        )
     store = StoreReader(path / STATE)
     expected = {rule.key: rule.shape for rule in description.rules}
     present = {key for key in set(store.keys()) if not key.startswith("optimizer.")}
@@ -120,17 +135,27 @@ class Export:
         change_config(self.output, self.changes, remove=[] if self.mxfp4 else [QUANTIZATION])
         self._writer().create()
 
-    def write_share(self, read: Read, share: tuple[int, int], advance: Advance = lambda count: None) -> dict[str, int]:
-        """Write the part of one process, `share` = (rank, ranks); returns the bytes written by name."""
+    def write_share(
+        self, read: Read, share: tuple[int, int], advance: Advance = lambda count: None, copy: Locate | None = None
+    ) -> dict[str, int]:
+        """Write the part of one process, `share` = (rank, ranks); returns the bytes written by name.
+
+        What `copy` finds to be runs of bytes of other files is copied from there, the rest comes from `read`.
+        """
         parts = [(rule, part) for rule in self.description.rules for part in self._parts(rule)]
         sizes = [_numel(rule, part) for rule, part in parts]
         with self._writer() as files:
             writer = Mxfp4Writer(files, self.mxfp4)
             for number in share_of(sizes, *share):
                 rule, part = parts[number]
+                extents = copy(rule.key, part.index) if copy and part.plain and part.name not in self.mxfp4 else None
+                if extents is not None:
+                    files.copy(part.name, extents, start=part.start)
+                    advance(sizes[number] * self.dtype.itemsize)
+                    continue
                 tensor = part.lay_out(read(rule.key, part.index))
                 writer.write(part.name, tensor if part.name in self.mxfp4 else tensor.to(self.dtype), start=part.start)
-                advance(tensor.numel() * self.dtype.itemsize)
+                advance(sizes[number] * self.dtype.itemsize)
         return files.written
 
     def finish(self, written: Iterable[Mapping[str, int]]) -> None:
@@ -146,11 +171,11 @@ class Export:
         return HFWriter(self.output, self.plan, like=self.side_files, shared=True)
 
 
-def export(job: Export, read: Read, num_workers: int = 1, bar: Bar = no_bar) -> None:
-    """Write a whole Hugging Face directory from this process and those that it forks."""
+def export(job: Export, read: Read, num_workers: int = 1, bar: Bar = no_bar, copy: Locate | None = None) -> None:
+    """Write a whole Hugging Face directory from this process and those that it forks; see `Export.write_share`."""
     job.begin()
     written = run_workers(
-        lambda rank, advance: job.write_share(read, (rank, num_workers), advance), range(num_workers), bar
+        lambda rank, advance: job.write_share(read, (rank, num_workers), advance, copy), range(num_workers), bar
     )
     job.finish(written)
 

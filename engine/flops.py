@@ -24,16 +24,29 @@ def matrix_parameters(description: ModelDescription) -> int:
     return layers * per_layer + description.vocab_size * hidden
 
 
-def step_flops(description: ModelDescription, tokens: int, squared_lengths: int) -> float:
+def step_flops(
+    description: ModelDescription, tokens: int, squared_lengths: int, windowed_squares: int | None = None
+) -> float:
     """Operations of forward and backward over `tokens`, without recomputation.
 
     6 per parameter and token, and for causal attention 6 * heads * head_dim per layer and pair of tokens
     (`squared_lengths` is the sum of squared document lengths, half of which causality leaves; as in
-    Chowdhery et al., 2022, arXiv:2204.02311, appendix B, with the half taken off).
+    Chowdhery et al., 2022, arXiv:2204.02311, appendix B, with the half taken off). Layers with a window see
+    `windowed_squares`, see `doubled_pairs`.
     """
     fields = description.transformer
     width = fields["num_attention_heads"] * fields["kv_channels"]
-    return 6.0 * matrix_parameters(description) * tokens + 6.0 * fields["num_layers"] * width * squared_lengths
+    windowed = sum(fields.get("window_attn_skip_freq", ()))
+    squares = (fields["num_layers"] - windowed) * squared_lengths
+    squares += windowed * (squared_lengths if windowed_squares is None else windowed_squares)
+    return 6.0 * matrix_parameters(description) * tokens + 6.0 * width * squares
+
+
+def doubled_pairs(lengths: np.ndarray, window: int | None) -> int:
+    """Twice the pairs of tokens that attend, summed over documents: their squared lengths where no window ends."""
+    lengths = lengths.astype(np.int64)
+    seen = lengths if window is None else np.minimum(lengths, window)
+    return int((2 * lengths * seen - seen * seen).sum())
 
 
 def device_peak(name: str | None) -> float | None:

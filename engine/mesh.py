@@ -160,11 +160,6 @@ class Mesh:
     host_groups: HostGroups
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
-        return self.pp_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Whether this rank computes the loss."""
         return self.pp_rank == self.layout.pp - 1
@@ -173,6 +168,27 @@ class Mesh:
     def is_logger(self) -> bool:
         """Whether this rank writes what the run prints and logs: the first of the last stage, who knows losses."""
         return self.is_last_stage and self.dp_rank == self.tp_rank == self.cp_rank == 0
+
+
+def check_expert_widths(layout: Layout, description: ModelDescription, itemsize: int) -> None:
+    """Refuses experts whose rows torch's grouped product cannot take, in numbers of `itemsize` bytes; ValueError."""
+    fields, unit = description.transformer, 16 // itemsize
+    if "num_moe_experts" not in fields:
+        return
+    hidden, ffn = fields["hidden_size"], fields["moe_ffn_hidden_size"]
+    if hidden % unit or ffn // layout.etp % unit:
+        raise ValueError(
+            f"--etp {layout.etp} gives each rank experts of hidden size {hidden} and feed-forward size "
+            f"{ffn // layout.etp} (of {ffn}), and at {itemsize} bytes a number their grouped product takes multiples "
+            f"of {unit} alone; {_widths_that_fit(hidden, ffn, layout.etp, unit)}"
+        )
+
+
+def _widths_that_fit(hidden: int, ffn: int, etp: int, unit: int) -> str:
+    fitting = [str(n) for n in range(1, etp) if ffn % n == 0 and ffn // n % unit == 0]
+    if hidden % unit or not fitting:
+        return "this model does not train at this --precision"
+    return f"choose --etp among {', '.join(fitting)}"
 
 
 def check_fp8(layout: Layout, tokens: int, description: ModelDescription, recipe: str) -> None:
@@ -253,13 +269,6 @@ def build_mesh(layout: Layout, *, timeout_minutes: int = 30) -> Mesh:
         groups=groups,
         host_groups=host_groups,
     )
-
-
-def set_virtual_stage(stage: int | None) -> None:
-    """Tells megatron-core which interleaved stage is being built."""
-    from megatron.core import parallel_state
-
-    parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
 
 
 def destroy_mesh() -> None:

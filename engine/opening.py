@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from models.registry import read_config
+from models.registry import describe
 
 if TYPE_CHECKING:
     from engine.train import Trainer
@@ -43,7 +43,7 @@ def start_lines(trainer: Trainer, on_host: bool) -> str:
 def added_rows(trainer: Trainer) -> int:
     """Rows of the vocabulary that the base model had not."""
     prepared = trainer.prepared
-    return prepared.description.vocab_size - read_config(prepared.source.files)["vocab_size"]
+    return prepared.description.vocab_size - describe(prepared.source.files).vocab_size
 
 
 def sample_document(trainer: Trainer) -> list[tuple[str, bool]] | None:

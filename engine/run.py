@@ -14,7 +14,7 @@ from data.loader import Loader
 from engine.artifacts import check_tokenizer
 from engine.checkpoint import ResumePoint, find_latest
 from engine.config import MoeConfig, RunConfig, check_values
-from engine.mesh import Mesh, check_fp8, check_layout, check_sequence
+from engine.mesh import Mesh, check_expert_widths, check_fp8, check_layout, check_sequence
 from engine.source import Source, find_model
 from models.backend import choose_backend
 from models.build import TransformerConfig, transformer_config
@@ -101,6 +101,7 @@ def check_model(
     """Refuses what model, layout and sizes do not allow together; needs neither weights nor data."""
     check_layout(config.layout, world_size, description)
     check_experts(config, description, resume)
+    check_expert_widths(config.layout, description, 4 if config.precision == "fp32" else 2)
     check_sequence(config.layout, config.seq_len, pad_multiple)
     if config.precision == "fp8":
         check_fp8(config.layout, config.seq_len * config.micro_batch_size, description, config.fp8)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.checkpoint import ResumePoint
 from engine.checkpoint_format import HF, STATE, read_manifest
 from engine.config import OverrideConfig, RunConfig
-from engine.tensor_store import StoreReader, master_key
+from engine.tensor_store import StoreReader, box_of, master_key
 from models.hf_io import read_shard
-from models.registry import ModelDescription, describe, read_config
-from models.sources import open_reader, source_dtype
+from models.registry import ModelDescription, describe
+from models.resize import GrownReader
+from models.rules import Index
+from models.sources import VOCABULARY_KEYS, open_reader, source_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +59,9 @@ def _from_hub(model: str) -> Path:
 def config_overrides(override: OverrideConfig, files: Path, data_vocab_size: int) -> dict[str, Any]:
     """The fields of the model's config.json that a run changes; None leaves one alone.
 
-    files: the model's directory; data_vocab_size: tokens of the tokenizer that prepared the data.
+    files: the model's directory; data_vocab_size: tokens of the largest tokenizer that prepared data.
     """
-    vocab_size = read_config(files).get("vocab_size", 0)
-    grows = override.resize_embeddings and data_vocab_size > vocab_size
+    grows = override.resize_embeddings and data_vocab_size > describe(files).vocab_size
     return {
         "rope_theta": override.rope_theta,
         "max_position_embeddings": override.max_position_embeddings,
@@ -92,7 +94,10 @@ def find_model(config: RunConfig, resume: ResumePoint | None, data_vocab_size: i
 
 
 def weight_reader(source: Source, description: ModelDescription, *, wide: bool) -> Callable[..., Tensor]:
-    """Returns read(key, global offset, local shape) over a run's source; `wide` asks for master weights."""
+    """Returns read(key, global offset, local shape) over a run's source; `wide` asks for master weights.
+
+    Rows that the source has not are the mean of those that it has; below them come zeros up to the padded vocabulary.
+    """
     if not source.is_checkpoint:
         reader = open_reader(source.weights, description)
         return lambda key, offset, shape: read_shard(description, reader, key, offset, shape)
@@ -101,8 +106,42 @@ def weight_reader(source: Source, description: ModelDescription, *, wide: bool) 
     if missing:
         raise ValueError(f"{source.weights} lacks {len(missing)} tensor(s): {', '.join(missing[:5])}")
 
-    def read(key: str, offset: tuple[int, ...], shape: tuple[int, ...]):
-        stored = (master_key(store, key) or key) if wide else key
-        return store.read(stored, tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True)))
+    stored = {key: (master_key(store, key) or key) if wide else key for key in description.rule}
+    tables = [stored[key] for key in VOCABULARY_KEYS if key in stored]
+    held = UnpaddedReader(store, dict.fromkeys(tables, describe(source.files).vocab_size))
+    grown = GrownReader(held, dict.fromkeys(tables, description.vocab_size))
+
+    def read(key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        name, index = stored[key], tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+        if name not in tables:
+            return store.read(name, index)
+        result = torch.zeros(shape, dtype=store.dtype(name))
+        rows = max(0, min(shape[0], description.vocab_size - offset[0]))
+        grown.read(name, (slice(offset[0], offset[0] + rows), *index[1:]), result[:rows])
+        return result
 
     return read
+
+
+class UnpaddedReader:
+    """A checkpoint's tensors for `GrownReader`, some of them, `{name: rows}`, without the zeros below those rows."""
+
+    def __init__(self, store: StoreReader, rows: Mapping[str, int]):
+        self._store = store
+        self._rows = dict(rows)
+
+    def names(self) -> list[str]:
+        return self._store.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        rows, *rest = self._store.shape(name)
+        return (self._rows.get(name, rows), *rest)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._store.dtype(name)
+
+    def read(self, name: str, index: Index = (), out: Tensor | None = None) -> Tensor:
+        """A box of a tensor, put into `out` or into memory of its own."""
+        box = tuple(slice(side.start, side.stop) for side in box_of(self.shape(name), index))
+        found = self._store.read(name, box)
+        return found if out is None else out.copy_(found)

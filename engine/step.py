@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, distributed
 
 from data.loader import Microbatch, without_padding_documents
+from engine.flops import doubled_pairs
 from engine.mesh import Mesh
 from models.build import PackedModel
 from models.documents import PackedDocuments, pack_documents, zigzag_indices
@@ -157,6 +158,7 @@ class StepTotals:
     padding: int
     bins: int  # that hold documents
     squared_lengths: int  # the sum of squared document lengths, for counting attention's work
+    windowed_squares: int  # and of what `engine.flops.doubled_pairs` makes of them in layers with a window
     bad_samples: tuple[tuple[int, int], ...] = ()  # (source, document) of microbatches whose loss is not finite
 
     @property
@@ -193,7 +195,8 @@ def run_microbatches(
         forward_only=forward_only,
     )
     losses = torch.stack(loss_sums) if loss_sums else torch.zeros(1, device=mesh.device)
-    return _reduce_totals(losses, microbatches, sum(len(batch.targets) for batch in batches), mesh)
+    window = config.window_size[0] + 1 if config.window_size else None
+    return _reduce_totals(losses, microbatches, sum(len(batch.targets) for batch in batches), mesh, window)
 
 
 def _local_multiple(mesh: Mesh, microbatches: list[Microbatch]) -> int:
@@ -203,15 +206,18 @@ def _local_multiple(mesh: Mesh, microbatches: list[Microbatch]) -> int:
     return math.lcm(unit, 2 * layout.cp, layout.cp * (layout.tp if layout.sp else 1))
 
 
-def _reduce_totals(losses: Tensor, microbatches: list[Microbatch], supervised: int, mesh: Mesh) -> StepTotals:
+def _reduce_totals(
+    losses: Tensor, microbatches: list[Microbatch], supervised: int, mesh: Mesh, window: int | None
+) -> StepTotals:
     """Adds up over data- and context-parallel ranks and tells every pipeline stage."""
-    own = [0, 0, 0, 0]
+    own = [0, 0, 0, 0, 0]
     if mesh.cp_rank == 0:  # context-parallel ranks hold the same microbatches
         own = [
             sum(batch.real_tokens for batch in microbatches),
             sum(batch.padding_tokens for batch in microbatches),
             sum(batch.bins for batch in microbatches),
-            sum(int(np.square(batch.document_lengths, dtype=np.int64).sum()) for batch in microbatches),
+            sum(doubled_pairs(batch.document_lengths, None) for batch in microbatches),
+            sum(doubled_pairs(batch.document_lengths, window) for batch in microbatches),
         ]
     # Integers travel as float64, exact up to 2**53.
     totals = torch.tensor([0.0, supervised, *own], dtype=torch.float64, device=mesh.device)
@@ -222,7 +228,7 @@ def _reduce_totals(losses: Tensor, microbatches: list[Microbatch], supervised: i
         distributed.broadcast(totals, src=last, group=mesh.groups.pp)
     loss_sum, *counts = totals.tolist()
     bad = () if math.isfinite(loss_sum) else gather_samples(_bad_samples(losses, microbatches))
-    supervised, tokens, padding, bins, squared = map(int, counts)
+    supervised, tokens, padding, bins, squared, windowed = map(int, counts)
     return StepTotals(
         loss_sum=loss_sum,
         supervised=supervised,
@@ -230,6 +236,7 @@ def _reduce_totals(losses: Tensor, microbatches: list[Microbatch], supervised: i
         padding=padding,
         bins=bins,
         squared_lengths=squared,
+        windowed_squares=windowed,
         bad_samples=bad,
     )
 

@@ -24,11 +24,13 @@ from torch.distributed.checkpoint.metadata import (
 
 from engine.tensor_store import row_blocks
 from engine.workers import Advance, Bar, no_bar, run_workers, share_of
+from models.extents import Extent, copy_extents, read_extents
 
 # What a writer makes and writes at once. Blocks of malloc above 32 MiB go back to the kernel each time they are
 # freed, and pages that come from there cost more than the copying.
 PIECE_BYTES = 16 * 2**20
 FILE_BYTES = 4 * 2**30
+COPY_BYTES = 64 * 2**10  # nothing else that `torch.save` writes of a tensor is as long, so its data is known by length
 # What megatron-core's loader wants beside torch's own files.
 MEGATRON_METADATA = {
     "sharded_backend": "torch_dist",
@@ -37,8 +39,8 @@ MEGATRON_METADATA = {
     "common_backend_version": 1,
 }
 
-# (key, global shape, dtype, a function that makes the rows of a slice)
-Spec = tuple[str, Sequence[int], torch.dtype, Callable[[slice], Tensor]]
+# (key, global shape, dtype, a function that makes the rows of a slice, or says where their bytes lie)
+Spec = tuple[str, Sequence[int], torch.dtype, Callable[[slice], Tensor | list[Extent]]]
 Storage = dict[MetadataIndex, _StorageInfo]
 
 
@@ -98,6 +100,10 @@ def _write_share(
             (key, shape, dtype, produce), chunk = pieces[one]
             rows = slice(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]) if shape else slice(None)
             tensor = produce(rows)
+            if isinstance(tensor, list):
+                storage[MetadataIndex(key, chunk.offsets)] = files.copy(chunk.sizes, dtype, tensor)
+                advance(sum(extent.length for extent in tensor))
+                continue
             if tensor.shape != chunk.sizes or tensor.dtype != dtype:
                 raise ValueError(f"{key}: {tensor.dtype} {list(tensor.shape)} is not {list(chunk.sizes)}")
             storage[MetadataIndex(key, chunk.offsets)] = files.append(tensor)
@@ -120,11 +126,17 @@ class _DataFiles:
             self._file.close()
 
     def append(self, tensor: Tensor) -> _StorageInfo:
+        return self._current().append(tensor)
+
+    def copy(self, shape: torch.Size, dtype: torch.dtype, extents: list[Extent]) -> _StorageInfo:
+        return self._current().copy(shape, dtype, extents)
+
+    def _current(self) -> "_Archives":
         if self._file is None or self._file.end > FILE_BYTES:
             self.__exit__(None, None, None)
             self._file = _Archives(self._directory / f"__{self._worker}_{self._count}.distcp")
             self._count += 1
-        return self._file.append(tensor)
+        return self._file
 
 
 class _Archives:
@@ -137,6 +149,7 @@ class _Archives:
         self.path, self.end = path, 0
         self._descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
         self._error: OSError | None = None
+        self._gap: tuple[int, int] | None = None  # bytes of data that `write` leaves out, and where they belong
 
     def append(self, tensor: Tensor) -> _StorageInfo:
         start = self.end
@@ -150,9 +163,36 @@ class _Archives:
         os.posix_fadvise(self._descriptor, start, self.end - start, os.POSIX_FADV_DONTNEED)
         return _StorageInfo(self.path.name, start, self.end - start)
 
+    def copy(self, shape: torch.Size, dtype: torch.dtype, extents: list[Extent]) -> _StorageInfo:
+        """Append an archive whose data the kernel copies: `torch.save` writes what stands around it.
+
+        Its data is never touched, as its checksum is left out, which no reader of torch looks at.
+        """
+        size = sum(extent.length for extent in extents)
+        assert size == shape.numel() * dtype.itemsize
+        if size < COPY_BYTES:
+            return self.append(torch.frombuffer(read_extents(extents), dtype=dtype).view(shape))
+        start, self._gap = self.end, (size, -1)
+        checked = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(torch.empty(shape, dtype=dtype), cast(BinaryIO, self))
+        finally:
+            torch.serialization.set_crc32_options(checked)
+        (_, place), self._gap = self._gap, None
+        if self._error:
+            raise self._error
+        assert place >= 0, "torch.save wrote the data in several pieces"
+        copy_extents(extents, self._descriptor, place)
+        os.posix_fadvise(self._descriptor, start, self.end - start, os.POSIX_FADV_DONTNEED)
+        return _StorageInfo(self.path.name, start, self.end - start)
+
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data).cast("B")
         size = len(view)
+        if self._gap and self._gap == (size, -1) and size:
+            self._gap, self.end = (size, self.end), self.end + size
+            return size
         try:
             while view and not self._error:
                 count = os.pwrite(self._descriptor, view, self.end)

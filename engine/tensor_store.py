@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from models.extents import Extent
+
 MASTER_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.")
 
 Box = tuple[range, ...]  # one a dimension, without steps
@@ -91,6 +93,31 @@ class StoreReader:
             raise ValueError(f"{self.directory}: pieces of {key} cover {filled} of {result.numel()} elements")
         return result
 
+    def extents(self, key: str, index: tuple[slice, ...] = ()) -> list[Extent] | None:
+        """The runs of bytes that one after the other make up a box; None where it is more than a copy of runs."""
+        box, found = box_of(self.shape(key), index), []
+        blank = torch.empty([len(side) for side in box], dtype=self.dtype(key), device="meta")
+        for piece in self._pieces_of(key):
+            common = [_overlap(a, b) for a, b in zip(box, piece.box, strict=True)]
+            if not all(map(len, common)):
+                continue
+            block = blank[tuple(_within(part, side) for part, side in zip(common, box, strict=True))]
+            start, whole = self._place(piece)
+            part = whole[tuple(_within(part, side) for part, side in zip(common, piece.box, strict=True))]
+            plain = whole.is_contiguous() and part.is_contiguous() and block.is_contiguous()
+            if not plain or whole.dtype != blank.dtype:
+                return None
+            size = part.element_size()
+            extent = Extent(self.directory / piece.file, start + int(part.storage_offset()) * size, part.numel() * size)
+            found.append((int(block.storage_offset()) * size, extent))
+        found.sort(key=lambda pair: pair[0])
+        end = 0
+        for offset, extent in found:
+            if offset != end:
+                return None
+            end += extent.length
+        return [extent for _, extent in found] if end == blank.nbytes else None
+
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
         for info in self._storage.values():
@@ -112,15 +139,21 @@ class StoreReader:
         box = tuple(range(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
         return _Piece(box, info.relative_path, info.offset, info.length)
 
+    def _place(self, piece: _Piece) -> tuple[int, Tensor]:
+        """A piece's first byte of storage, and a tensor on the meta device that tells its layout."""
+        if piece not in self._data:
+            path = self.directory / piece.file
+            with open(path, "rb", buffering=0) as file:
+                found = _locate(file, piece)
+            if tuple(found[1].shape) != piece.sizes:
+                raise ValueError(f"{path}: a piece has shape {list(found[1].shape)}, not {list(piece.sizes)}")
+            self._data[piece] = found
+        return self._data[piece]
+
     def _fill(self, block: Tensor, piece: _Piece, index: tuple[slice, ...]) -> None:
         """Read the part of a piece that `index` cuts out into `block`."""
-        path = self.directory / piece.file
-        with open(path, "rb", buffering=0) as file:
-            if piece not in self._data:
-                self._data[piece] = _locate(file, piece)
-            start, blank = self._data[piece]
-            if tuple(blank.shape) != piece.sizes:
-                raise ValueError(f"{path}: a piece has shape {list(blank.shape)}, not {list(piece.sizes)}")
+        start, blank = self._place(piece)
+        with open(self.directory / piece.file, "rb", buffering=0) as file:
             start += int(blank.storage_offset()) * blank.element_size()
             part = blank[index]
             if not blank.is_contiguous() or blank.dtype != block.dtype:

@@ -151,12 +151,11 @@ def train(prepared: Prepared) -> None:
     mesh = build_mesh(config.layout)
     trainer = Trainer(prepared, mesh)
     if mesh.rank == 0:
-        first, _ = prepared.data[0]
-        meta = first.meta | {"tokenizer": first.path / "tokenizer"}
-        overrides = config_overrides(config.override, prepared.source.files, first.meta.get("vocab_size", 0))
-        prepare_output(prepared)
-        write_model_files(prepared.source.files, trainer.model_files, overrides=overrides, data=meta)
+        source = prepared.source.files  # perhaps in RUN itself: read before RUN is made ready
+        overrides = config_overrides(config.override, source, prepared.description.vocab_size)
+        write_model_files(source, trainer.model_files, overrides=overrides, data=data_files(prepared))
         print(start_lines(trainer, on_host), flush=True)
+        prepare_output(prepared)
     distributed.barrier()
     log = make_log(trainer) if mesh.is_logger else None
     try:
@@ -173,12 +172,19 @@ def train(prepared: Prepared) -> None:
     distributed.barrier()
 
 
+def data_files(prepared: Prepared) -> dict[str, Any]:
+    """What `write_model_files` takes from the data: of several directories, from the one that has most tokens."""
+    indexes = [index for index, _ in prepared.data + prepared.valid]
+    largest = max(indexes, key=lambda index: index.meta.get("vocab_size", 0))
+    return largest.meta | {"tokenizer": largest.path / "tokenizer"}
+
+
 def prepare_output(prepared: Prepared) -> None:
-    """Makes RUN ready on one rank: the config, no leftovers, and no checkpoints of a run that is not continued."""
+    """Makes RUN ready on one rank: the config, no leftovers, and nothing of an earlier run that is not continued."""
     output = prepared.config.output
     checkpoint.remove_unfinished(output)
-    if prepared.resume is None and (aside := checkpoint.set_aside(output)) is not None:
-        print(f"the checkpoints of an earlier run were moved to {aside}", flush=True)
+    if prepared.resume is None and (aside := checkpoint.set_aside(output)):
+        print(f"what an earlier run saved was moved to {' and '.join(map(str, aside))}", flush=True)
     write_config(prepared.config)
 
 
@@ -225,7 +231,7 @@ def write_line(
         }
         if trainer.config.moe.aux_loss:
             extra["aux_loss"] = routers.aux_loss / max(totals.supervised, 1)
-    flops = step_flops(trainer.prepared.description, totals.tokens, totals.squared_lengths)
+    flops = step_flops(trainer.prepared.description, totals.tokens, totals.squared_lengths, totals.windowed_squares)
     tflops = flops / seconds / trainer.mesh.world_size / 1e12
     cuda = trainer.mesh.device.type == "cuda"
     peak = trainer.config.log.peak_tflops or device_peak(torch.cuda.get_device_name() if cuda else None)

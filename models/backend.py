@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from models.attention import PackedAttention
 from models.experts import GroupedExperts
-from models.norm import PostNormLinear, ProjectionNorm, RMSNorm
+from models.norm import PostNormLinear, ProjectionNorm, RMSNorm, WideRMSNorm
 from models.registry import ModelDescription
 from models.rope import Rope, rotate
 from models.router import PackedMoELayer, PackedRouter
@@ -97,7 +97,7 @@ class PackedLayer(TransformerLayer):
 def native_layer_spec(description: ModelDescription, ropes: tuple[Rope, ...], groups: Any) -> ModuleSpec:
     """A layer from megatron-core's parallel linears and Lathe's attention, norms and experts."""
     post_norm = description.post_norm
-    before: type = IdentityOp if post_norm else RMSNorm
+    before: type = IdentityOp if post_norm else _norm(description)
     output: type = PostNormLinear if post_norm else RowParallelLinear
     query_norm, key_norm = _qk_norms(description, groups)
     attention = ModuleSpec(
@@ -132,6 +132,10 @@ def native_layer_spec(description: ModelDescription, ropes: tuple[Rope, ...], gr
     )
 
 
+def _norm(description: ModelDescription) -> type:
+    return WideRMSNorm if description.wide_norm else RMSNorm
+
+
 def _qk_norms(description: ModelDescription, groups: Any) -> tuple[Any, Any]:
     """The norms of queries and keys: none, of each head by itself, or over all heads at once."""
     if description.qk_norm == "head":
@@ -158,7 +162,7 @@ def block_spec(
     """The layers of one pipeline stage and the final norm."""
     if backend == "native":
         spec = native_layer_spec(description, ropes, groups)
-        return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+        return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=_norm(description))
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TransformerBlockSubmodules(layer_specs=[te_layer_spec(description, ropes)] * layers, layer_norm=TENorm)

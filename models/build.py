@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -23,7 +22,18 @@ from models.loss import loss_sum
 from models.registry import ModelDescription
 from models.rope import Rope
 
-_ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu}
+
+def _quick_gelu(gate: Tensor) -> Tensor:
+    """megatron-core's is compiled, and past a number of shapes not: the same formula twice, rounded differently."""
+    return gate * torch.sigmoid(1.702 * gate)
+
+
+_ACTIVATIONS = {"silu": F.silu, "quick_gelu": _quick_gelu}
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 SHARDING_METADATA = {
     # Layers are named one by one, whatever stage they live on: keys do not depend on the layout.
     "non_homogeneous_layers": True,
@@ -109,7 +119,8 @@ def transformer_config(
         "gradient_accumulation_fusion": False,
         "apply_rope_fusion": False,
         "bias_dropout_fusion": False,
-        "bias_activation_fusion": torch.cuda.is_available(),  # compiled for CUDA alone
+        # Compiled for CUDA alone, and for the one activation that megatron-core knows by its function.
+        "bias_activation_fusion": torch.cuda.is_available() and fields["activation_func"] is F.silu,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
     }
@@ -120,11 +131,7 @@ def transformer_config(
         fields["moe_router_dtype"] = "fp32"  # logits of close experts differ in digits that bf16 has not
     if precision == "fp8":
         fields |= {"fp8": "hybrid", "fp8_recipe": fp8}
-    if recompute == "full":
-        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif recompute == "selective":
-        fields |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    return TransformerConfig(**(fields | (extra or {})))
+    return TransformerConfig(**(fields | _RECOMPUTE[recompute] | (extra or {})))
 
 
 def model_ropes(description: ModelDescription) -> tuple[Rope, ...]:

@@ -16,6 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from models.extents import Extent, copy_extents
 from models.hf_io import DTYPES, INDEX, SINGLE, read_index
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -78,16 +79,31 @@ class HFWriter:
         if tensor.dtype != dtype or tuple(tensor.shape[1:]) != shape[1:]:
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not {dtype} {list(shape)}")
         data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-        row_bytes = self._bytes[name] // shape[0] if shape and shape[0] else 0
-        self.written[name] = self.written.get(name, 0) + len(data)
-        if start * row_bytes + len(data) > self._bytes[name] or self.written[name] > self._bytes[name]:
-            raise ValueError(f"{name}: more rows were written than it has ({list(shape)})")
-        descriptor, offset = self._descriptors[self._file[name]], self._offset[name] + start * row_bytes
+        descriptor, offset = self._claim(name, start, len(data))
         while data:
             count = os.pwrite(descriptor, data, offset)
-            # Sends these pages to the disk already now, so that the last fsync finds little left to wait for.
-            os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
             data, offset = data[count:], offset + count
+        self._send(descriptor, offset - tensor.nbytes, tensor.nbytes)
+
+    def copy(self, name: str, extents: Sequence[Extent], start: int = 0) -> None:
+        """Write rows from row `start` on as they stand in other files."""
+        length = sum(extent.length for extent in extents)
+        descriptor, offset = self._claim(name, start, length)
+        copy_extents(extents, descriptor, offset)
+        self._send(descriptor, offset, length)
+
+    def _claim(self, name: str, start: int, length: int) -> tuple[int, int]:
+        """Where bytes from row `start` on belong; ValueError for more than the tensor has."""
+        shape, _ = self.plan[name]
+        row_bytes = self._bytes[name] // shape[0] if shape and shape[0] else 0
+        self.written[name] = self.written.get(name, 0) + length
+        if start * row_bytes + length > self._bytes[name] or self.written[name] > self._bytes[name]:
+            raise ValueError(f"{name}: more rows were written than it has ({list(shape)})")
+        return self._descriptors[self._file[name]], self._offset[name] + start * row_bytes
+
+    def _send(self, descriptor: int, offset: int, length: int) -> None:
+        """Send pages to the disk already now, so that the last fsync finds little left to wait for."""
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
     def __exit__(self, kind, error, trace) -> None:
         try:

@@ -6,13 +6,15 @@ uint8 [experts, rows, groups, 16] with the first of a byte's two values in its l
 [experts, rows, groups]. A group is 32 columns of a row. Plain files hold bf16 [experts, columns, rows].
 """
 
+import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.hf_writer import HFWriter
-from models.rules import Index, TensorReader
+from models.rules import Family, Index, Rule, TensorReader
 
 BLOCKS, SCALES = "_blocks", "_scales"
 GROUP = 32
@@ -163,6 +165,18 @@ class Mxfp4Reader:
                 f"{blocks} {list(shape)} and {scales} {list(scale_shape)} are not [experts, rows, groups, "
                 f"{GROUP // 2}] and [experts, rows, groups]"
             )
+
+
+def packed_tensors(config: Mapping[str, Any], family: Family, rules: tuple[Rule, ...]) -> tuple[str, ...]:
+    """The tensors that a quantised model's files hold in MXFP4; ValueError for any other quantisation."""
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return ()
+    method = quantization.get("quant_method")
+    if method != "mxfp4":
+        raise ValueError(f"config.json: quantization_config of {method!r} is not supported for {family.name}")
+    names = [name for rule in rules for name, _ in rule.files]
+    return tuple(n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in family.mxfp4))
 
 
 Plan = dict[str, tuple[Sequence[int], torch.dtype]]

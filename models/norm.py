@@ -10,13 +10,15 @@ from torch import Tensor, distributed
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = weight * (x / rms(x)), statistics in fp32, as transformers computes it."""
+    """y = weight * (x / rms(x)), statistics in fp32, rounded before the gain or, if `late`, after it."""
 
     @staticmethod
-    def forward(ctx, states: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx, states: Tensor, weight: Tensor, eps: float, late: bool) -> Tensor:
         wide = states.float()
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)  # [..., 1]
         ctx.save_for_backward(states, weight, scale)
+        if late:
+            return (wide * scale * weight.float()).to(states.dtype)
         return (wide * scale).to(states.dtype) * weight
 
     @staticmethod
@@ -27,7 +29,7 @@ class _RMSNorm(torch.autograd.Function):
         grad_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
         wide = wide * weight.float()
         inner = (wide * normed).mean(-1, keepdim=True)
-        return torch.addcmul(wide, normed, inner, value=-1).mul_(scale).to(gradient.dtype), grad_weight, None
+        return torch.addcmul(wide, normed, inner, value=-1).mul_(scale).to(gradient.dtype), grad_weight, None, None
 
 
 class RMSNorm(torch.nn.Module):
@@ -36,6 +38,8 @@ class RMSNorm(torch.nn.Module):
     Under sequence parallelism each rank sees a part of the tokens; the attribute `sequence_parallel` of
     the weight tells megatron-core to sum its gradient over tensor-parallel ranks.
     """
+
+    rounds_late = False  # as transformers rounds most models' norms
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_unused):
         super().__init__()
@@ -47,7 +51,13 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """states [..., hidden_size]; returns the same shape and dtype."""
-        return _RMSNorm.apply(states, self.weight, self.eps)
+        return _RMSNorm.apply(states, self.weight, self.eps, self.rounds_late)
+
+
+class WideRMSNorm(RMSNorm):
+    """RMSNorm that multiplies by its gain in fp32, as some models do; the same in fp32."""
+
+    rounds_late = True
 
 
 class _ProjectionNorm(torch.autograd.Function):
@@ -113,10 +123,12 @@ class ProjectionNorm(MegatronModule):
 class PostNormLinear(RowParallelLinear):
     """A block's output projection and the norm of its output, which the residual is added to."""
 
+    norm = WideRMSNorm  # of all models that norm after a block
+
     def __init__(self, input_size: int, output_size: int, *, config, **options):
         super().__init__(input_size, output_size, config=config, **options)
         assert self.bias is None, "a bias would have to be added before the norm"
-        self.post_norm = RMSNorm(config, output_size, eps=config.layernorm_epsilon)
+        self.post_norm = self.norm(config, output_size, eps=config.layernorm_epsilon)
 
     def forward(self, states: Tensor) -> tuple[Tensor, None]:
         """states [tokens, batch, this rank's width]; under sequence parallelism the output is this rank's tokens."""

@@ -5,7 +5,6 @@ there. Every field must be understood: one that could change the mathematics and
 """
 
 import copy
-import fnmatch
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +17,13 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from models.check import check_tensors
 from models.families import FAMILIES
+from models.mxfp4 import packed_tensors
 from models.rules import Family, Rule, TensorReader, expand
 
 VOCAB_MULTIPLE = 128  # the same whatever tp is, so that a checkpoint's shapes never depend on the layout
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+SLIDING = "sliding_attention"
+LAYER_TYPES = ("full_attention", SLIDING)
 OVERRIDES = ("rope_theta", "max_position_embeddings", "vocab_size")
 
 # Read by this file for every family.
@@ -45,6 +47,7 @@ class ModelDescription:
     max_position_embeddings: int
     rope: tuple[dict[str, Any], ...]  # one dict of transformers' rope_parameters per layer
     post_norm: bool  # norms after attention and feed-forward, before the residual
+    wide_norm: bool  # norms multiply by their gain before they round
     qk_norm: str  # "none", "head" or "projection"
     mxfp4: tuple[str, ...]  # tensors that files hold as `_blocks` and `_scales`, empty for plain files
     rules: tuple[Rule, ...]
@@ -59,7 +62,7 @@ def describe(source: str | Path | dict, *, overrides: dict | None = None) -> Mod
     """Describe the model of a Hugging Face directory, or of the contents of a config.json.
 
     `overrides` may set `rope_theta` and `max_position_embeddings`. Raises ValueError for an architecture
-    that is not supported (naming those that are) and for a field that is not understood (naming it).
+    that is not supported (naming those that are), and for fields not understood or in contradiction (naming them).
     """
     raw = apply_overrides(source if isinstance(source, dict) else read_config(source), overrides)
     family = _family(raw)
@@ -67,11 +70,10 @@ def describe(source: str | Path | dict, *, overrides: dict | None = None) -> Mod
     _check_fields(config, raw, family)
     config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     transformer = _transformer(config, family)
-    heads, groups = config["num_attention_heads"], transformer["num_query_groups"]
-    if heads % groups:
-        raise ValueError(
-            f"config.json: num_attention_heads ({heads}) does not divide by num_key_value_heads ({groups})"
-        )
+    _check_counts(config, transformer)
+    ropes = _ropes(config, transformer["num_layers"])
+    _check_repeats(config, ropes, family)
+    _check_theta(ropes, (overrides or {}).get("rope_theta"))
     vocab_size, tied = config["vocab_size"], bool(config["tie_word_embeddings"])
     padded = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     dims = _dims(config, transformer) | {"vocab": vocab_size, "padded_vocab": padded}
@@ -84,10 +86,11 @@ def describe(source: str | Path | dict, *, overrides: dict | None = None) -> Mod
         padded_vocab_size=padded,
         tied=tied,
         max_position_embeddings=config["max_position_embeddings"],
-        rope=_ropes(config, transformer["num_layers"]),
+        rope=ropes,
         post_norm=family.post_norm,
+        wide_norm=family.wide_norm,
         qk_norm=family.qk_norm,
-        mxfp4=_mxfp4(config, family, rules),
+        mxfp4=packed_tensors(config, family, rules),
         rules=rules,
     )
 
@@ -99,12 +102,34 @@ def _transformer(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
         field, convert = source if isinstance(source, tuple) else (source, None)
         fields[name] = convert(config[field]) if convert else config[field]
     fields["qk_layernorm"] = family.qk_norm == "head"
-    windowed = [kind == "sliding_attention" for kind in config.get("layer_types") or () if family.windows]
-    if any(windowed):
-        # The window holds a token itself; megatron counts the tokens to its left.
-        fields["window_size"] = (config["sliding_window"] - 1, 0)
-        fields["window_attn_skip_freq"] = [int(one) for one in windowed]
-    return fields
+    return fields | (_windows(config) if family.windows else {})
+
+
+def _windows(config: Mapping[str, Any]) -> dict[str, Any]:
+    """megatron's fields for sliding windows, none where every layer sees everything before it."""
+    kinds = config.get("layer_types") or ()
+    for kind in kinds:
+        if kind not in LAYER_TYPES:
+            raise ValueError(f"config.json: layer type {kind!r} is not supported: one of {', '.join(LAYER_TYPES)}")
+    if SLIDING not in kinds:
+        return {}
+    window = config["sliding_window"]
+    if not isinstance(window, int) or window < 1:
+        raise ValueError(f"config.json: sliding_window = {window!r} must be 1 or more where a layer's attention slides")
+    # The window holds a token itself; megatron counts the tokens to its left.
+    return {"window_size": (window - 1, 0), "window_attn_skip_freq": [int(kind == SLIDING) for kind in kinds]}
+
+
+def _check_counts(config: Mapping[str, Any], transformer: Mapping[str, Any]) -> None:
+    """Refuse numbers of heads and experts that do not go together."""
+    heads, groups = config["num_attention_heads"], transformer["num_query_groups"]
+    if heads % groups:
+        raise ValueError(
+            f"config.json: num_attention_heads ({heads}) does not divide by num_key_value_heads ({groups})"
+        )
+    experts, chosen = transformer.get("num_moe_experts", 1), transformer.get("moe_router_topk", 1)
+    if not 1 <= chosen <= experts:
+        raise ValueError(f"config.json: num_experts_per_tok ({chosen}) must lie between 1 and the {experts} experts")
 
 
 def _dims(config: Mapping[str, Any], transformer: Mapping[str, Any]) -> dict[str, int]:
@@ -156,15 +181,20 @@ def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any] | No
             raise ValueError(f"unknown override {name!r}: known are {', '.join(OVERRIDES)}")
         if value is None:
             continue
-        # transformers 5 writes rope_theta into rope_parameters, files of version 4 have it at the top.
-        nested = name == "rope_theta" and result.get("rope_parameters")
-        if nested:
-            by_layer = [table for table in nested.values() if isinstance(table, dict)]
-            for table in by_layer or [nested]:
-                table[name] = value
-        if not nested or name in result:
+        # transformers 5 writes rope_theta into rope_parameters; older files have it at the top or in rope_scaling.
+        if name != "rope_theta" or name in result or not result.get("rope_parameters"):
             result[name] = value
+        if name == "rope_theta":
+            scaling = [table for table in _tables(result.get("rope_scaling")) if name in table]
+            for table in _tables(result.get("rope_parameters")) + scaling:
+                table[name] = value
     return result
+
+
+def _tables(rope: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The tables of a rope field: one for each kind of layer, or the field itself."""
+    by_kind = [table for table in (rope or {}).values() if isinstance(table, dict)]
+    return by_kind or ([rope] if rope else [])
 
 
 def _family(raw: Mapping[str, Any]) -> Family:
@@ -174,7 +204,11 @@ def _family(raw: Mapping[str, Any]) -> Family:
     if not found:
         given = ", ".join(architectures) or raw.get("model_type") or "none"
         raise ValueError(f"unsupported architecture {given}: supported are {', '.join(sorted(FAMILIES))}")
-    return found[0]
+    family, kind = found[0], raw.get("model_type")
+    # transformers builds what model_type says and reads architectures for other ends.
+    if kind and (kind != family.name or any(name != family.architecture for name in architectures)):
+        raise ValueError(f"config.json: architectures ({', '.join(architectures)}) contradict model_type ({kind})")
+    return family
 
 
 def _normalised(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -200,7 +234,7 @@ def _check_fields(config: Mapping[str, Any], raw: Mapping[str, Any], family: Fam
     default = blank.to_dict()
     understood = COMMON_FIELDS | ROPE_FIELDS | BOOKKEEPING | {s for s in family.fields.values() if isinstance(s, str)}
     understood |= {source[0] for source in family.fields.values() if isinstance(source, tuple)}
-    understood |= set(family.requires) | set(family.harmless) | (WINDOW_FIELDS if family.windows else set())
+    understood |= {*family.requires, *family.harmless, *family.repeats, *(WINDOW_FIELDS if family.windows else ())}
     understood |= {"quantization_config"} if family.mxfp4 else set()
     for pair in blank.attribute_map.items():  # two names of one field
         understood |= set(pair) if understood & set(pair) else set()
@@ -237,13 +271,19 @@ def _rope(rope: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def _mxfp4(config: Mapping[str, Any], family: Family, rules: tuple[Rule, ...]) -> tuple[str, ...]:
-    """The tensors that a quantised model's files hold in MXFP4; ValueError for any other quantisation."""
-    quantization = config.get("quantization_config")
-    if not quantization:
-        return ()
-    method = quantization.get("quant_method")
-    if method != "mxfp4":
-        raise ValueError(f"config.json: quantization_config of {method!r} is not supported for {family.name}")
-    names = [name for rule in rules for name, _ in rule.files]
-    return tuple(n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in family.mxfp4))
+def _check_repeats(config: Mapping[str, Any], ropes: tuple[dict[str, Any], ...], family: Family) -> None:
+    """Refuse a field that says another one again and says something else."""
+    for name, repeated in family.repeats.items():
+        for holder in (config, *ropes):
+            if config.get(name) is not None and holder.get(repeated, config[name]) != config[name]:
+                raise ValueError(f"config.json: {name} ({config[name]}) contradicts {repeated} ({holder[repeated]})")
+
+
+def _check_theta(ropes: tuple[dict[str, Any], ...], theta: float | None) -> None:
+    """Refuse an override that transformers' reading of the file keeps from some layers."""
+    for layer, rope in enumerate(ropes):
+        if theta is not None and rope["rope_theta"] != theta:
+            raise ValueError(
+                f"the override rope_theta = {theta} does not reach layer {layer}, which keeps {rope['rope_theta']}: "
+                "write rope_parameters in config.json with a table and its rope_theta for each kind of layer"
+            )

@@ -8,7 +8,7 @@ directory without reading more than that slice, and the same blocks read backwar
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any, Protocol
@@ -51,6 +51,7 @@ class Part:
     start: int  # where the block begins in the file tensor's first dimension
     index: Index
     lay_out: Callable[[Tensor], Tensor]
+    plain: bool = False  # whether `lay_out` leaves the bytes as they are
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,7 @@ class Rule:
 
     def read(self, reader: TensorReader, index: Index = ()) -> Tensor:
         """Gather a slice of the global megatron tensor, reading that much and no more."""
-        whole = tuple(slice(0, size) for size in self.shape)
-        bounds = [part.indices(size)[:2] for part, size in zip(index + whole[len(index) :], self.shape, strict=True)]
+        bounds = self.bounds(index)
         result = torch.empty([stop - start for start, stop in bounds], dtype=self.dtype(reader))
         depth = 2 if self.stacked else 1
         rest = tuple(slice(*bound) for bound in bounds[depth:])
@@ -105,7 +105,7 @@ class Rule:
                 step = max(1, block_bytes // max(1, width * itemsize))
                 for first in range(0, len(segment), step):
                     count = min(step, len(segment) - first)
-                    yield Part(name, segment.start + first, self._index(offset + first, count), self._unstack)
+                    yield Part(name, segment.start + first, self._index(offset + first, count), self._unstack, True)
 
     def split(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield `(Hugging Face name, tensor)` from the whole megatron tensor; padding rows are left out."""
@@ -148,18 +148,32 @@ class Rule:
 
         return lay_out
 
+    def bounds(self, index: Index) -> list[tuple[int, int]]:
+        """(start, stop) of a slice in each dimension."""
+        whole = tuple(slice(0, size) for size in self.shape)
+        return [part.indices(size)[:2] for part, size in zip(index + whole[len(index) :], self.shape, strict=True)]
+
+    def walk(self, first: int, count: int) -> Iterator[tuple[Segment | None, int, int]]:
+        """(segment, rows of it to skip, rows) of `count` rows from `first` on; zero rows have no segment."""
+        while count > 0:
+            number = bisect_right(self._offsets, first) - 1
+            segment, skip = self.segments[number], first - self._offsets[number]
+            here = min(len(segment) - skip, count)
+            if here <= 0:
+                yield None, 0, count
+                return
+            yield segment, skip, here
+            first, count = first + here, count - here
+
     def _fill(self, out: Tensor, reader: TensorReader, first: int, rest: Index) -> None:
         """Put rows from `first` on, counted over all segments, into `out`; rows after the last are zero."""
         done = 0
-        while done < len(out):
-            number = bisect_right(self._offsets, first + done) - 1
-            segment = self.segments[number]
-            skip = first + done - self._offsets[number]
-            count = min(len(segment) - skip, len(out) - done)
-            if count <= 0:
-                out[done:].zero_()
-                return
-            self._read_segment(out[done : done + count], reader, segment, skip, rest)
+        for segment, skip, count in self.walk(first, len(out)):
+            rows = out[done : done + count]
+            if segment is None:
+                rows.zero_()
+            else:
+                self._read_segment(rows, reader, segment, skip, rest)
             done += count
 
     def _read_segment(self, out: Tensor, reader: TensorReader, segment: Segment, skip: int, rest: Index) -> None:
@@ -257,9 +271,11 @@ class Family:
     constants: Mapping[str, Any]  # megatron TransformerConfig field -> value
     requires: Mapping[str, Any]  # config.json field -> the only value that is understood
     harmless: tuple[str, ...] = ()  # config.json fields that never change the mathematics
+    repeats: Mapping[str, str] = field(default_factory=dict)  # config.json field -> the field that it says again
     buffers: tuple[str, ...] = ()  # patterns of tensors in old files that are computed, not learned
     tied_copy: tuple[str, str] | None = None  # (copy, original): a tied model's files may hold both
     post_norm: bool = False  # norms after attention and feed-forward, before the residual, in place of before them
+    wide_norm: bool = False  # norms multiply by their gain in fp32 and round then; else they round before
     windows: bool = False  # whether config.json may give layers a sliding window
     qk_norm: str = "none"  # of queries and keys before rope: "head" by head, "projection" over all heads at once
     mxfp4: tuple[str, ...] = ()  # patterns of tensors that files may hold as `_blocks` and `_scales`

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import fnmatch
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from engine.cli import parse_run
+from engine.cli import _REASONS, check_mcore, parse_run
 from engine.config import OptimConfig, RunConfig, check_values
 from engine.mesh import Layout, check_layout, check_sequence
 from engine.optim import learning_rate
 from engine.run import check_experts
 from models.backend import choose_backend
 from models.registry import describe
-from tests.tiny import save_model
+from tests.tiny import MODELS, save_model
 
 
 @pytest.fixture(scope="module")
@@ -161,10 +163,10 @@ def test_later_wins(tmp_path):
         tmp_path / "run.yaml",
         "base: base.yaml\ntp: 2\nsp: off\noptim: {lr: 1e-4}\nmcore: {num_layers_at_start_in_bf16: 2}\n",
     )
-    config = parse_run([above, "--seq-len", "2048", "--mcore.layernorm-epsilon=1e-6"])
+    config = parse_run([above, "--seq-len", "2048", "--mcore.fp8-margin=1"])
     assert (config.seq_len, config.tp, config.sp, config.optim.lr) == (2048, 2, "off", 1e-4)
     assert config.optim.schedule == "linear"
-    assert config.mcore == {"num_layers_at_start_in_bf16": 2, "layernorm_epsilon": 1e-6}
+    assert config.mcore == {"num_layers_at_start_in_bf16": 2, "fp8_margin": 1}
     assert parse_run([base]).optim.lr == 2e-5
     assert parse_run(["--checkpoint.no-resume"]).checkpoint.resume is False
 
@@ -183,7 +185,7 @@ def test_later_wins(tmp_path):
         ("a: [", "is not YAML"),
         ("valid:", "recipe key valid has no value"),
         ("mcore: {bf16: true}", "--mcore.bf16 is set by Lathe's own flags"),
-        ("mcore: {layernorm_epsilon: abc}", "--mcore.layernorm_epsilon is 'abc', which is no number"),
+        ("mcore: {layernorm_epsilon: 1e-6}", "--mcore.layernorm_epsilon belongs to the model"),
     ],
 )
 def test_recipe_is_refused(tmp_path, text, sentence):
@@ -199,6 +201,41 @@ def test_unknown_flag_names_the_nearest(capsys):
     assert "--seq-len" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"unknown flag mcore.hiden_size; the nearest is mcore.hidden_size"):
         parse_run(["--mcore.hiden-size=3"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_flag_changes_what_the_description_of_a_model_sets(name):
+    for field in describe(MODELS[name]).transformer:
+        with pytest.raises(ValueError, match=rf"^--mcore\.{field} (belongs to the model|is set by|is nothing that)"):
+            check_mcore(field, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "sentence"),
+    [
+        ("activation_func", "belongs to the model, whose config.json sets it"),
+        ("moe_shared_expert_gate", "belongs to the model, whose config.json sets it"),
+        ("mtp_num_layers", "belongs to the model, whose config.json sets it"),
+        ("softmax_scale", "belongs to the model, whose config.json sets it"),
+        ("moe_expert_capacity_factor", "is nothing that Lathe's layers do"),
+        ("moe_input_jitter_eps", "is nothing that Lathe's layers do"),
+        ("grad_scale_func", "is set by Lathe's own flags"),
+        ("moe_token_dispatcher_type", "is given as --moe.dispatcher"),
+        ("moe_aux_loss_coeff", "is given as --moe.aux-loss"),
+    ],
+)
+def test_a_field_that_is_not_to_be_given_is_refused_with_its_reason(field, sentence):
+    with pytest.raises(ValueError, match=f"^--mcore.{field} {sentence}"):
+        parse_run([f"--mcore.{field.replace('_', '-')}=1"])
+
+
+def test_what_mcore_refuses_are_fields_of_megatron_core_and_hold_every_number_with_a_fraction():
+    known = {field.name: str(field.type) for field in fields(TransformerConfig)}
+    refused = {name for pattern in _REASONS for name in fnmatch.filter(known, pattern)}
+    assert [pattern for pattern in _REASONS if not fnmatch.filter(known, pattern)] == []
+    # PyYAML reads 1e-6 as text: a field of floats that could be given would need a conversion.
+    assert [name for name, kind in known.items() if "float" in kind and name not in refused] == []
+    assert not refused & {"moe_router_dtype", "recompute_modules", "fp8_margin", "cp_comm_type"}
 
 
 def test_schedules():

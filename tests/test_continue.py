@@ -11,7 +11,7 @@ import torch
 
 from data.index import DocumentIndex, write_index
 from engine import train as training
-from engine.checkpoint import find_latest, step_directory
+from engine.checkpoint import find_latest, set_aside, step_directory
 from engine.cli import parse_run
 from engine.optim import Update, update
 from engine.run import prepare_run
@@ -49,14 +49,36 @@ def test_a_run_continues_from_itself_alone(pool, inputs):
 
 
 def test_a_new_start_sets_old_checkpoints_aside(pool, inputs):
+    """And their exports, also when one of these is the model that it starts from."""
     output = inputs / "run"
-    assert pool.run(outcome, 1, arguments(inputs, output, *SAVE, "--steps", "3")) == [""]
-    anew = arguments(inputs, output, *SAVE, "--steps", "1", "--checkpoint.no-resume", "--checkpoint.keep", "1")
+    export = (*SAVE, "--checkpoint.export-hf")
+    assert pool.run(outcome, 1, arguments(inputs, output, *export, "--steps", "3")) == [""]
+    (output / "hf" / "step_000004.tmp").mkdir()
+    model = ("--model", str(output / "hf" / "step_000003"))
+    anew = arguments(
+        inputs, output, *export, "--steps", "1", "--checkpoint.no-resume", "--checkpoint.keep", "1", *model
+    )
     assert pool.run(outcome, 1, anew) == [""]
     assert find_latest(output).step == 1
     assert [path.name for path in (output / "checkpoints").glob("step_*")] == ["step_000001"]
     assert (output / "checkpoints.1" / "step_000003" / "lathe.json").exists()
+    assert [path.name for path in (output / "hf").iterdir()] == ["step_000001"]
+    aside = sorted((output / "hf.1").iterdir())
+    assert [path.name for path in aside] == ["step_000001", "step_000002", "step_000003"]
+    again = output / "checkpoints" / "step_000001" / "hf" / "config.json"
+    assert again.read_bytes() == (aside[2] / "config.json").read_bytes()
     assert [line["step"] for line in metrics(output)] == [1]
+
+
+def test_what_was_set_aside_before_is_kept(tmp_path):
+    """One number for both; a run without exports, or without checkpoints, moves what there is."""
+    assert set_aside(tmp_path) == []
+    for name in ("checkpoints", "hf", "hf.1"):
+        (tmp_path / name / "step_000001").mkdir(parents=True)
+    assert set_aside(tmp_path) == [tmp_path / "checkpoints.2", tmp_path / "hf.2"]
+    (tmp_path / "hf").mkdir()
+    assert set_aside(tmp_path) == [tmp_path / "hf.3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints.2", "hf.1", "hf.2", "hf.3"]
 
 
 def stop_at_second_step(arguments: list[str]) -> str:

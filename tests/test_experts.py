@@ -8,9 +8,11 @@ import torch
 
 from engine.config import MoeConfig, OptimConfig
 from engine.mesh import Layout
+from engine.optim import build_optimizer
+from engine.step import wrap_chunks
 from tests.parity import EXPERT_LAYOUTS, LAYOUTS
 from tests.tiny import EXPERTS, conversations, in_files, save_model
-from tests.training import relative, step_batches, train
+from tests.training import relative, start, step_batches, train
 
 OPTIM = OptimConfig(lr=1e-3, schedule="constant")
 INDEX = conversations(16)
@@ -41,8 +43,8 @@ def document(number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and labels (-100 where nothing is supervised) of a conversation."""
     tokens, spans = INDEX.documents[number]
     labels = np.full(len(tokens), -100)
-    for start, end in spans:
-        labels[start:end] = tokens[start:end]
+    for first, last in spans:
+        labels[first:last] = tokens[first:last]
     return torch.from_numpy(tokens), torch.from_numpy(labels)
 
 
@@ -164,3 +166,25 @@ def test_frozen_routers_have_no_gradient(pool, folders):
     routers = [key for key in free if ".router." in key]
     assert len(routers) == 8 and all(free[key].any() and not stuck[key].any() for key in routers)
     assert all(relative(stuck[key], free[key]) < 1e-5 for key in free if key not in routers)
+
+
+def decay_by_name(folder) -> dict[str, float]:
+    """The weight decay that the optimizer gives each parameter, on one rank."""
+    part = start(folder, Layout())
+    wrapped = wrap_chunks(part.chunks, part.mesh)
+    optimizer = build_optimizer(OptimConfig(weight_decay=0.1), wrapped, part.mesh, bf16=False)
+    names = {parameter: name for name, parameter in part.chunks[0].named_parameters()}
+    return {
+        names[parameter]: single.optimizer.param_groups[group]["weight_decay"]
+        for single in optimizer.chained_optimizers
+        for parameter, (group, _) in single.model_param_group_index_map.items()
+    }
+
+
+def test_weight_decay_leaves_norms_biases_and_sinks_alone(pool, folders):
+    """Also the biases of experts, which are matrices of several experts' biases."""
+    found = pool.run(decay_by_name, 1, folders["gpt_oss"])[0]
+    left_alone = ("bias", "layernorm.weight", "softmax_offset")
+    assert {name for name, decay in found.items() if decay == 0} == {n for n in found if n.endswith(left_alone)}
+    assert {decay for decay in found.values()} == {0, 0.1}
+    assert len([name for name in found if name.endswith("linear_fc1.bias")]) == 4

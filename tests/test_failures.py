@@ -17,8 +17,9 @@ from data.index import write_index
 from engine import checkpoint
 from engine.checkpoint import find_latest
 from engine.cli import parse_run
-from engine.run import prepare_run
+from engine.run import check_model, prepare_run
 from engine.train import train
+from models.registry import describe
 from tests.tiny import VOCABULARY, conversations, save_model
 
 SHAPE = ["--seq-len", "96", "--global-batch-size", "4", "--steps", "2", "--precision", "fp32", "--optim.lr", "1e-3"]
@@ -94,6 +95,29 @@ def test_runs_that_are_refused(inputs, tmp_path):
     assert "the weight must be above 0" in refusal(inputs, output, "--data", f"{inputs / 'data'}:-1")
     assert "--backend te cannot run here" in refusal(inputs, output, "--backend", "te")
     assert "--precision fp8 needs --backend te" in refusal(inputs, output, "--precision", "fp8")
+
+
+def test_experts_too_narrow_for_their_product(tmp_path):
+    """Rows of whole 16 bytes: 24 numbers a rank fit in bf16 and fp32, 12 in fp32 alone, 6 in neither."""
+
+    def check(precision: str, etp: int, **changes) -> None:
+        description = describe(save_model("qwen3_moe", tmp_path / f"{etp}", layers=1, **changes))
+        flags = ["--precision", precision, "--etp", str(etp), "--tp", "2", "--seq-len", "96"]
+        check_model(parse_run(flags), description, 8, pad_multiple=2)
+
+    for precision, etp in (("bf16", 2), ("fp32", 2), ("fp32", 4)):
+        check(precision, etp)
+    with pytest.raises(
+        ValueError, match=r"--etp 4 .* hidden size 64 and .* size 12 \(of 48\), .* of 8 .* among 1, 2, 3$"
+    ):
+        check("bf16", 4)
+    with pytest.raises(
+        ValueError, match=r"--etp 8 .* size 6 \(of 48\), .* of 4 alone; choose --etp among 1, 2, 3, 4, 6$"
+    ):
+        check("fp32", 8)
+    with pytest.raises(ValueError, match=r"--etp 1 .* hidden size 68 .* does not train at this --precision"):
+        check("bf16", 1, hidden_size=68)
+    check("fp32", 1, hidden_size=68)
 
 
 def outcome(arguments: list[str], file_limit: int | None = None) -> str:

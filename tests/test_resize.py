@@ -13,10 +13,14 @@ from transformers import AutoModelForCausalLM
 from checkpoint_tools import mcore_to_hf
 from data.index import write_index
 from engine.checkpoint import step_directory
+from engine.checkpoint_format import STATE
+from engine.export import open_checkpoint
+from engine.source import find_source, weight_reader
+from engine.tensor_store import StoreReader
 from models.hf_io import SINGLE, HFReader
 from models.registry import check_directory, describe
 from models.resize import BLOCK_ROWS, GrownReader
-from models.sources import open_reader
+from models.sources import VOCABULARY_KEYS, open_reader
 from tests.test_resume import run
 from tests.tiny import VOCABULARY, conversations, save_model
 
@@ -161,3 +165,63 @@ def test_a_run_gives_rows_to_new_tokens_and_exports_them(pool, tmp_path, name):
         assert torch.equal(grown[:VOCABULARY], plain[key])
         mean = plain[key].double().mean(0).float()
         assert torch.equal(grown[VOCABULARY:], mean.expand(9, -1))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_tied"])
+def test_a_checkpoint_of_ours_grows_by_the_mean_of_its_rows(pool, tmp_path, name):
+    """Inside the 256 rows of its padded vocabulary and beyond them, by its own weights and by its master weights."""
+    save_model(name, tmp_path / "model", layers=1)
+    write_index(tmp_path / "data", conversations(8).documents, vocab_size=VOCABULARY)
+    shape = ["--seq-len", "96", "--global-batch-size", "8", "--tp", "2", "--steps", "1"]
+
+    def flags(model, data, output):
+        fixed = ["--model", model, "--data", tmp_path / data, "--output", tmp_path / output]
+        return [*map(str, fixed), *shape]
+
+    rates = ["--precision", "bf16", "--optim.lr", "1e-2", "--optim.schedule", "constant"]
+    pool.run(run, 2, [*flags(tmp_path / "model", "data", "first"), *rates])
+    step = step_directory(tmp_path / "first", 1)
+    source, store = find_source(str(step)), StoreReader(step / STATE)
+    for key in VOCABULARY_KEYS[: 1 if describe(source.files).tied else 2]:
+        for wide, stored in ((False, key), (True, f"optimizer.state.param.{key}")):
+            own = store.read(stored)
+            assert own.shape[0] == 256 and not own[VOCABULARY:].any()
+            mean = own[:VOCABULARY].double().mean(0).to(own.dtype)
+            for tokens, padded in ((GROWN, 256), (300, 384)):
+                grown = describe(source.files, overrides={"vocab_size": tokens})
+                read = weight_reader(source, grown, wide=wide)
+                parts = [read(key, (start, 0), (padded // 4, 64)) for start in range(0, padded, padded // 4)]
+                tensor = torch.cat(parts)
+                assert torch.equal(tensor[:VOCABULARY], own[:VOCABULARY])
+                assert torch.equal(tensor[VOCABULARY:tokens], mean.expand(tokens - VOCABULARY, -1))
+                assert not tensor[tokens:].any()
+    documents = conversations(8).documents
+    documents[0][0][:2] = VOCABULARY, 299
+    write_index(tmp_path / "large", documents, vocab_size=300)
+    still = ["--precision", "fp32", "--optim.lr", "0", "--optim.weight-decay", "0", "--override.resize-embeddings"]
+    pool.run(run, 2, [*flags(step, "large", "second"), *still])
+    mcore_to_hf.main(checkpoint=step_directory(tmp_path / "second", 1), output=tmp_path / "export", dtype="fp32")
+    table = load_file(tmp_path / "export" / SINGLE)[EMBEDDING]
+    own = store.read("optimizer.state.param.embedding.word_embeddings.weight")[:VOCABULARY]
+    assert torch.equal(table, torch.cat([own, own.double().mean(0).float().expand(300 - VOCABULARY, -1)]))
+
+
+def test_the_largest_of_several_data_sets_names_the_vocabulary(pool, tmp_path):
+    """And brings its tokenizer; a checkpoint whose config.json counts fewer tokens than it holds is refused."""
+    source = save_model("llama", tmp_path / "model", layers=1)
+    for name, tokens in (("data", VOCABULARY + 3), ("large", GROWN), ("valid", VOCABULARY)):
+        write_index(tmp_path / name, conversations(8).documents, vocab_size=tokens)
+    (tmp_path / "large" / "tokenizer").mkdir()
+    (tmp_path / "large" / "tokenizer" / "tokenizer.json").write_text("{}")
+    paths = ["--model", source, "--data", tmp_path / "data", tmp_path / "large", "--valid", tmp_path / "valid"]
+    shape = ["--seq-len", "96", "--global-batch-size", "8", "--steps", "1", "--precision", "fp32"]
+    pool.run(run, 1, [*map(str, paths), "--output", str(tmp_path / "run"), *shape, "--override.resize-embeddings"])
+    step = step_directory(tmp_path / "run", 1)
+    mcore_to_hf.main(checkpoint=step, output=tmp_path / "export")
+    assert load_file(tmp_path / "export" / SINGLE)[EMBEDDING].shape == (GROWN, 64)
+    assert describe(tmp_path / "export").vocab_size == GROWN
+    assert (tmp_path / "export" / "tokenizer.json").read_text() == "{}"
+    config = step / "hf" / "config.json"
+    config.write_text(config.read_text().replace(f'"vocab_size": {GROWN}', f'"vocab_size": {GROWN - 6}'))
+    with pytest.raises(ValueError, match=r"a vocabulary of 140 tokens and its hf/config.json has 134"):
+        open_checkpoint(step)

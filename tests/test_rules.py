@@ -24,6 +24,17 @@ LLAMA = {
     "rope_theta": 5e5,
 }
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True}
+SLIDING, FULL = "sliding_attention", "full_attention"
+OLMO3 = {name: value for name, value in LLAMA.items() if name not in ("rope_theta", "head_dim")}
+OLMO3 |= {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "layer_types": [SLIDING, FULL]}
+EXPERTS = LLAMA | {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "rope_theta": 1e4},
+}
 LAYER = "decoder.layers.1."
 
 
@@ -150,6 +161,23 @@ def test_old_and_new_rope_fields_mean_the_same():
         describe(LLAMA, overrides={"theta": 1})
 
 
+def test_an_override_of_theta_reaches_every_table_or_is_refused():
+    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    without = {name: value for name, value in LLAMA.items() if name != "rope_theta"}
+    in_scaling = without | {"rope_scaling": scaling}
+    assert describe(in_scaling).rope[1]["rope_theta"] == 5e5
+    for config in (in_scaling, in_scaling | {"rope_theta": 1e4}, in_scaling | {"rope_parameters": scaling}):
+        assert [rope["rope_theta"] for rope in describe(config, overrides={"rope_theta": 1e6}).rope] == [1e6, 1e6]
+    assert in_scaling["rope_scaling"]["rope_theta"] == 5e5
+    by_kind = {kind: scaling for kind in ("full_attention", "sliding_attention")}
+    found = describe(OLMO3 | {"rope_parameters": by_kind}, overrides={"rope_theta": 1e6})
+    assert [rope["rope_theta"] for rope in found.rope] == [1e6, 1e6]
+    # transformers reads a flat table for neither kind of layer, and a theta at the top for full attention alone.
+    for partly in ({"rope_parameters": scaling}, {"rope_theta": 1e4}):
+        with pytest.raises(ValueError, match="rope_theta = 1000000.0 does not reach layer 0, which keeps 500000.0"):
+            describe(OLMO3 | partly, overrides={"rope_theta": 1e6})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -179,6 +207,56 @@ def test_sliding_windows_are_read_where_the_family_has_them():
     assert found["window_attn_skip_freq"] == [0, 1]
     with pytest.raises(ValueError, match="sliding_window = 4096 is not understood"):
         describe(LLAMA | {"sliding_window": 4096})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"layer_types": [SLIDING, "chunked_attention"]},
+            "'chunked_attention' is not supported: one of full_attention",
+        ),
+        ({"sliding_window": None}, "sliding_window = None must be 1 or more"),
+        ({"sliding_window": 0}, "sliding_window = 0 must be 1 or more"),
+        ({"sliding_window": -3}, "sliding_window = -3 must be 1 or more"),
+        ({"num_experts_per_tok": 0}, r"num_experts_per_tok \(0\) must lie between 1 and the 8 experts"),
+        ({"num_experts_per_tok": 9}, r"num_experts_per_tok \(9\) must lie between 1 and the 8 experts"),
+        ({"experts_per_token": 7}, r"experts_per_token \(7\) contradicts num_experts_per_tok \(3\)"),
+        ({"initial_context_length": 64}, r"initial_context_length \(64\) contradicts original_max_\w+ \(32\)"),
+    ],
+)
+def test_windows_experts_and_repeated_fields_must_make_sense(changes, message):
+    with pytest.raises(ValueError, match=message):
+        describe(EXPERTS | changes)
+
+
+def test_sensible_windows_and_repeated_fields_are_accepted():
+    agreeing = {"experts_per_token": 3, "initial_context_length": 32}
+    assert describe(EXPERTS | agreeing).transformer == describe(EXPERTS).transformer
+    assert describe(EXPERTS | {"num_experts_per_tok": 8}).transformer["moe_router_topk"] == 8
+    assert describe(EXPERTS | {"sliding_window": 1}).transformer["window_size"] == (0, 0)
+    full = describe(EXPERTS | {"sliding_window": None, "layer_types": [FULL, FULL]})
+    assert "window_size" not in full.transformer
+
+
+@pytest.mark.parametrize(
+    ("kind", "architectures"),
+    [
+        ("mistral", ["LlamaForCausalLM"]),
+        ("qwen2", ["LlamaForCausalLM"]),
+        ("llama", ["MistralForCausalLM", "LlamaForCausalLM"]),
+        ("llama", ["LlamaForCausalLM", "Qwen2ForCausalLM"]),
+    ],
+)
+def test_architectures_that_contradict_the_model_type_are_refused(kind, architectures):
+    message = rf"architectures \({', '.join(architectures)}\) contradict model_type \({kind}\)"
+    with pytest.raises(ValueError, match=message):
+        describe(LLAMA | {"model_type": kind, "architectures": architectures})
+
+
+@pytest.mark.parametrize("missing", ["model_type", "architectures"])
+def test_either_of_model_type_and_architectures_is_enough(missing):
+    assert describe({name: value for name, value in QWEN2.items() if name != missing}).family == "qwen2"
 
 
 def test_missing_extra_and_misshapen_tensors_are_named_and_counted():

@@ -53,9 +53,14 @@ FAMILY = Family(
         "moe_router_pre_softmax": False,
     },
     requires={"hidden_act": "silu", "attention_bias": True, "attention_dropout": 0.0, "swiglu_alpha": 1.702},
-    # The first two repeat fields under the names of the model's own repository.
-    harmless=("initial_context_length", "experts_per_token", "output_router_logits", "router_aux_loss_coef"),
+    harmless=("output_router_logits", "router_aux_loss_coef"),
+    # Under the names of the model's own repository.
+    repeats={
+        "initial_context_length": "original_max_position_embeddings",
+        "experts_per_token": "num_experts_per_tok",
+    },
     tied_copy=TIED_COPY,
     windows=True,
+    wide_norm=True,
     mxfp4=("model.layers.*.mlp.experts.gate_up_proj", "model.layers.*.mlp.experts.down_proj"),
 )

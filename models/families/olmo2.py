@@ -27,5 +27,6 @@ FAMILY = Family(
     buffers=ROTARY_BUFFERS,
     tied_copy=TIED_COPY,
     post_norm=True,
+    wide_norm=True,
     qk_norm="projection",
 )
