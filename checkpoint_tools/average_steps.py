@@ -8,7 +8,6 @@ neither on the number of steps nor on the size of the tensors.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from checkpoint_tools.common import bar, manifest, total_bytes
 from checkpoint_tools.common import run as run_script
-from engine.checkpoint_format import HF, STATE, complete_or_absent, write_manifest
+from engine.checkpoint_format import HF, STATE, complete_or_absent, step_directories, write_manifest
 from engine.export import Checkpoint, Export, dtype_name, dtype_of, export, open_checkpoint
 from engine.store_writer import Spec, write_store
 from engine.tensor_store import Scratch, box_of, master_key, row_blocks
@@ -146,11 +145,7 @@ def find_steps(run: Path, steps: str) -> list[Path]:
     if len(set(wanted)) != len(wanted):
         raise ValueError(f"--steps {steps}: a step is named twice")
     folder = run / "checkpoints"
-    found = {
-        int(match.group(1)): path
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := re.fullmatch(r"step_(\d{6,})", path.name))
-    }
+    found = step_directories(folder)
     missing = [step for step in wanted if step not in found]
     if missing:
         there = ", ".join(str(step) for step in sorted(found)) or "none"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,15 @@ from megatron.core import dist_checkpointing
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
-from engine.checkpoint_format import HF, STATE, read_manifest, sync_directory, sync_tree, write_manifest
+from engine.checkpoint_format import (
+    HF,
+    STATE,
+    read_manifest,
+    step_directories,
+    sync_directory,
+    sync_tree,
+    write_manifest,
+)
 from engine.export import Export, open_checkpoint
 from engine.mesh import Mesh
 from models.build import SHARDING_METADATA
@@ -164,8 +171,7 @@ def _check_space(folder: Path, chunks: list, mesh: Mesh) -> None:
 
 def _remove_old(folder: Path, keep: int) -> None:
     """Removes the checkpoints of the lowest steps beyond `keep`, and their exports; 0 keeps all."""
-    named = ((re.fullmatch(r"step_(\d{6,})", path.name), path) for path in folder.iterdir())
-    steps = sorted((int(match[1]), path) for match, path in named if match)
+    steps = sorted(step_directories(folder).items())
     for _, path in steps[: -keep if keep else 0]:
         shutil.rmtree(path)
         shutil.rmtree(exported_directory(path), ignore_errors=True)

@@ -9,6 +9,7 @@ step_000300/
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,13 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
                 f"{directory} is not a complete checkpoint: {name} has {found[name]} bytes instead of {size}"
             )
     return meta
+
+
+def step_directories(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run's folder by step, those that are still being written left out."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    named = ((re.fullmatch(r"step_(\d{6,})", path.name), path) for path in paths)
+    return {int(match[1]): path for match, path in named if match}
 
 
 def sync_tree(directory: Path) -> None:

@@ -151,10 +151,10 @@ class Export:
                 extents = copy(rule.key, part.index) if copy and part.plain and part.name not in self.mxfp4 else None
                 if extents is not None:
                     files.copy(part.name, extents, start=part.start)
-                    advance(sizes[number] * self.dtype.itemsize)
-                    continue
-                tensor = part.lay_out(read(rule.key, part.index))
-                writer.write(part.name, tensor if part.name in self.mxfp4 else tensor.to(self.dtype), start=part.start)
+                else:
+                    tensor = part.lay_out(read(rule.key, part.index))
+                    tensor = tensor if part.name in self.mxfp4 else tensor.to(self.dtype)
+                    writer.write(part.name, tensor, start=part.start)
                 advance(sizes[number] * self.dtype.itemsize)
         return files.written
 

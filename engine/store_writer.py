@@ -156,12 +156,8 @@ class _Archives:
         # An archive holds a tensor's whole storage: so it gets one of its own, over the same memory.
         data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
         alone = torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape) if tensor.numel() else tensor.clone()
-        torch.save(alone, cast(BinaryIO, self))
-        if self._error:
-            raise self._error
-        # Sends these pages to the disk already now, so that the last fsync finds little left to wait for.
-        os.posix_fadvise(self._descriptor, start, self.end - start, os.POSIX_FADV_DONTNEED)
-        return _StorageInfo(self.path.name, start, self.end - start)
+        self._save(alone)
+        return self._finished(start)
 
     def copy(self, shape: torch.Size, dtype: torch.dtype, extents: list[Extent]) -> _StorageInfo:
         """Append an archive whose data the kernel copies: `torch.save` writes what stands around it.
@@ -176,14 +172,21 @@ class _Archives:
         checked = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)
         try:
-            torch.save(torch.empty(shape, dtype=dtype), cast(BinaryIO, self))
+            self._save(torch.empty(shape, dtype=dtype))
         finally:
             torch.serialization.set_crc32_options(checked)
         (_, place), self._gap = self._gap, None
-        if self._error:
-            raise self._error
         assert place >= 0, "torch.save wrote the data in several pieces"
         copy_extents(extents, self._descriptor, place)
+        return self._finished(start)
+
+    def _save(self, tensor: Tensor) -> None:
+        torch.save(tensor, cast(BinaryIO, self))
+        if self._error:
+            raise self._error
+
+    def _finished(self, start: int) -> _StorageInfo:
+        # Sends these pages to the disk already now, so that the last fsync finds little left to wait for.
         os.posix_fadvise(self._descriptor, start, self.end - start, os.POSIX_FADV_DONTNEED)
         return _StorageInfo(self.path.name, start, self.end - start)
 

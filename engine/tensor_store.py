@@ -82,12 +82,9 @@ class StoreReader:
         box = box_of(self.shape(key), index)
         result = (scratch or Scratch()).empty([len(side) for side in box], self.dtype(key))
         filled = 0
-        for piece in self._pieces_of(key):
-            common = [_overlap(a, b) for a, b in zip(box, piece.box, strict=True)]
-            if not all(map(len, common)):
-                continue
-            block = result[tuple(_within(part, side) for part, side in zip(common, box, strict=True))]
-            self._fill(block, piece, tuple(_within(part, side) for part, side in zip(common, piece.box, strict=True)))
+        for piece, place, index in self._overlaps(key, box):
+            block = result[place]
+            self._fill(block, piece, index)
             filled += block.numel()
         if filled != result.numel():
             raise ValueError(f"{self.directory}: pieces of {key} cover {filled} of {result.numel()} elements")
@@ -97,13 +94,10 @@ class StoreReader:
         """The runs of bytes that one after the other make up a box; None where it is more than a copy of runs."""
         box, found = box_of(self.shape(key), index), []
         blank = torch.empty([len(side) for side in box], dtype=self.dtype(key), device="meta")
-        for piece in self._pieces_of(key):
-            common = [_overlap(a, b) for a, b in zip(box, piece.box, strict=True)]
-            if not all(map(len, common)):
-                continue
-            block = blank[tuple(_within(part, side) for part, side in zip(common, box, strict=True))]
+        for piece, place, index in self._overlaps(key, box):
+            block = blank[place]
             start, whole = self._place(piece)
-            part = whole[tuple(_within(part, side) for part, side in zip(common, piece.box, strict=True))]
+            part = whole[index]
             plain = whole.is_contiguous() and part.is_contiguous() and block.is_contiguous()
             if not plain or whole.dtype != blank.dtype:
                 return None
@@ -117,6 +111,14 @@ class StoreReader:
                 return None
             end += extent.length
         return [extent for _, extent in found] if end == blank.nbytes else None
+
+    def _overlaps(self, key: str, box: Box) -> Iterator[tuple[_Piece, tuple[slice, ...], tuple[slice, ...]]]:
+        """The pieces that hold some of a box: (piece, where that lies in the box, and where in the piece)."""
+        for piece in self._pieces_of(key):
+            common = [_overlap(a, b) for a, b in zip(box, piece.box, strict=True)]
+            if all(map(len, common)):
+                place = tuple(_within(part, side) for part, side in zip(common, box, strict=True))
+                yield piece, place, tuple(_within(part, side) for part, side in zip(common, piece.box, strict=True))
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}

@@ -10,12 +10,16 @@ from torch import Tensor, distributed
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = weight * (x / rms(x)), statistics in fp32, rounded before the gain or, if `late`, after it."""
+    """y = weight * (x / rms(x)), statistics in fp32, rounded before the gain or, if `late`, after it.
+
+    With a group, its ranks share out the last dimension, and each keeps its part.
+    """
 
     @staticmethod
-    def forward(ctx, states: Tensor, weight: Tensor, eps: float, late: bool) -> Tensor:
+    def forward(ctx, states: Tensor, weight: Tensor, eps: float, late: bool, group=None) -> Tensor:
         wide = states.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)  # [..., 1]
+        scale = torch.rsqrt(_mean(wide.pow(2), group) + eps)  # [..., 1]
+        ctx.group = group
         ctx.save_for_backward(states, weight, scale)
         if late:
             return (wide * scale * weight.float()).to(states.dtype)
@@ -28,8 +32,18 @@ class _RMSNorm(torch.autograd.Function):
         normed = states.float() * scale
         grad_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
         wide = wide * weight.float()
-        inner = (wide * normed).mean(-1, keepdim=True)
-        return torch.addcmul(wide, normed, inner, value=-1).mul_(scale).to(gradient.dtype), grad_weight, None, None
+        inner = _mean(wide * normed, ctx.group)
+        wide = torch.addcmul(wide, normed, inner, value=-1).mul_(scale)
+        return wide.to(gradient.dtype), grad_weight, None, None, None
+
+
+def _mean(values: Tensor, group) -> Tensor:
+    """The mean over the last dimension, which the ranks of a group share out: [..., 1]."""
+    if group is None or group.size() == 1:
+        return values.mean(-1, keepdim=True)
+    total = values.sum(-1, keepdim=True)
+    distributed.all_reduce(total, group=group)
+    return total / (values.shape[-1] * group.size())
 
 
 class RMSNorm(torch.nn.Module):
@@ -60,35 +74,6 @@ class WideRMSNorm(RMSNorm):
     rounds_late = True
 
 
-class _ProjectionNorm(torch.autograd.Function):
-    """RMS norm over a dimension that tensor-parallel ranks share out; each rank keeps its part."""
-
-    @staticmethod
-    def forward(ctx, states: Tensor, weight: Tensor, eps: float, group) -> Tensor:
-        wide = states.float()
-        squares = wide.pow(2).sum(-1, keepdim=True)  # [..., 1]
-        width = states.shape[-1] * group.size()
-        if group.size() > 1:
-            distributed.all_reduce(squares, group=group)
-        scale = torch.rsqrt(squares / width + eps)
-        ctx.group, ctx.width = group, width
-        ctx.save_for_backward(states, weight, scale)
-        return (wide * scale * weight.float()).to(states.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        states, weight, scale = ctx.saved_tensors
-        wide = gradient.float()
-        normed = states.float() * scale
-        grad_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        wide = wide * weight.float()
-        inner = (wide * normed).sum(-1, keepdim=True)
-        if ctx.group.size() > 1:
-            distributed.all_reduce(inner, group=ctx.group)
-        inner /= ctx.width
-        return ((wide - normed * inner) * scale).to(gradient.dtype), grad_weight, None, None
-
-
 class ProjectionNorm(MegatronModule):
     """RMSNorm of queries or keys over all heads at once, heads split over tensor-parallel ranks.
 
@@ -106,7 +91,7 @@ class ProjectionNorm(MegatronModule):
     def forward(self, states: Tensor) -> Tensor:
         """states [..., this rank's heads, head_dim]; returns the same shape and dtype."""
         flat = states.flatten(-2)
-        return _ProjectionNorm.apply(flat, self.weight, self.eps, self.tp_group).view_as(states)
+        return _RMSNorm.apply(flat, self.weight, self.eps, True, self.tp_group).view_as(states)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """The gains, split over tensor-parallel ranks by head."""

@@ -61,7 +61,7 @@ class ModelDescription:
 def describe(source: str | Path | dict, *, overrides: dict | None = None) -> ModelDescription:
     """Describe the model of a Hugging Face directory, or of the contents of a config.json.
 
-    `overrides` may set `rope_theta` and `max_position_embeddings`. Raises ValueError for an architecture
+    `overrides` may set what `OVERRIDES` names. Raises ValueError for an architecture
     that is not supported (naming those that are), and for fields not understood or in contradiction (naming them).
     """
     raw = apply_overrides(source if isinstance(source, dict) else read_config(source), overrides)
@@ -151,9 +151,13 @@ def _dims(config: Mapping[str, Any], transformer: Mapping[str, Any]) -> dict[str
 
 
 def check_directory(description: ModelDescription, reader: TensorReader) -> tuple[str, ...]:
-    """Check a directory's tensors against the rules; see `models.rules.check_tensors`."""
-    family = next(f for f in FAMILIES.values() if f.name == description.family)
-    return check_tensors(description.rules, reader, family, description.tied)
+    """Check a directory's tensors against the rules; see `models.check.check_tensors`."""
+    return check_tensors(description.rules, reader, family_named(description.family), description.tied)
+
+
+def family_named(name: str) -> Family:
+    """The family of a description."""
+    return next(family for family in FAMILIES.values() if family.name == name)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

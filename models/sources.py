@@ -5,10 +5,9 @@ from pathlib import Path
 
 import torch
 
-from models.families import FAMILIES
 from models.hf_io import HFReader
 from models.mxfp4 import BLOCKS, Mxfp4Reader, packed_names
-from models.registry import ModelDescription, describe
+from models.registry import ModelDescription, describe, family_named
 from models.resize import GrownReader
 from models.rules import TensorReader
 
@@ -51,8 +50,7 @@ def _grown(path: str | Path, description: ModelDescription, reader: TensorReader
     """
     names = [name for key in VOCABULARY_KEYS if key in description.rule for name, _ in description.rule[key].files]
     if description.tied:
-        family = next(f for f in FAMILIES.values() if f.name == description.family)
-        names += family.tied_copy or ()
+        names += family_named(description.family).tied_copy or ()
     present = set(reader.names())
     short = {name for name in names if name in present and reader.shape(name)[0] < description.vocab_size}
     held = describe(path).vocab_size if short else None

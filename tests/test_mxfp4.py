@@ -19,34 +19,12 @@ from models.mxfp4 import Mxfp4Reader, Mxfp4Writer, decode, encode, mxfp4_plan
 from models.registry import check_directory, describe
 from models.sources import open_reader, source_dtype
 from tests.test_resume import run
-from tests.tiny import VOCABULARY, conversations, save_model
+from tests.tiny import VOCABULARY, Memory, conversations, save_model
 
 VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 HIDDEN, EXPERTS, LAYERS = 64, 8, 2
 LAYER = "model.layers.1.mlp.experts."
 BYTES = st.integers(0, 255)
-
-
-class Counting(dict):
-    """A reader of tensors in memory that counts the bytes it is asked for, by name."""
-
-    def __init__(self, tensors):
-        super().__init__(tensors)
-        self.read_bytes = dict.fromkeys(tensors, 0)
-
-    def names(self):
-        return list(self)
-
-    def shape(self, name):
-        return tuple(self[name].shape)
-
-    def dtype(self, name):
-        return self[name].dtype
-
-    def read(self, name, index=(), out=None):
-        part = self[name][index]
-        self.read_bytes[name] += part.nbytes
-        return part.clone() if out is None else out.copy_(part)
 
 
 def bits(tensor):
@@ -102,7 +80,7 @@ def test_every_code_at_every_scale_is_what_transformers_makes_of_it():
 
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 256, 16, 16).contiguous()
     scales = torch.arange(256, dtype=torch.uint8).view(1, 256, 1).expand(1, 256, 16).contiguous()
-    found = Mxfp4Reader(Counting({"w_blocks": blocks, "w_scales": scales}), ["w"]).read("w")
+    found = Mxfp4Reader(Memory({"w_blocks": blocks, "w_scales": scales}), ["w"]).read("w")
     assert found.shape == (1, 512, 256)
     assert torch.equal(bits(found), bits(convert_moe_packed_tensors(blocks, scales)))
     wide = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
@@ -117,7 +95,7 @@ def test_every_code_at_every_scale_is_what_transformers_makes_of_it():
 def test_any_slice_is_that_slice_of_the_whole(data):
     shape = (3, 96, 7)
     tensors = {"w_blocks": random_bytes(3, 7, 3, 16), "w_scales": random_bytes(3, 7, 3, low=100, high=150)}
-    reader = Mxfp4Reader(Counting(tensors | {"plain": torch.arange(6.0)}), ["w"])
+    reader = Mxfp4Reader(Memory(tensors | {"plain": torch.arange(6.0)}), ["w"])
     whole = reader.read("w")
     assert (reader.names(), reader.shape("w"), reader.dtype("w")) == (["plain", "w"], shape, torch.bfloat16)
     index = tuple(
@@ -136,7 +114,7 @@ def test_any_slice_is_that_slice_of_the_whole(data):
 
 
 def test_a_rank_reads_only_the_bytes_of_its_experts_and_groups():
-    tensors = Counting({"w_blocks": random_bytes(8, 64, 4, 16), "w_scales": random_bytes(8, 64, 4)})
+    tensors = Memory({"w_blocks": random_bytes(8, 64, 4, 16), "w_scales": random_bytes(8, 64, 4)})
     reader = Mxfp4Reader(tensors, ["w"])
     reader.read("w", (slice(2, 4),))
     assert tensors.read_bytes == {"w_blocks": 2 * 64 * 4 * 16, "w_scales": 2 * 64 * 4}
@@ -179,7 +157,7 @@ def test_a_model_read_by_its_rules_has_the_logits_that_transformers_gives_it(pac
 
 def test_an_expert_parallel_rank_gets_its_experts_and_nothing_else_is_read(packed):
     description = describe(packed)
-    files = Counting(load_file(packed / SINGLE))
+    files = Memory(load_file(packed / SINGLE))
     reader = Mxfp4Reader(files, description.mxfp4)
     rule = description.rule["decoder.layers.1.mlp.experts.linear_fc1.weight"]
     part = rule.read(reader, (slice(2, 4),))

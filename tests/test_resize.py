@@ -22,32 +22,10 @@ from models.registry import check_directory, describe
 from models.resize import BLOCK_ROWS, GrownReader
 from models.sources import VOCABULARY_KEYS, open_reader
 from tests.test_resume import run
-from tests.tiny import VOCABULARY, conversations, save_model
+from tests.tiny import VOCABULARY, Memory, conversations, save_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 GROWN = VOCABULARY + 9
-
-
-class Memory(dict):
-    """A reader of tensors in memory that counts its reads of each."""
-
-    def __init__(self, tensors):
-        super().__init__(tensors)
-        self.reads = dict.fromkeys(tensors, 0)
-
-    def names(self):
-        return list(self)
-
-    def shape(self, name):
-        return tuple(self[name].shape)
-
-    def dtype(self, name):
-        return self[name].dtype
-
-    def read(self, name, index=(), out=None):
-        self.reads[name] += 1
-        part = self[name][index]
-        return part.clone() if out is None else out.copy_(part)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2_tied"])

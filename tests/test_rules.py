@@ -8,7 +8,7 @@ import torch
 from models.hf_io import HFReader, read_shard
 from models.registry import apply_overrides, check_directory, describe
 from models.rules import Rule, Segment
-from tests.tiny import VOCABULARY, save_model
+from tests.tiny import VOCABULARY, Memory, save_model
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -36,23 +36,6 @@ EXPERTS = LLAMA | {
     "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "rope_theta": 1e4},
 }
 LAYER = "decoder.layers.1."
-
-
-class Memory(dict):
-    """A reader of tensors in memory."""
-
-    def names(self):
-        return list(self)
-
-    def shape(self, name):
-        return tuple(self[name].shape)
-
-    def dtype(self, name):
-        return self[name].dtype
-
-    def read(self, name, index=(), out=None):
-        part = self[name][index]
-        return part if out is None else out.copy_(part)
 
 
 def random_tensors(description):

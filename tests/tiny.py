@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,6 +135,30 @@ def save_model(name: str, folder: Path, *, dtype=torch.float32, layers: int = 4,
                 parameter.add_(torch.randn_like(parameter))
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+class Memory(dict):
+    """A reader of tensors in memory, which counts reads and the bytes that were asked for, by name."""
+
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.reads: Counter[str] = Counter()
+        self.read_bytes: Counter[str] = Counter()
+
+    def names(self):
+        return list(self)
+
+    def shape(self, name):
+        return tuple(self[name].shape)
+
+    def dtype(self, name):
+        return self[name].dtype
+
+    def read(self, name, index=(), out=None):
+        part = self[name][index]
+        self.reads[name] += 1
+        self.read_bytes[name] += part.nbytes
+        return part.clone() if out is None else out.copy_(part)
 
 
 class MemoryIndex:
