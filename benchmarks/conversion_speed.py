@@ -17,6 +17,7 @@ import tyro
 from common import REPOSITORY, load
 
 from checkpoint_tools import average_steps, hf_to_mcore, mcore_to_hf
+from engine.export import dtype_name
 from engine.workers import worker_count
 from models.hf_writer import HFWriter
 from models.registry import describe
@@ -64,22 +65,22 @@ def main(layers: int = 24, rounds: int = 5, num_workers: int | None = None, fold
     with TemporaryDirectory(dir=folder, prefix="conversion-speed-") as name:
         place = Path(name)
         write_model(place / "hf", layers, seed=1)
-        run = place / "run" / "checkpoints"
-        measure_conversion(place, run / "step_000001", rounds, num_workers)
+        measure_conversion(place, place / "checkpoint", rounds, num_workers)
         shutil.rmtree(place / "hf")
-        write_model(place / "hf", layers, seed=2)
-        hf_to_mcore.main(place / "hf", run / "step_000002")
-        shutil.rmtree(place / "hf")
-        measure_average(place, rounds, num_workers)
+        shutil.rmtree(place / "checkpoint")
+        # Weights as a converted model has them, then as a run's checkpoints have them; about as many bytes of each.
+        for dtype, steps, kept in ((torch.bfloat16, 2, layers), (torch.float32, 2, layers // 2), (torch.float32, 6, 1)):
+            measure_average(place, dtype, steps, kept, rounds, num_workers)
 
 
-def write_model(folder: Path, layers: int, seed: int) -> None:
+def write_model(folder: Path, layers: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> None:
     """A model with random weights in several files."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
-    plan = {n: (shape, torch.bfloat16) for rule in describe(folder).rules for n, shape in rule.files}
+    config = {**CONFIG, "num_hidden_layers": layers, "dtype": dtype_name(dtype)}
+    (folder / "config.json").write_text(json.dumps(config))
+    plan = {n: (shape, dtype) for rule in describe(folder).rules for n, shape in rule.files}
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(64 * BLOCK, generator=generator).bfloat16()
+    noise = torch.randn(64 * BLOCK, generator=generator).to(dtype)
     with HFWriter(folder, plan, SHARD_BYTES) as writer:
         for name, (shape, _) in plan.items():
             width = shape[1] if len(shape) > 1 else 1
@@ -110,16 +111,25 @@ def measure_conversion(place: Path, checkpoint: Path, rounds: int, num_workers: 
     show_memory("mcore_to_hf", ["--checkpoint", checkpoint, "--output", out, *flag], out)
 
 
-def measure_average(place: Path, rounds: int, num_workers: int | None) -> None:
+def measure_average(
+    place: Path, dtype: torch.dtype, steps: int, layers: int, rounds: int, num_workers: int | None
+) -> None:
+    """Averages checkpoints whose weights are in `dtype`; the result is in bf16, as an export wants it."""
     run, out = place / "run", place / "out"
+    for step in range(1, steps + 1):
+        write_model(place / "hf", layers, seed=step, dtype=dtype)
+        hf_to_mcore.main(place / "hf", run / "checkpoints" / f"step_{step:06d}")
+        shutil.rmtree(place / "hf")
+    wanted = ",".join(map(str, range(1, steps + 1)))
     contenders: dict[str, Callable[[], object]] = {
-        "average_steps": lambda: average_steps.main(run, "1,2", out, num_workers=num_workers),
+        "average_steps": lambda: average_steps.main(run, wanted, out, dtype="bf16", num_workers=num_workers),
         "reading its inputs": lambda: read_all(run),
         "cp -r of its inputs": lambda: subprocess.run(["cp", "-r", str(run), str(out)], check=True),
     }
     report(in_turn(contenders, run, out, rounds))
     flag = [] if num_workers is None else ["--num-workers", str(num_workers)]
-    show_memory("average_steps", ["--run", run, "--steps", "1,2", "--output", out, *flag], out)
+    show_memory("average_steps", ["--run", run, "--steps", wanted, "--output", out, "--dtype", "bf16", *flag], out)
+    shutil.rmtree(run)
 
 
 def in_turn(contenders: dict[str, Callable[[], object]], source: Path, out: Path, rounds: int) -> list[Measured]:

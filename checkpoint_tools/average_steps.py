@@ -27,6 +27,7 @@ from models.hf_io import copy_side_files
 from models.rules import Index, Rule
 
 BLOCK_BYTES = 2 * 2**20  # of fp64 sums, which stay in a processor's cache
+NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def main(
@@ -81,7 +82,7 @@ class Mean:
     def __init__(self, opened: Sequence[Checkpoint], dtype: torch.dtype):
         self.dtype = dtype
         self._opened = opened
-        self._read, self._result = Scratch(), Scratch()
+        self._parts, self._result = [Scratch() for _ in opened], Scratch()
 
     def __call__(self, key: str, index: Index) -> Tensor:
         rows, *rest = box_of(self._opened[0].store.shape(key), index)
@@ -93,15 +94,37 @@ class Mean:
         return result
 
     def _block(self, key: str, index: Index) -> Tensor:
-        total: Tensor | None = None
-        for one in self._opened:
-            part = one.store.read(master_key(one.store, key) or key, index, self._read)
-            total = part.double() if total is None else total.add_(part)
-        assert total is not None
-        total /= len(self._opened)
+        read = zip(self._opened, self._parts, strict=True)
+        parts = [one.store.read(master_key(one.store, key) or key, index, scratch) for one, scratch in read]
+        if self.dtype == torch.bfloat16 and len(parts) == 2 and all(part.dtype in NARROW for part in parts):
+            mean = mean_of_two(*parts)
+            if mean is not None:
+                return mean
+        total = parts[0].double()
+        for part in parts[1:]:
+            total.add_(part)
+        total /= len(parts)
         if not math.isfinite(total.sum()):  # in fp64 finite weights cannot add up to infinity
             raise ValueError(f"{key} holds values that are not finite in the checkpoints to average")
         return round_once(total, self.dtype)
+
+
+def mean_of_two(one: Tensor, other: Tensor) -> Tensor | None:
+    """The mean of two tensors in fp32 or less, rounded to bf16 as from fp64; None where fp32 cannot hold the sum.
+
+    Half of a sum is rounded to fp32 at most once, so bf16 differs only where that made a tie of what was none. It
+    never does for sums of two bf16 numbers (Figueroa, "When is double rounding innocuous?", SIGNUM Newsletter 30(3),
+    1995: fp32 has more than twice their digits, and two).
+    """
+    mean = torch.add(one.float(), other.float()).mul_(0.5)
+    if not math.isfinite(mean.sum()):
+        return None
+    result = mean.to(torch.bfloat16)
+    if not one.dtype == other.dtype == torch.bfloat16:
+        ties = np.flatnonzero(_ties(mean))
+        exact = (one.view(-1)[ties].double() + other.view(-1)[ties]) / 2
+        result.view(-1)[ties] = _round_by_odd(exact, torch.bfloat16)
+    return result
 
 
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -116,10 +139,20 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
         return _round_by_odd(values, dtype)
     rounded = values.float()
     result = rounded.to(dtype)
-    # By numpy, whose comparisons and searches are several times faster than torch's on one core.
-    ties = np.flatnonzero(rounded.view(torch.int32).numpy() & 0xFFFF == 0x8000)
-    result.view(-1)[ties] = _round_by_odd(values.view(-1)[ties], dtype)
+    ties = _ties(rounded)
+    if np.count_nonzero(ties) > len(ties) // 64:  # as among means of bf16 weights, most of which are ties indeed
+        ties &= rounded.view(-1).numpy() != values.view(-1).numpy()
+    places = np.flatnonzero(ties)
+    result.view(-1)[places] = _round_by_odd(values.view(-1)[places], dtype)
     return result
+
+
+def _ties(values: Tensor) -> np.ndarray:
+    """Which fp32 values, laid out flat, lie halfway between two of bf16.
+
+    By numpy, whose comparisons and searches are several times faster than torch's on one core.
+    """
+    return values.view(-1).view(torch.int32).numpy() & 0xFFFF == 0x8000
 
 
 def _round_by_odd(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -160,28 +160,26 @@ class _Archives:
         return self._finished(start)
 
     def copy(self, shape: torch.Size, dtype: torch.dtype, extents: list[Extent]) -> _StorageInfo:
-        """Append an archive whose data the kernel copies: `torch.save` writes what stands around it.
-
-        Its data is never touched, as its checksum is left out, which no reader of torch looks at.
-        """
+        """Append an archive whose data the kernel copies: `torch.save` writes what stands around it."""
         size = sum(extent.length for extent in extents)
         assert size == shape.numel() * dtype.itemsize
         if size < COPY_BYTES:
             return self.append(torch.frombuffer(read_extents(extents), dtype=dtype).view(shape))
         start, self._gap = self.end, (size, -1)
-        checked = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)
-        try:
-            self._save(torch.empty(shape, dtype=dtype))
-        finally:
-            torch.serialization.set_crc32_options(checked)
+        self._save(torch.empty(shape, dtype=dtype))
         (_, place), self._gap = self._gap, None
         assert place >= 0, "torch.save wrote the data in several pieces"
         copy_extents(extents, self._descriptor, place)
         return self._finished(start)
 
     def _save(self, tensor: Tensor) -> None:
-        torch.save(tensor, cast(BinaryIO, self))
+        # Without checksums, which no reader of torch looks at: so data that the kernel copies is never touched.
+        checked = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(tensor, cast(BinaryIO, self))
+        finally:
+            torch.serialization.set_crc32_options(checked)
         if self._error:
             raise self._error
 

@@ -12,6 +12,7 @@ import os
 import pickle
 import struct
 import zipfile
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,8 @@ class StoreReader:
         }
         self._storage = metadata.storage_data
         self._check_files()
-        self._pieces: dict[str, list[_Piece]] = {}
+        self._pieces: dict[str, list[_Piece]] = {}  # in the order of their first rows
+        self._tallest: dict[str, int] = {}  # rows of the largest of them
         self._data: dict[_Piece, tuple[int, Tensor]] = {}  # first data byte, and the tensor without data
 
     def __contains__(self, key: str) -> bool:
@@ -114,7 +116,7 @@ class StoreReader:
 
     def _overlaps(self, key: str, box: Box) -> Iterator[tuple[_Piece, tuple[slice, ...], tuple[slice, ...]]]:
         """The pieces that hold some of a box: (piece, where that lies in the box, and where in the piece)."""
-        for piece in self._pieces_of(key):
+        for piece in self._near(key, box):
             common = [_overlap(a, b) for a, b in zip(box, piece.box, strict=True)]
             if all(map(len, common)):
                 place = tuple(_within(part, side) for part, side in zip(common, box, strict=True))
@@ -129,10 +131,15 @@ class StoreReader:
             if not path.exists() or path.stat().st_size < end:
                 raise ValueError(f"{path} is {'truncated' if path.exists() else 'missing'}")
 
-    def _pieces_of(self, key: str) -> list[_Piece]:
+    def _near(self, key: str, box: Box) -> list[_Piece]:
+        """The pieces that may reach into a box by their first dimension; large tensors have thousands."""
         if key not in self._pieces:
-            self._pieces[key] = [self._piece(key, chunk) for chunk in self._tensors[key].chunks]
-        return self._pieces[key]
+            pieces = [self._piece(key, chunk) for chunk in self._tensors[key].chunks]
+            self._pieces[key] = sorted(pieces, key=_first_row)
+            self._tallest[key] = max((len(piece.box[0]) for piece in pieces if piece.box), default=1)
+        pieces, rows = self._pieces[key], box[0] if box else range(1)
+        first = bisect_right(pieces, rows.start - self._tallest[key], key=_first_row)
+        return pieces[first : bisect_left(pieces, rows.stop, key=_first_row)]
 
     def _piece(self, key: str, chunk) -> _Piece:
         info = self._storage[MetadataIndex(key, chunk.offsets)]
@@ -209,6 +216,10 @@ def master_key(reader: StoreReader, key: str) -> str | None:
         if prefix + key in reader and reader.shape(prefix + key) == reader.shape(key):
             return prefix + key
     return None
+
+
+def _first_row(piece: _Piece) -> int:
+    return piece.box[0].start if piece.box else 0
 
 
 def _overlap(one: range, other: range) -> range:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint_tools import average_steps, hf_to_mcore
-from checkpoint_tools.average_steps import find_steps, round_once
+from checkpoint_tools.average_steps import find_steps, mean_of_two, round_once
 from engine.checkpoint_format import read_manifest, write_manifest
 from engine.store_writer import write_store
 from engine.tensor_store import StoreReader
@@ -133,6 +133,40 @@ def test_rounding_happens_once_and_to_even(dtype):
             away = abs(Fraction(value) - Fraction(other.item()))
             even = not result.view(torch.int16).item() & 1
             assert distance < away or (distance == away and even), value
+
+
+def random_bits(dtype: torch.dtype, count: int) -> torch.Tensor:
+    """Numbers of all sizes, subnormal ones and both zeros among them, up to 2**100."""
+    integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    bounds = torch.iinfo(integer)
+    numbers = torch.randint(bounds.min, bounds.max, (count,), dtype=integer).view(dtype)
+    return torch.where(numbers.abs() < 2.0**100, numbers, torch.zeros_like(numbers))
+
+
+@pytest.mark.parametrize("one", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float32])
+def test_the_mean_of_two_is_that_of_fp64(one, other):
+    left, right = random_bits(one, 200_000), random_bits(other, 200_000)
+    # Of like size, where sums fall on ties and close to them; of opposite sign; and any with any.
+    scales = 1 + torch.cat([torch.arange(-8, 8) * 2.0**-shift for shift in range(4, 32)])
+    near = (left[:50_000].double() * scales[torch.arange(50_000) % len(scales)]).to(other)
+    right = torch.cat([near, -near, right[100_000:]])
+    left = torch.cat([left[:50_000], left[:50_000], left[100_000:]])
+    # Next to halfway between two of bf16, off by what fp32 loses.
+    whole = left[:50_000].bfloat16()
+    halfway = (whole.double() + torch.nextafter(whole, torch.tensor(torch.inf, dtype=whole.dtype)).double()) / 2
+    little = halfway * torch.tensor([0.0, 2.0**-26, -(2.0**-26), 1.0])[torch.arange(50_000) % 4]
+    left, right = (
+        torch.cat([left, halfway.to(one), little.to(one)]),
+        torch.cat([right, little.to(other), halfway.to(other)]),
+    )
+    found = mean_of_two(left, right)
+    wanted = round_once((left.double() + right.double()) / 2, torch.bfloat16)
+    assert torch.equal(found.view(torch.int16), wanted.view(torch.int16))
+    if torch.float32 in (one, other):
+        twice = ((left.double() + right.double()) / 2).float().bfloat16()
+        assert (found != twice).sum() > 10_000
+    assert mean_of_two(torch.full((3,), 3e38, dtype=one), torch.full((3,), 3e38, dtype=other)) is None
 
 
 def test_steps_are_matched_as_numbers(run):
