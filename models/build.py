@@ -18,17 +18,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from models.backend import block_spec, parameter_dtype
+from models.gated import quick_gelu
 from models.loss import loss_sum
 from models.registry import ModelDescription
 from models.rope import Rope
 
-
-def _quick_gelu(gate: Tensor) -> Tensor:
-    """megatron-core's is compiled, and past a number of shapes not: the same formula twice, rounded differently."""
-    return gate * torch.sigmoid(1.702 * gate)
-
-
-_ACTIVATIONS = {"silu": F.silu, "quick_gelu": _quick_gelu}
+_ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu}
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},

@@ -12,6 +12,8 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from models.gated import gated_unit
+
 
 class ExpertLinear(torch.nn.Module):
     """Weights [experts, out, in] and biases [experts, out] of one linear layer of all experts of a rank."""
@@ -59,21 +61,14 @@ class GroupedExperts(MegatronModule):
         hidden = self.linear_fc1(tokens, ends)
         if self.linear_fc1.bias is not None:
             hidden = hidden + self.linear_fc1.bias.repeat_interleave(counts, 0, output_size=len(tokens))
-        output = self.linear_fc2(self._gated(hidden), ends)
+        config = self.config
+        limit, offset = config.activation_func_clamp_value, config.glu_linear_offset
+        output = self.linear_fc2(gated_unit(hidden, config.activation_func, limit, offset), ends)
         if self.linear_fc2.bias is not None:
             bias = self.linear_fc2.bias.repeat_interleave(counts, 0, output_size=len(tokens))
             # One rank adds it, but every rank holds it and must find its gradient.
             output = output + (bias if self.tp_group.rank() == 0 else bias - bias.detach())
         return (output * weights[:, None]).to(tokens.dtype), None
-
-    def _gated(self, hidden: Tensor) -> Tensor:
-        gate, up = hidden.chunk(2, dim=-1)
-        limit = self.config.activation_func_clamp_value
-        if limit is not None:
-            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        if self.config.glu_linear_offset:
-            up = up + self.config.glu_linear_offset
-        return self.config.activation_func(gate) * up
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Global tensors [experts, ...]: a rank holds its experts, and of these its part of the feed-forward size."""

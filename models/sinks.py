@@ -8,8 +8,6 @@ output in place of lse and the kernel's own, they compute the gradients of atten
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -51,36 +49,51 @@ class _PaddedSinks(torch.autograd.Function):
 def padded_sink_attention(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
-    """Causal attention of padded batches on the host, sinks included.
+    """Causal attention of padded batches, sinks included: fused on the host, in plain products on a GPU (for fp32).
 
     query [batch, heads, queries, dim]; key, value [batch, groups, keys, dim]; sinks [heads]; mask, True where
     attended, broadcasts to [batch, 1, queries, keys], None for plain causality. Returns query's shape.
     """
-    return _PaddedSinks.apply(query, key, value, sinks, mask, scale)
+    attention = _PaddedSinks.apply if query.is_cpu else plain_sink_attention
+    return attention(query, key, value, sinks, mask, scale)
+
+
+def plain_sink_attention(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """The same as a softmax over the scores and one column more, all held in memory: [batch, heads, queries, keys]."""
+    heads_per_group = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(heads_per_group, 1) for states in (key, value))
+    scores = query @ key.transpose(2, 3) * scale
+    if mask is None:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf"))
+    column = sinks[None, :, None, None].expand(*scores.shape[:3], 1).to(scores.dtype)
+    return torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1] @ value
 
 
 class _VarlenSinks(torch.autograd.Function):
+    """By the operators under `torch.nn.attention.varlen`, whose own signatures change from release to release."""
+
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, bounds, scale: float, window):
-        from torch.nn.attention import varlen  # noqa: F401  (defines the operators)
-
-        ctx.bounds, ctx.scale, ctx.window = bounds, scale, list(window)
-        grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-        output, denominator, state = torch.ops.torch_attn._varlen_attn(
-            query, key, value, *bounds, False, scale=scale, window_size=ctx.window, **grouped
+        ctx.options = {"scale": scale, "window_size_left": window[0], "window_size_right": window[1]}
+        causal = window == (-1, 0)
+        ctx.fixed = (*bounds, 0.0, causal)  # without dropout
+        output, denominator, *random, _ = torch.ops.aten._flash_attention_forward(
+            query, key, value, *ctx.fixed, False, **ctx.options
         )
         # [heads, tokens] -> [tokens, heads]
         output, total = _with_sink(output, denominator.t(), sinks[None])
-        ctx.save_for_backward(query, key, value, sinks, output, total, state)
+        ctx.save_for_backward(query, key, value, sinks, output, total, *random)
         return output
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        query, key, value, sinks, output, total, state = ctx.saved_tensors
-        states = torch.ops.torch_attn._varlen_attn_backward(
-            gradient.contiguous(), query, key, value, output, total.t().contiguous(), *ctx.bounds, False, state,
-            scale=ctx.scale, window_size=ctx.window,
-        )  # fmt: skip
+        query, key, value, sinks, output, total, *random = ctx.saved_tensors
+        states = torch.ops.aten._flash_attention_backward(
+            gradient.contiguous(), query, key, value, output, total.t().contiguous(), *ctx.fixed, *random, **ctx.options
+        )
         own = _sink_gradient(gradient, output, total, sinks[None]).sum(0)
         return *states, own.to(sinks.dtype), None, None, None
 

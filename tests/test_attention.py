@@ -1,4 +1,8 @@
-"""Packed attention against the definition: windows shorter than documents, sinks, context parallelism, padding."""
+"""Packed attention against the definition: windows shorter than documents, sinks, context parallelism, padding.
+
+What CUDA's variable-length flash kernel computes is written down here for the host, with its arguments and layouts,
+so that everything around it is tested: prefixes of context parallelism, windows, sinks by its logarithms.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,9 @@ import pytest
 import torch
 
 from engine.flops import doubled_pairs
-from models.attention import padded_attention
+from models.attention import padded_attention, varlen_attention
 from models.documents import pack_documents, zigzag_indices
+from models.sinks import plain_sink_attention
 
 HEADS, GROUPS, DIM = 4, 2, 8
 SCALE = 0.4
@@ -30,10 +35,82 @@ def definition(query, key, value, owner, position, window, sinks):
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., : len(key)], value)
 
 
-@pytest.mark.parametrize("cp", [1, 2, 4])
-@pytest.mark.parametrize("window", [None, 1, 7, 40, 64, 100])
-@pytest.mark.parametrize("with_sinks", [False, True])
-def test_padded_batches_are_attention(cp, window, with_sinks):
+def flash_weights(query, key, bounds, lse, scale, left, right):
+    """Weights [heads, queries, keys] of all pairs and their scores, and which pairs see each other.
+
+    bounds: cu_seqlens of queries and keys. Segments are aligned at their last query and key, as the kernel does.
+    """
+    owner, place, size = [], [], []
+    for ends, count in zip(bounds, (len(query), len(key)), strict=True):
+        sizes = ends.diff().long()
+        assert ends.dtype == torch.int32 and ends[0] == 0 and ends[-1] == count
+        owner.append(torch.repeat_interleave(torch.arange(len(sizes)), sizes))
+        size.append(sizes[owner[-1]])
+        place.append(torch.arange(count) - ends[:-1].long()[owner[-1]])
+    distance = (place[0] + size[1][ends_of(bounds, owner[0])] - size[0])[:, None] - place[1][None, :]
+    seen = (owner[0][:, None] == owner[1][None, :]) & (distance >= -right if right >= 0 else True)
+    seen &= distance <= left if left >= 0 else True
+    scores = (torch.einsum("qhd,khd->hqk", query, key) * scale).masked_fill(~seen, float("-inf"))
+    return scores, (scores - (scores.logsumexp(-1) if lse is None else lse)[..., None]).exp()
+
+
+def ends_of(bounds, owner):
+    """The last key of the segment of every query."""
+    return bounds[1][1:].long()[owner] - 1
+
+
+def check_flash_arguments(tensors, bounds, longest, dropout, left, right):
+    groups = {len(tensor.shape) for tensor in tensors}
+    assert groups == {3} and dropout == 0.0
+    assert tuple(int(ends.diff().max()) for ends in bounds) == longest
+    assert right == 0 and (left == -1 or left >= 0)
+
+
+def flash_forward(
+    query, key, value, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, debug, *, scale=None,
+    window_size_left=None, window_size_right=None, **unused,
+):  # fmt: skip
+    """`aten::_flash_attention_forward` over packed segments: output, lse [heads, queries], random state, nothings."""
+    left, right = window_size_left, window_size_right
+    check_flash_arguments((query, key, value), (bounds_q, bounds_k), (longest_q, longest_k), dropout, left, right)
+    assert causal == ((left, right) == (-1, 0)) and not any(value is not None for value in unused.values())
+    shared = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    scores, weights = flash_weights(query, key, (bounds_q, bounds_k), None, scale, left, right)
+    output = torch.einsum("hqk,khd->qhd", weights, value)
+    return output, scores.logsumexp(-1), torch.zeros(2, dtype=torch.int64), torch.empty(0), torch.empty(0)
+
+
+def flash_backward(
+    gradient, query, key, value, output, lse, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, state, unused,
+    *, scale=None, window_size_left=None, window_size_right=None,
+):  # fmt: skip
+    """`aten::_flash_attention_backward`: from the output and lse it is given, not from those it would compute."""
+    left, right = window_size_left, window_size_right
+    check_flash_arguments((gradient, output), (bounds_q, bounds_k), (longest_q, longest_k), dropout, left, right)
+    assert lse.is_contiguous() and lse.shape == (query.shape[1], len(query)) and lse.dtype == torch.float32
+    groups, shared = key.shape[1], query.shape[1] // key.shape[1]
+    wide_key, wide_value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    _, weights = flash_weights(query, wide_key, (bounds_q, bounds_k), lse, scale, left, right)
+    products = torch.einsum("qhd,khd->hqk", gradient, wide_value)
+    inner = (gradient * output).sum(-1).t()[..., None]
+    scores = weights * (products - inner) * scale
+    grad_key, grad_value = torch.einsum("hqk,qhd->khd", scores, query), torch.einsum("hqk,qhd->khd", weights, gradient)
+    by_group = [states.unflatten(1, (groups, shared)).sum(2) for states in (grad_key, grad_value)]
+    return torch.einsum("hqk,khd->qhd", scores, wide_key), *by_group
+
+
+@pytest.fixture(scope="module")
+def flash_on_host():
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", flash_forward, "CPU")
+    library.impl("_flash_attention_backward", flash_backward, "CPU")
+    yield
+    library._destroy()
+
+
+def packed_case(cp, window, with_sinks):
+    """Documents of odd lengths and one of padding only: what goes in, and by definition what comes out."""
     random = np.random.default_rng(cp * 100 + (window or 0))
     lengths = random.integers(1, 330, 6)
     lengths[2] = 0  # a document of padding only
@@ -41,28 +118,68 @@ def test_padded_batches_are_attention(cp, window, with_sinks):
     bounds = np.concatenate(([0], np.cumsum(sizes)))
     owner = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes))
     position = torch.from_numpy(np.arange(bounds[-1]) - np.repeat(bounds[:-1], sizes))
-    real = torch.from_numpy(lengths)[owner] > position
     torch.manual_seed(cp)
     states = [torch.randn(int(bounds[-1]), n, DIM, requires_grad=True) for n in (HEADS, GROUPS, GROUPS)]
     sinks = torch.randn(HEADS, requires_grad=True) if with_sinks else None
-    leaves = [*states, sinks] if with_sinks else states
-    wanted = definition(*states, owner, position, window, sinks)
-    weights = torch.randn_like(wanted) * real[:, None, None]  # nothing reads what padding gives
-    expected = torch.autograd.grad((wanted * weights).sum(), leaves)
-    order = np.concatenate([zigzag_indices(bounds, cp, rank) for rank in range(cp)])
-    found = torch.zeros_like(wanted)
+    return SimpleNamespace(
+        lengths=lengths,
+        bounds=bounds,
+        padding=owner == 2,
+        real=torch.from_numpy(lengths)[owner] > position,
+        states=states,
+        sinks=sinks,
+        leaves=[*states, sinks] if with_sinks else states,
+        wanted=definition(*states, owner, position, window, sinks),
+    )
+
+
+def check_case(case, cp, kernel, attend):
+    """Each context-parallel rank's part by `attend`; returns the outputs after comparing them and all gradients."""
+    weights = torch.randn_like(case.wanted) * case.real[:, None, None]  # nothing reads what padding gives
+    expected = torch.autograd.grad((case.wanted * weights).sum(), case.leaves)
+    order = np.concatenate([zigzag_indices(case.bounds, cp, rank) for rank in range(cp)])
+    found = torch.zeros_like(case.wanted)
     for rank in range(cp):
         group = SimpleNamespace(size=lambda: cp, rank=lambda rank=rank: rank)
-        packed = pack_documents(bounds, lengths, cp_group=group, device=torch.device("cpu"), kernel="padded")
-        local = zigzag_indices(bounds, cp, rank)
-        query, key, value = states[0][local], states[1][order], states[2][order]
-        output = padded_attention(query, key, value, packed.plan(window), SCALE, sinks)
-        found = found.index_copy(0, torch.from_numpy(local), output)
-    gradients = torch.autograd.grad((found * weights).sum(), leaves)
-    torch.testing.assert_close(found[real], wanted[real], atol=2e-6, rtol=1e-5)
-    assert not found[owner == 2].any()
+        device = torch.device("cpu")
+        packed = pack_documents(case.bounds, case.lengths, cp_group=group, device=device, kernel=kernel)
+        local = zigzag_indices(case.bounds, cp, rank)
+        query, key, value = case.states[0][local], case.states[1][order], case.states[2][order]
+        found = found.index_copy(0, torch.from_numpy(local), attend(query, key, value, packed))
+    gradients = torch.autograd.grad((found * weights).sum(), case.leaves)
+    torch.testing.assert_close(found[case.real], case.wanted[case.real], atol=2e-6, rtol=1e-5)
     for one, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+    return found
+
+
+@pytest.mark.parametrize("cp", [1, 2, 4])
+@pytest.mark.parametrize("window", [None, 1, 7, 40, 64, 100])
+@pytest.mark.parametrize("sinks", ["none", "fused", "plain"])
+def test_padded_batches_are_attention(cp, window, sinks, monkeypatch):
+    if sinks == "plain":
+        monkeypatch.setattr("models.attention.padded_sink_attention", plain_sink_attention)
+    case = packed_case(cp, window, with_sinks=sinks != "none")
+    found = check_case(
+        case,
+        cp,
+        "padded",
+        lambda query, key, value, packed: padded_attention(query, key, value, packed.plan(window), SCALE, case.sinks),
+    )
+    assert not found[case.padding].any()
+
+
+@pytest.mark.parametrize("cp", [1, 2, 4])
+@pytest.mark.parametrize("window", [None, 1, 7, 40, 64, 100])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_variable_lengths_are_attention(cp, window, with_sinks, flash_on_host):
+    case = packed_case(cp, window, with_sinks)
+    check_case(
+        case,
+        cp,
+        "varlen",
+        lambda query, key, value, packed: varlen_attention(query, key, value, packed, SCALE, window, case.sinks),
+    )
 
 
 def test_a_document_of_many_windows_is_cut_into_blocks():

@@ -16,7 +16,7 @@ def folders(tmp_path_factory):
 
     def get(name: str):
         if name not in made:
-            made[name] = save_model(name, tmp_path_factory.mktemp(name), **gpu.SHAPE)
+            made[name] = save_model(name, tmp_path_factory.mktemp(name), **gpu.SHAPES.get(name, gpu.SHAPE))
         return made[name]
 
     return get

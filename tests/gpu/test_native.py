@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from tests import gpu
+from tests.tiny import EXPERTS, MODELS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpu.NO_GPU, reason="no CUDA device is visible")]
 
-MODELS = ("llama", "qwen2_tied", "qwen2_untied")
+DENSE = [name for name in MODELS if name not in EXPERTS]
 CURVE_STEPS = 50
+# Where a curve can be followed: with these weights and sinks fp32 itself leaves another fp32's course at 5e-4.
+CURVE_RATES = {"gpt_oss": 1e-4}
 BATCHING = {
     "two bins a microbatch": {"micro_batch_size": 2},
     "eight small bins a microbatch": {"micro_batch_size": 8, "seq_len": 48},
@@ -31,9 +34,10 @@ def check_exact(folder, options: dict, **settings) -> None:
     """Four steps in fp32 against the plain model on the host: losses, norms and every gradient to 1e-4."""
     from tests.tiny import conversations
 
-    index = conversations(30)
-    wanted = gpu.reference(folder, index, 4, optim(), options)
-    found = gpu.train(folder, "native", "fp32", index, 4, optim(), options, **settings)
+    # At higher rates Adam's first steps, by gradients' signs, make a ten-thousandth of nothing.
+    index, slow = conversations(30), optim(lr=2e-4)
+    wanted = gpu.reference(folder, index, 4, slow, options)
+    found = gpu.train(folder, "native", "fp32", index, 4, slow, options, **settings)
     np.testing.assert_allclose(found.losses, wanted.losses, rtol=1e-4)
     np.testing.assert_allclose(found.norms, wanted.norms, rtol=1e-4)
     error, name = gpu.worst_gradient(found, wanted)
@@ -57,38 +61,49 @@ def test_recomputation_changes_nothing(folders, recompute):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bf16_curve_follows_fp32(folders, name):
-    slow = optim(lr=5e-4)
+    slow = optim(lr=CURVE_RATES.get(name, 5e-4))
     wanted = gpu.curve_reference(folders(name), CURVE_STEPS, slow)
     found = gpu.train(folders(name), "native", "bf16", gpu.curve_data(), CURVE_STEPS, slow)
     np.testing.assert_allclose(found.losses, wanted.losses, rtol=2e-2)
     assert found.losses[-1] < 0.95 * found.losses[0]  # the curve goes somewhere
-    error, tensor = gpu.worst_gradient(found, wanted)
-    assert error < 0.1, f"{tensor}: {error:.2e}"
+    if name in DENSE:  # a router's choice turns over by rounding alone, and an expert's gradient with it
+        error, tensor = gpu.worst_gradient(found, wanted)
+        assert error < 0.1, f"{tensor}: {error:.2e}"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_other_documents_do_not_notice(folders, precision):
+@pytest.mark.parametrize("name", ["qwen2_untied", "qwen3_windows", "olmo2", "olmo3"])
+def test_other_documents_do_not_notice(folders, name, precision):
     with gpu.one_rank():
-        gpu.check_isolation(gpu.build(folders("qwen2_untied"), "native", precision))
+        gpu.check_isolation(gpu.build(folders(name), "native", precision))
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_other_documents_hardly_notice_with_experts(folders, name):
+    """Another document's tokens go to other experts, whose groups change in size: rounding may differ, no more."""
+    with gpu.one_rank():
+        gpu.check_isolation(gpu.build(folders(name), "native", "fp32"), tolerance=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_memory_does_not_grow_over_steps(folders, precision):
+@pytest.mark.parametrize("name", ["qwen2_tied", "gpt_oss"])
+def test_memory_does_not_grow_over_steps(folders, name, precision):
     from tests.tiny import conversations
 
     # Equal lengths and a batch of whole bins: every step holds the same.
     index = conversations(64, longest=44)
     options = {"batch_unit": "sequences", "global_batch_size": 2, "micro_batch_size": 2}
-    held = gpu.train(folders("qwen2_tied"), "native", precision, index, 12, optim(), options).held
+    held = gpu.train(folders(name), "native", precision, index, 12, optim(), options).held
     # What a step leaves behind differs by its own small tensors, rounded up to blocks of 512 bytes.
     assert max(held[4:]) - min(held[4:]) < 64 * 1024, held
 
 
-def test_dense_layers_never_wait_for_the_device(folders):
+@pytest.mark.parametrize("name", ["qwen2_untied", "olmo3"])
+def test_dense_layers_never_wait_for_the_device(folders, name):
     from tests.tiny import conversations
 
     with gpu.one_rank():
-        part = gpu.build(folders("qwen2_untied"), "native", "bf16")
+        part = gpu.build(folders(name), "native", "bf16")
         (_, batch), *_ = gpu.first_batches(part, conversations(8))
 
         def forward_and_backward() -> None:

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(NO_TE, reason="Transformer Engine is not installed"),
 ]
 
-MODELS = ("llama", "qwen2_tied", "qwen2_untied")
+MODELS = ("llama", "llama_tied", "qwen2_tied", "qwen2_untied", "qwen3_tied")
 RECIPES = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}  # least capability
 CURVE_STEPS = 50
 
