@@ -61,6 +61,10 @@ QWEN_2_5 = {
     "use_sliding_window": False,
     "vocab_size": 152064,
 }
+QWEN_2_5_LARGE = {key: value for key, value in QWEN_2_5.items() if key != "use_mrope"} | {
+    "rms_norm_eps": 1e-05,
+    "transformers_version": "4.43.1",
+}
 QWEN_2_5_MATH = {
     "max_position_embeddings": 4096,
     "rope_theta": 10000,
@@ -218,12 +222,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Llama-3.2-3B": LLAMA_3_2 | sized(28, 3072, 8192, 24, 8) | {"head_dim": 128},
     "Llama-3.1-8B": LLAMA_3,
     "Llama-3.1-70B": LLAMA_3 | sized(80, 8192, 28672, 64, 8),
-    "Llama-3.1-Tulu-3-8B": LLAMA_3 | {"_name_or_path": "/model", "use_cache": False, "vocab_size": 128264},
+    "Llama-3.1-Tulu-3-8B": LLAMA_3
+    | {"_name_or_path": "/model", "transformers_version": "4.43.4", "use_cache": False, "vocab_size": 128264},
     "Qwen2.5-0.5B": QWEN_2_5 | qwen(24, 896, 4864, 14, 2, max_position_embeddings=32768, sliding_window=32768) | SMALL,
     "Qwen2.5-1.5B": QWEN_2_5 | qwen(28, 1536, 8960, 12, 2) | SMALL,
     "Qwen2.5-7B": QWEN_2_5 | qwen(28, 3584, 18944, 28, 4),
-    "Qwen2.5-14B": QWEN_2_5 | qwen(48, 5120, 13824, 40, 8, rms_norm_eps=1e-05),
-    "Qwen2.5-32B": QWEN_2_5 | qwen(64, 5120, 27648, 40, 8, rms_norm_eps=1e-05),
+    "Qwen2.5-14B": QWEN_2_5_LARGE | qwen(48, 5120, 13824, 40, 8),
+    "Qwen2.5-32B": QWEN_2_5_LARGE | qwen(64, 5120, 27648, 40, 8),
     "Qwen2.5-Math-1.5B": QWEN_2_5 | QWEN_2_5_MATH | qwen(28, 1536, 8960, 12, 2, window_layers=21) | SMALL,
     "Qwen2.5-Math-7B": QWEN_2_5 | QWEN_2_5_MATH | qwen(28, 3584, 18944, 28, 4),
     "Qwen3-0.6B": QWEN_3 | qwen(28, 1024, 3072, 16, 8) | SMALL,
@@ -236,7 +241,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3-235B-A22B": QWEN_3_MOE | qwen(94, 4096, 12288, 64, 4, moe_intermediate_size=1536),
     "OLMo-2-1124-7B": OLMO_2 | sized(32, 4096, 11008, 32, 32),
     "OLMo-2-1124-13B": OLMO_2 | sized(40, 5120, 13824, 40, 40),
-    "OLMo-2-0325-32B": OLMO_2 | sized(64, 5120, 27648, 40, 8) | {"bos_token_id": 100257},
+    "OLMo-2-0325-32B": OLMO_2
+    | sized(64, 5120, 27648, 40, 8)
+    | {"bos_token_id": 100257, "transformers_version": "4.49.0"},
     "Olmo-3-1025-7B": OLMO_3 | sized(32, 4096, 11008, 32, 32) | windowed(32, 4),
     "Olmo-3-1125-32B": OLMO_3 | sized(64, 5120, 27648, 40, 8) | windowed(64, 4),
     "gpt-oss-20b": GPT_OSS | MXFP4 | {"num_hidden_layers": 24, "num_local_experts": 32} | windowed(24, 2),
