@@ -37,6 +37,23 @@ class Fields:
     """Column with the question, e.g. `prompt`."""
     answer: str | None = None
     """Column with the answer, e.g. `completion`."""
+    tool_name: str | None = None
+    """Column with the name of the tool that is called between question and answer, empty where none is."""
+    tool_input: str | None = None
+    """Column with the call's arguments: an object, its JSON, or text, which becomes the argument `input`."""
+    tool_calls: str | None = None
+    """Column with calls in OpenAI's form, instead of a name and an input."""
+    tool_output: str | None = None
+    """Column with what the tool gave back."""
+
+    def __post_init__(self) -> None:
+        by_name = bool(self.tool_name), bool(self.tool_input)
+        if any(by_name) and (not all(by_name) or self.tool_calls):
+            raise ValueError(
+                "--fields.tool-name and --fields.tool-input belong together, or --fields.tool-calls instead"
+            )
+        if (by_name[0] or bool(self.tool_calls)) != bool(self.tool_output):
+            raise ValueError("--fields.tool-output belongs to a call, and a call to it: give both")
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,7 @@ def to_conversation(row: Any, fields: Fields = Fields(), prompt: Prompt | None =
             messages = [{"role": "user", "content": _text(row, question)}]
         else:
             messages = _prompted(prompt, row)
+        messages += _tool_turns(row, fields)
         messages.append({"role": "assistant", "content": _text(row, answer)})
         tools = None
     roles = [message["role"] for message in messages]
@@ -85,6 +103,42 @@ def _pair(row: dict, fields: Fields) -> tuple[str, str]:
         choices = " or ".join(f"{question}/{answer}" for question, answer in found)
         raise RowError("ambiguous fields", f"the row has {choices}: choose {_CHOICE}")
     raise RowError("unknown fields", f"the row has {', '.join(map(str, row))}: name two of them {_CHOICE}")
+
+
+def _tool_turns(row: dict, fields: Fields) -> list[dict[str, Any]]:
+    """The call of a row's tool and what the tool gave back; nothing where the row calls none."""
+    called = fields.tool_calls or fields.tool_name
+    if called is None:
+        return []
+    for name in (called, fields.tool_input or called, fields.tool_output):
+        if name not in row:
+            raise RowError("unknown fields", f"the row has {', '.join(map(str, row))}, and no {name}")
+    if row[called] is None or row[called] == "" or row[called] == []:
+        return []
+    if fields.tool_calls:
+        listed = _list(row[called], "tool_calls", or_one=True)
+    else:
+        listed = [{"name": _text(row, called), "arguments": _arguments(row[fields.tool_input])}]
+    if len(listed) != 1:
+        raise RowError("malformed tool call", f"{called} has {len(listed)} calls, and there is one output")
+    calls = [{"id": "call_0", **_tool_call(listed[0], 1)}]
+    output = row[fields.tool_output]
+    text = output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)
+    return [
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": text, "tool_call_id": calls[0]["id"], "name": calls[0]["function"]["name"]},
+    ]
+
+
+def _arguments(value: Any) -> Any:
+    """A call's arguments as an object; a text that is none, such as a program, is the argument `input`."""
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = None
+    return parsed if isinstance(parsed, dict) else {"input": value}
 
 
 def _prompted(prompt: Prompt, row: dict) -> list[dict[str, Any]]:
@@ -167,13 +221,15 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
     return tools or None
 
 
-def _list(value: Any, name: str) -> list:
-    """A list, which tables often hold as JSON text."""
+def _list(value: Any, name: str, or_one: bool = False) -> list:
+    """A list (or an object, where it may be one alone), which tables often hold as JSON text."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError as error:
             raise RowError(f"malformed {name}", f"{name} is text that is not JSON") from error
+    if or_one and isinstance(value, dict):
+        return [value]
     if not isinstance(value, list):
         raise RowError(f"malformed {name}", f"{name} is {_kind(value)}, a list is needed")
     return value

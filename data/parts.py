@@ -26,8 +26,9 @@ from data.formats import Fields, RowError, to_conversation
 from data.index import IndexWriter
 from data.prompt import Prompt
 from data.sources import JsonLines, Table, Unreadable
+from data.where import Where
 
-COUNTS = ("open_turns", "rewritten_turns", "straddling_tokens")
+COUNTS = ("filtered", "open_turns", "rewritten_turns", "straddling_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class Job:
     chunks: list[tuple[int, int, int]]  # source, start, stop
     fields: Fields
     prompt: Prompt | None
+    where: Where
     parts: Path
     dtype: np.dtype
     strict: bool = False
@@ -122,12 +124,15 @@ def _make_part(number: int) -> None:
     source_number, start, stop = job.chunks[number]
     source = job.sources[source_number]
     places, conversations, drops = [], [], []
-    rows = 0
+    rows = filtered = 0
     for place, row in source.read(start, stop):
         rows += 1
         try:
             if isinstance(row, Unreadable):
                 raise row.error
+            if not job.where(row):
+                filtered += 1
+                continue
             conversations.append(to_conversation(row, job.fields, job.prompt))
             places.append((place, row))
         except RowError as error:
@@ -145,6 +150,7 @@ def _make_part(number: int) -> None:
     report = {
         "rows": rows,
         "lines": source.lines(start, stop),
+        "filtered": filtered,
         "open_turns": sum(document.open_turns for document in documents),
         "rewritten_turns": sum(document.rewritten for document in documents),
         "straddling_tokens": sum(document.straddling for document in documents),
@@ -189,7 +195,10 @@ def join_parts(job: Job, output: Path, tokenizer: Any, meta: dict[str, Any], hol
     for drop in drops:
         first = f"{drop['source']}:{drop['line']}" + (f": {drop['detail']}" if drop["detail"] else "")
         reasons.setdefault(drop["reason"], {"count": 0, "first": first})["count"] += 1
-    described = "; ".join(f"{drop['count']:,} x {why} (first {drop['first']})" for why, drop in reasons.items())
+    causes = [f"{drop['count']:,} x {why} (first {drop['first']})" for why, drop in reasons.items()]
+    if totals["filtered"]:
+        causes.append(f"{totals['filtered']:,} x left out by --where")
+    described = "; ".join(causes)
     if not sum(sizes):
         raise ValueError(f"--sources: none of {totals['rows']:,} rows can be used: {described or 'no rows'}")
     held_out = hold_out.mask(sum(sizes))
@@ -203,7 +212,7 @@ def join_parts(job: Job, output: Path, tokenizer: Any, meta: dict[str, Any], hol
             arrays = _choose(arrays, ~mask)
         writer.add(*arrays)
     meta = {**totals, "held_out": int(held_out.sum()), "dropped": reasons, **meta}
-    assert meta["rows"] == writer.documents + meta["held_out"] + len(drops)
+    assert meta["rows"] == writer.documents + meta["held_out"] + meta["filtered"] + len(drops)
     if valid is not None:
         valid.close({**meta, "held_out": 0, "held_out_of": str(output.name)}, tokenizer)
     if drops:

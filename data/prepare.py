@@ -17,6 +17,7 @@ from data.index import token_dtype
 from data.parts import HoldOut, Job, join_parts, make_parts, write_whole
 from data.prompt import load_prompt
 from data.sources import JsonLines, Table, open_source
+from data.where import Where
 
 FORMAT = 1  # rises when the same rows would give other documents, so that no old parts are continued
 
@@ -42,8 +43,10 @@ class PrepareOptions:
     """Configuration of hub data sets that do not name their own."""
     split: str | None = None
     """Split of hub data sets that do not name their own."""
+    where: tuple[str, ...] = ()
+    """Keep only rows that meet all these conditions on their columns, e.g. "float(pass_rate) <= 0.3"."""
     limit: int | None = None
-    """Take this many rows, from the first source on."""
+    """Take this many rows, from the first source on, before any --where."""
     hold_out: int = 0
     """Put this many documents into OUTPUT/valid instead."""
     hold_out_fraction: float = 0.0
@@ -66,6 +69,7 @@ class PrepareOptions:
             raise ValueError("--num-workers and --hold-out must be at least 0, --limit at least 1")
         if not 0 <= self.hold_out_fraction < 1 or (self.hold_out and self.hold_out_fraction):
             raise ValueError("--hold-out-fraction must be in [0, 1), and is given instead of --hold-out")
+        Where(self.where, len)  # raises for what is no expression
 
 
 def prepare(options: PrepareOptions, console: Console | None = None) -> dict[str, Any]:
@@ -81,6 +85,7 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> dict[str
     sources = _open(options)
     chunks = _plan(sources, options.limit)
     prompt = load_prompt(options.prompt) if options.prompt else None
+    where = Where(options.where, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
     plan = {
         "format": FORMAT,
         "options": _recorded(options) | {"prompt": None if prompt is None else vars(prompt)},
@@ -100,6 +105,7 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> dict[str
         chunks=chunks,
         fields=options.fields,
         prompt=prompt,
+        where=where,
         parts=parts,
         dtype=token_dtype(len(tokenizer)),
         strict=options.strict,
@@ -188,8 +194,9 @@ def _report(meta: dict[str, Any], output: Path, console: Console) -> None:
     """Prints the counts, every reason for which rows were dropped, and what deserves a look."""
     table = PrintedTable(title=str(output), show_header=False)
     dropped = sum(drop["count"] for drop in meta["dropped"].values())
-    for name in ("rows", "documents", "held_out", "tokens", "supervised_tokens", "longest"):
-        table.add_row(name.replace("_", " "), f"{meta[name]:,}")
+    for name in ("rows", "filtered", "documents", "held_out", "tokens", "supervised_tokens", "longest"):
+        if name != "filtered" or meta[name]:
+            table.add_row(name.replace("_", " "), f"{meta[name]:,}")
     table.add_row("dropped", f"{dropped:,}")
     console.print(table)
     for reason, drop in meta["dropped"].items():

@@ -54,6 +54,8 @@ class CheckpointConfig:
     """Continue from RUN's latest checkpoint where there is one."""
     export_hf: bool = False
     """Also write each checkpoint as a Hugging Face directory, RUN/hf/step_NNNNNN."""
+    minutes_before_end: float | None = None
+    """Save and stop this long before a SLURM job's time limit; left out, 10 or a tenth of a short job; 0 never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +207,8 @@ def check_values(config: RunConfig) -> None:
         raise ValueError("--optim.schedule wsd needs --optim.decay-steps, the length of its final decay")
     if config.checkpoint.every < 0 or config.checkpoint.keep < 0:
         raise ValueError("--checkpoint.every and --checkpoint.keep must not be negative")
+    if not 0 <= (config.checkpoint.minutes_before_end or 0) < math.inf:
+        raise ValueError("--checkpoint.minutes-before-end must be a number of 0 or more")
     if bool(config.model) != bool(config.data):
         missing = "--data" if config.model else "--model"
         raise ValueError(f"{missing} is missing: give both --model and --data, or neither for the built-in demo")

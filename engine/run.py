@@ -15,6 +15,7 @@ from engine.artifacts import check_tokenizer
 from engine.checkpoint import ResumePoint, find_latest
 from engine.config import MoeConfig, RunConfig, check_values
 from engine.mesh import Mesh, check_expert_widths, check_fp8, check_layout, check_sequence
+from engine.signals import deadline
 from engine.source import Source, find_model
 from models.backend import choose_backend
 from models.build import TransformerConfig, transformer_config
@@ -59,6 +60,7 @@ def open_sources(arguments: tuple[str, ...], flag: str) -> tuple[tuple[DocumentI
 def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     """Checks values, layout, model, data and resume point; raises ValueError before any process group exists."""
     check_values(config)
+    deadline(config.checkpoint.minutes_before_end)
     assert config.model is not None and config.data, "the entry script fills in the built-in demo"
     resume = find_latest(config.output) if config.checkpoint.resume else None
     data, valid = open_sources(config.data, "--data"), open_sources(config.valid, "--valid")

@@ -20,6 +20,7 @@ from engine.opening import sample_document, start_lines
 from engine.optim import build_optimizer, learning_rate, update
 from engine.report import write_report
 from engine.run import Prepared, make_loader, model_config, total_steps, write_config
+from engine.signals import StopRequest, deadline
 from engine.source import config_overrides, weight_reader
 from engine.step import (
     RouterStatistics,
@@ -158,15 +159,20 @@ def train(prepared: Prepared) -> None:
         prepare_output(prepared)
     distributed.barrier()
     log = make_log(trainer) if mesh.is_logger else None
+    stop = StopRequest(deadline(config.checkpoint.minutes_before_end))
     try:
-        loop(trainer, log)
+        with stop.listening():
+            reason = loop(trainer, log, stop)
     finally:
         if log is not None:
             log.close()
     if mesh.is_logger:
+        if reason:
+            where = f"after step {trainer.step:,} of {trainer.total_steps:,}"
+            print(f"saved and stopped {where}: {reason}; the same command continues", flush=True)
         silent = sum(not line["supervised_tokens"] for line in read_metrics(config.output / "metrics.jsonl"))
         if silent:
-            print(f"{silent:,} of {trainer.total_steps:,} steps had no supervised token and changed nothing by loss")
+            print(f"{silent:,} of {trainer.step:,} steps had no supervised token and changed nothing by loss")
         report = write_report(config.output, sample=sample_document(trainer), fill=None)
         print(f"report: {report}", flush=True)
     distributed.barrier()
@@ -188,8 +194,8 @@ def prepare_output(prepared: Prepared) -> None:
     write_config(prepared.config)
 
 
-def loop(trainer: Trainer, log: MetricsLog | None) -> None:
-    """Steps until the run is over, saving and measuring on the way."""
+def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest) -> str | None:
+    """Steps until the run is over or has to stop, saving and measuring on the way; returns why it stopped early."""
     config = trainer.config
     while trainer.step < trainer.total_steps:
         started = time.perf_counter()
@@ -209,8 +215,12 @@ def loop(trainer: Trainer, log: MetricsLog | None) -> None:
             extra["valid_loss"] = trainer.valid_loss()
         if log is not None:
             write_line(trainer, log, totals, grad_norm, lr, seconds, extra)
-        if last or (config.checkpoint.every and trainer.step % config.checkpoint.every == 0):
+        reason = None if last else stop.reason()
+        if last or reason or (config.checkpoint.every and trainer.step % config.checkpoint.every == 0):
             trainer.save()
+        if reason:
+            return reason
+    return None
 
 
 def write_line(

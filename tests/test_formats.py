@@ -57,6 +57,64 @@ def test_tool_calls_are_nested_with_arguments_as_objects():
     ]
 
 
+TOOLS = Fields(tool_name="tool", tool_input="tool_input", tool_output="tool_output")
+CALLS = Fields(tool_calls="calls", tool_output="tool_output")
+PAIR = {"problem": "6*7?", "solution": "42.", "messages": [{"role": "user", "content": "not taken"}]}
+CALL = {"name": "python", "arguments": {"input": "print(6 * 7)"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "columns", "call"),
+    [
+        (TOOLS, {"tool": "python", "tool_input": "print(6 * 7)"}, CALL),
+        (TOOLS, {"tool": "python", "tool_input": '{"code": "6*7"}'}, CALL | {"arguments": {"code": "6*7"}}),
+        (TOOLS, {"tool": "python", "tool_input": {"code": "6*7"}}, CALL | {"arguments": {"code": "6*7"}}),
+        (TOOLS, {"tool": "python", "tool_input": "7"}, CALL | {"arguments": {"input": "7"}}),
+        (CALLS, {"calls": [{"type": "function", "function": CALL}]}, CALL),
+        (CALLS, {"calls": '{"function": {"name": "python", "arguments": "{\\"input\\": \\"print(6 * 7)\\"}"}}'}, CALL),
+    ],
+)
+def test_a_tool_in_columns_becomes_turns(fields, columns, call):
+    messages = to_conversation({**PAIR, **columns, "tool_output": "42"}, fields).messages
+    assert messages == [
+        {"role": "user", "content": "6*7?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "call_0", "type": "function", "function": call}]},
+        {"role": "tool", "content": "42", "tool_call_id": "call_0", "name": "python"},
+        {"role": "assistant", "content": "42."},
+    ]
+
+
+@pytest.mark.parametrize("tool", [None, ""])
+def test_a_row_that_calls_no_tool_is_a_pair(tool):
+    row = {**PAIR, "tool": tool, "tool_input": None, "tool_output": None}
+    assert [message["role"] for message in to_conversation(row, TOOLS).messages] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "columns", "reason"),
+    [
+        (TOOLS, {"tool": "python", "tool_input": "1"}, "unknown fields: .* no tool_output"),
+        (TOOLS, {"tool": 3, "tool_input": "1", "tool_output": "1"}, "not text: tool is of type int"),
+        (TOOLS, {"tool": "python", "tool_input": 3, "tool_output": "1"}, "malformed tool call"),
+        (CALLS, {"calls": [CALL, CALL], "tool_output": "1"}, "calls has 2 calls, and there is one output"),
+        (CALLS, {"calls": "[", "tool_output": "1"}, "malformed tool_calls"),
+    ],
+)
+def test_tools_in_columns_that_are_refused(fields, columns, reason):
+    with pytest.raises(RowError, match=reason):
+        to_conversation({**PAIR, **columns}, fields)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [{"tool_name": "a"}, {"tool_name": "a", "tool_input": "b"}, {"tool_calls": "a"}, {"tool_output": "a"},
+     {"tool_name": "a", "tool_input": "b", "tool_output": "c", "tool_calls": "d"}],
+)  # fmt: skip
+def test_tool_columns_that_do_not_go_together(names):
+    with pytest.raises(ValueError, match="--fields.tool"):
+        Fields(**names)
+
+
 def test_thinking_gets_the_names_that_templates_read():
     row = {"messages": [USER, {**ASSISTANT, "reasoning": "easy"}]}
     message = to_conversation(row).messages[1]

@@ -1,0 +1,54 @@
+"""Conditions on rows: `--where` expressions in Python over a row's columns."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any
+
+from data.formats import RowError
+
+# What an expression may call beside methods of its values.
+FUNCTIONS: dict[str, Any] = {
+    function.__name__: function
+    for function in (abs, all, any, bool, float, int, isinstance, len, max, min, round, set, sorted, str, sum)
+} | {"list": list, "dict": dict}
+
+
+@dataclass(frozen=True)
+class Where:
+    """All of some expressions. They see columns by their names, `row`, and `tokens(text)`, the length of a text.
+
+    Raises ValueError for an expression that is none.
+    """
+
+    expressions: tuple[str, ...]
+    tokens: Callable[[str], int]
+    codes: tuple[CodeType, ...] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "codes", tuple(map(_compile, self.expressions)))
+
+    def __call__(self, row: Any) -> bool:
+        """Whether a row meets every condition; RowError for a row that one of them cannot be asked of."""
+        if not isinstance(row, dict):
+            return True  # no row of columns, which is another's to say
+        for expression, code in zip(self.expressions, self.codes, strict=True):
+            names = {"__builtins__": FUNCTIONS, "tokens": self.tokens, **row, "row": row}
+            try:
+                if not eval(code, names):  # the user's own expression
+                    return False
+            except NameError as error:
+                columns = ", ".join(map(str, row)) or "no columns"
+                raise RowError("--where cannot be asked", f"{expression}: {error}; the row has {columns}") from error
+            except Exception as error:
+                why = f"{expression}: {type(error).__name__}: {error}"
+                raise RowError("--where cannot be asked", why) from error
+        return True
+
+
+def _compile(expression: str) -> CodeType:
+    try:
+        return compile(expression.strip(), "--where", "eval")
+    except (SyntaxError, ValueError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(f"--where {expression}: not an expression ({reason})") from None

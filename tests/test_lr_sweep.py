@@ -1,0 +1,67 @@
+"""Learning rates beside each other: real runs, one of which blows up, and the ways to ask wrongly."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from data.index import write_index
+from examples import lr_sweep
+from tests.tiny import VOCABULARY, conversations, save_model
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_model("qwen2_tied", folder / "model", layers=1)
+    write_index(folder / "data", conversations(14).documents, vocab_size=VOCABULARY)
+    write_index(folder / "valid", conversations(6, 1).documents, vocab_size=VOCABULARY)
+    return folder
+
+
+def sweep(*arguments) -> tuple[int, str]:
+    """The exit status and what the table said."""
+    printed = io.StringIO()
+    return lr_sweep.main(list(map(str, arguments)), Console(file=printed, width=120)), printed.getvalue()
+
+
+def test_rates_are_trained_and_compared(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    paths = ["--model", inputs / "model", "--data", inputs / "data", "--valid", inputs / "valid"]
+    shape = "--seq-len 96 --global-batch-size 4 --steps 6 --precision fp32 --optim.clip-grad 0"
+    own = ["--lrs", "1e-3,1e-6,1e30", "--output", tmp_path]
+    status, printed = sweep(*own, "--", *paths, *shape.split())
+    assert status == 0
+    results = {one["lr"]: one for one in json.loads((tmp_path / "sweep.json").read_text())}
+    assert results[1e30]["failed"] and results[1e30]["steps"] < 6
+    assert not results[1e-3]["failed"] and results[1e-3]["steps"] == results[1e-6]["steps"] == 6
+    assert results[1e-3]["valid_loss"] < results[1e-6]["valid_loss"]
+    lines = [json.loads(line) for line in (tmp_path / "lr_0.001" / "metrics.jsonl").read_text().splitlines()]
+    assert results[1e-3]["loss"] == lines[-1]["loss"] and results[1e-3]["valid_loss"] == lines[-1]["valid_loss"]
+    assert [line.split("│")[1].strip() for line in printed.splitlines() if "best" in line] == ["0.001"]
+    assert sum("failed" in line for line in printed.splitlines()) == 1
+    # What is there can be compared without training.
+    status, _ = sweep("--lrs", "1e-6,1e-3", "--output", tmp_path)
+    assert status == 0 and len(json.loads((tmp_path / "sweep.json").read_text())) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--lrs", "1e-5,x"), "--lrs 1e-5,x: give rates above 0"),
+        (("--lrs", "1e-5,-1"), "--lrs 1e-5,-1: give rates above 0"),
+        (("--lrs", "1e-5,0.00001"), "a rate is named twice"),
+        (("--lrs", "1e-5"), "metrics.jsonl is missing: train that rate first"),
+        (
+            ("--lrs", "1e-5", "--", "--model", "nowhere", "--data", "x"),
+            "--optim.lr 1e-05 did not come to its first step",
+        ),
+    ],
+)
+def test_sweeps_that_are_refused(arguments, sentence, tmp_path, capfd):
+    own = [*arguments[:2], "--output", str(tmp_path / "sweep"), *arguments[2:]]
+    assert sweep(*own)[0] == 2
+    assert sentence in capfd.readouterr().err.splitlines()[-1]
