@@ -2,10 +2,11 @@
 
     python benchmarks/gpu.py [--models qwen2.5-1.5b llama-3.1-8b] [--seq-lens 4096 16384 32768] [--only NAME ...]
 
-Models have the shapes of `gpu_profile.SHAPES` and random weights; where all layers do not fit beside gradients
+Models have the shapes of `gpu_shapes.SHAPES` and random weights; where all layers do not fit beside gradients
 and optimizer, as many as fit are kept, the same for every contender. Each contender trains the same packed bins
 in a process of its own. "MFU" is of a bf16 matrix product measured in that process; operations are counted by
-`engine/flops.py` for all. Rows are added to --results as they come, and the table shows all that is there.
+`engine/flops.py` for all. "reckoned" is the peak that `gpu_shapes.memory_needed` said beforehand of Lathe in bf16.
+Rows are added to --results as they come, and the table shows all that is there.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # on a bare machin
 import numpy as np
 import torch
 import tyro
-from gpu_profile import SHAPES, lathe_trainer, layers_that_fit, matrix_tflops, steps_of, write_data, write_model
+from gpu_profile import lathe_trainer, matrix_tflops, steps_of, write_data, write_model
+from gpu_shapes import SHAPES, layers_that_fit, memory_needed
 
 # name -> (who trains, settings)
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -230,7 +232,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title="one GPU, packed full finetuning")
-    columns = ("tokens/s", "supervised/s", "TFLOP/s", "matrix TFLOP/s", "MFU", "peak GiB", "ms a step")
+    columns = ("tokens/s", "supervised/s", "TFLOP/s", "matrix TFLOP/s", "MFU", "peak GiB", "reckoned", "ms a step")
     for column in ("model", "layers", "seq", "", *columns):
         table.add_column(column, justify="right" if column in columns else "left")
     for row in rows:
@@ -239,7 +241,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             table.add_row(*cells[:3], f"{row['contender']}: {row['failed']}")
             continue
         cells += [f"{row['tokens_per_second']:,.0f}", f"{row['supervised_per_second']:,.0f}", f"{row['tflops']:.0f}"]
-        cells += [f"{row['matrix_tflops']:.0f}", f"{row['mfu']:.1%}", f"{row['peak_gib']:.1f}"]
+        cells += [f"{row['matrix_tflops']:.0f}", f"{row['mfu']:.1%}"]
+        cells += [f"{row['peak_gib']:.1f}", f"{row['reckoned_gib']:.1f}"]
         table.add_row(*cells, f"{row['step_seconds'] * 1e3:,.0f}")
     Console(width=200).print(table)
 
@@ -267,7 +270,9 @@ def rows_of(options: Options, model: str, folder: Path) -> Iterator[dict[str, An
             job = Job(contender=contender, model=model, seq_len=seq_len, bins=bins, options=options, **paths)
             with fresh() as pool:
                 row = pool.submit(measure, job).result()
-            yield add_rates(row | {"layers": layers, "gpu": torch.cuda.get_device_name()}, job)
+            reckoned = memory_needed(SHAPES[model], layers, seq_len, recompute=recompute) / 2**30
+            about = {"layers": layers, "reckoned_gib": reckoned, "gpu": torch.cuda.get_device_name()}
+            yield add_rates(row | about, job)
 
 
 def main(options: Options) -> int:

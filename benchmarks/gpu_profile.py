@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_profile.py [--model NAME] [--seq-len N] [--backend native|te] [--precision bf16|fp8]
 
-The models are those of `benchmarks/gpu.py`, which takes shapes, weights and data from here.
+The models are those of `benchmarks/gpu_shapes.py`; `benchmarks/gpu.py` takes weights, data and trainer from here.
 """
 
 from __future__ import annotations
@@ -20,44 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # on a bare machin
 import numpy as np
 import torch
 import tyro
+from gpu_shapes import SHAPES, layers_that_fit
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2.5-1.5b": {
-        "model_type": "qwen2",
-        "vocab_size": 151936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        "tie_word_embeddings": True,
-    },
-    "llama-3.1-8b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "tie_word_embeddings": False,
-    },
-}
-# Bytes a parameter: bf16 weight, fp32 gradient, fp32 master weight and two moments.
-STATE_BYTES = 18
 # A kernel is of the first kind that has a part of its name.
 KINDS: dict[str, tuple[str, ...]] = {
     "attention": ("flash", "fmha", "attention", "cudnn_generated"),
@@ -91,18 +55,6 @@ class Options:
     """Kernels to name."""
     trace: Path | None = None
     """Where a Chrome trace goes."""
-
-
-def layers_that_fit(shape: dict[str, Any], seq_len: int, memory: int, *, recompute: bool) -> int:
-    """As many layers as nine tenths of `memory` bytes hold: state, and activations of one bin of `seq_len`."""
-    hidden, ffn, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
-    groups = shape["num_key_value_heads"]
-    per_layer = hidden * hidden * (2 + 2 * groups / heads) + 3 * hidden * ffn
-    embeddings = shape["vocab_size"] * hidden * (1 if shape["tie_word_embeddings"] else 2)
-    # Kept for the backward pass, bf16: about 17 tensors as wide as the hidden state and 4 as the feed-forward.
-    activations = seq_len * (2 * hidden if recompute else 34 * hidden + 8 * ffn)
-    free = 0.9 * memory - STATE_BYTES * embeddings - 4e9  # 4 GB for the loss, workspaces and fragments
-    return max(1, min(shape["num_hidden_layers"], int(free / (STATE_BYTES * per_layer + activations))))
 
 
 def write_model(folder: Path, shape: dict[str, Any], layers: int) -> Path:

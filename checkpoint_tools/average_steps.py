@@ -27,7 +27,7 @@ from models.hf_io import copy_side_files
 from models.rules import Index, Rule
 
 BLOCK_BYTES = 2 * 2**20  # of fp64 sums, which stay in a processor's cache
-NARROW = (torch.float32, torch.float16, torch.bfloat16)
+NARROW = {torch.float32, torch.float16, torch.bfloat16}
 
 
 def main(
@@ -82,7 +82,7 @@ class Mean:
     def __init__(self, opened: Sequence[Checkpoint], dtype: torch.dtype):
         self.dtype = dtype
         self._opened = opened
-        self._parts, self._result = [Scratch() for _ in opened], Scratch()
+        self._scratch, self._result = (Scratch(), Scratch()), Scratch()
 
     def __call__(self, key: str, index: Index) -> Tensor:
         rows, *rest = box_of(self._opened[0].store.shape(key), index)
@@ -94,19 +94,25 @@ class Mean:
         return result
 
     def _block(self, key: str, index: Index) -> Tensor:
-        read = zip(self._opened, self._parts, strict=True)
-        parts = [one.store.read(master_key(one.store, key) or key, index, scratch) for one, scratch in read]
-        if self.dtype == torch.bfloat16 and len(parts) == 2 and all(part.dtype in NARROW for part in parts):
-            mean = mean_of_two(*parts)
+        if self.dtype == torch.bfloat16 and len(self._opened) == 2:
+            one, other = (self._read(number, key, index) for number in range(2))
+            mean = mean_of_two(one, other) if {one.dtype, other.dtype} <= NARROW else None
             if mean is not None:
                 return mean
-        total = parts[0].double()
-        for part in parts[1:]:
-            total.add_(part)
-        total /= len(parts)
+        total: Tensor | None = None
+        for number in range(len(self._opened)):
+            part = self._read(number, key, index)
+            total = part.double() if total is None else total.add_(part)
+        assert total is not None
+        total /= len(self._opened)
         if not math.isfinite(total.sum()):  # in fp64 finite weights cannot add up to infinity
             raise ValueError(f"{key} holds values that are not finite in the checkpoints to average")
         return round_once(total, self.dtype)
+
+    def _read(self, number: int, key: str, index: Index) -> Tensor:
+        """A part of one checkpoint, which stays until the next but one is read."""
+        store = self._opened[number].store
+        return store.read(master_key(store, key) or key, index, self._scratch[number % 2])
 
 
 def mean_of_two(one: Tensor, other: Tensor) -> Tensor | None:

@@ -44,7 +44,8 @@ class PrepareOptions:
     split: str | None = None
     """Split of hub data sets that do not name their own."""
     where: tuple[str, ...] = ()
-    """Keep only rows that meet all these conditions on their columns, e.g. "float(pass_rate) <= 0.3"."""
+    """Keep only rows that meet all these Python expressions over their columns (`row['odd name']` for others), e.g.
+    "float(pass_rate) <= 0.3"; `tokens(column)` is a text's length by the tokenizer."""
     limit: int | None = None
     """Take this many rows, from the first source on, before any --where."""
     hold_out: int = 0

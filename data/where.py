@@ -16,9 +16,10 @@ FUNCTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Where:
-    """All of some expressions. They see columns by their names, `row`, and `tokens(text)`, the length of a text.
+    """All of some expressions over a row's columns.
 
-    Raises ValueError for an expression that is none.
+    They see columns by their names, all of them as `row`, `tokens(text)` (a text's length by the tokenizer) and
+    `FUNCTIONS`, whose names win over columns'. Raises ValueError for an expression that is none.
     """
 
     expressions: tuple[str, ...]
@@ -29,20 +30,22 @@ class Where:
         object.__setattr__(self, "codes", tuple(map(_compile, self.expressions)))
 
     def __call__(self, row: Any) -> bool:
-        """Whether a row meets every condition; RowError for a row that one of them cannot be asked of."""
+        """Whether a row meets every condition; RowError for a row that one of them fails on."""
         if not isinstance(row, dict):
-            return True  # no row of columns, which is another's to say
+            return True  # `to_conversation` refuses it
         for expression, code in zip(self.expressions, self.codes, strict=True):
-            names = {"__builtins__": FUNCTIONS, "tokens": self.tokens, **row, "row": row}
+            names = {**row, **FUNCTIONS, "tokens": self.tokens, "row": row, "__builtins__": {}}
             try:
                 if not eval(code, names):  # the user's own expression
                     return False
             except NameError as error:
                 columns = ", ".join(map(str, row)) or "no columns"
-                raise RowError("--where cannot be asked", f"{expression}: {error}; the row has {columns}") from error
+                raise RowError(
+                    "--where could not be evaluated", f"{expression}: {error}; the row has {columns}"
+                ) from error
             except Exception as error:
                 why = f"{expression}: {type(error).__name__}: {error}"
-                raise RowError("--where cannot be asked", why) from error
+                raise RowError("--where could not be evaluated", why) from error
         return True
 
 

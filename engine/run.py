@@ -60,7 +60,7 @@ def open_sources(arguments: tuple[str, ...], flag: str) -> tuple[tuple[DocumentI
 def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     """Checks values, layout, model, data and resume point; raises ValueError before any process group exists."""
     check_values(config)
-    deadline(config.checkpoint.minutes_before_end)
+    deadline(config.checkpoint.minutes_before_end)  # refuses what cannot be
     assert config.model is not None and config.data, "the entry script fills in the built-in demo"
     resume = find_latest(config.output) if config.checkpoint.resume else None
     data, valid = open_sources(config.data, "--data"), open_sources(config.valid, "--valid")

@@ -8,15 +8,18 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
 
 import torch
 from torch import distributed
 
+STOPPED = "stopped"  # a file in RUN that says why, while a run that stopped before its last step has not gone on
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Seconds since the epoch, which SLURM sets for jobs with a time limit (from release 22.05 on).
+# Seconds since the epoch, which newer releases of SLURM set for their jobs.
 JOB_START, JOB_END = "SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"
-MINUTES, SHARE = 10.0, 0.1  # by default, the lesser: before the end, and of the job's whole time
+# How long before its end a job stops by default: so many minutes, or this share of a shorter job.
+MINUTES, SHARE = 10.0, 0.1
 _TIME_LIMIT = signal.NSIG  # no signal has this number
 
 
@@ -25,18 +28,42 @@ def deadline(minutes_before_end: float | None) -> float:
 
     ValueError where minutes are given and the job has no time limit that is known.
     """
-    end = os.environ.get(JOB_END)
-    if end is None and minutes_before_end:
-        raise ValueError(
-            f"--checkpoint.minutes-before-end {minutes_before_end:g} needs the time limit of a SLURM job, "
-            f"and {JOB_END} is not set"
-        )
-    if end is None or minutes_before_end == 0:
+    if minutes_before_end == 0:
         return math.inf
+    start, end = _seconds(JOB_START), _seconds(JOB_END)
+    flag = f"--checkpoint.minutes-before-end {minutes_before_end or MINUTES:g}"
+    if end is None:
+        if minutes_before_end:
+            raise ValueError(f"{flag} needs the time limit of a SLURM job, and {JOB_END} does not say it")
+        return math.inf
+    length = end - (time.time() if start is None else start)
     if minutes_before_end is None:
-        length = float(end) - float(os.environ.get(JOB_START, time.time()))
-        return float(end) - min(MINUTES * 60, SHARE * max(length, 0.0))
-    return float(end) - minutes_before_end * 60
+        return end - min(MINUTES * 60, SHARE * max(length, 0.0))
+    if minutes_before_end * 60 >= length:
+        raise ValueError(f"{flag} leaves nothing of a job of {length / 60:.0f} minutes")
+    return end - minutes_before_end * 60
+
+
+def _seconds(name: str) -> float | None:
+    """A variable of the environment as seconds; None where it is not set or is no number."""
+    try:
+        return float(os.environ.get(name, ""))
+    except ValueError:
+        return None
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """Puts SIGTERM and SIGINT off to the end of this block, and keeps them from processes started in it for good.
+
+    torchrun signals whole process groups, and so also the helpers that write a checkpoint.
+    """
+    resource_tracker.ensure_running()  # whose start would let both signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StopRequest:
@@ -48,23 +75,23 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Notes the first SIGTERM or SIGINT within this block; a second does what it would have done without."""
-        before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
+        """Notes SIGTERM and SIGINT within this block. A second SIGINT does what it would have done without.
 
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        A second SIGTERM does not: a scheduler sends one to every process, and torchrun another to those it started.
+        """
+        before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
 
         def note(number: int, frame: FrameType | None) -> None:
             self._signal = number
-            restore()
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
 
         for number in SIGNALS:
             signal.signal(number, note)
         try:
             yield
         finally:
-            restore()
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def reason(self) -> str | None:
         """Why all ranks stop now, the same on each; None where none has to. Every rank calls it after a step."""

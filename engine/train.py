@@ -20,7 +20,7 @@ from engine.opening import sample_document, start_lines
 from engine.optim import build_optimizer, learning_rate, update
 from engine.report import write_report
 from engine.run import Prepared, make_loader, model_config, total_steps, write_config
-from engine.signals import StopRequest, deadline
+from engine.signals import STOPPED, StopRequest, deadline, shielded
 from engine.source import config_overrides, weight_reader
 from engine.step import (
     RouterStatistics,
@@ -130,18 +130,19 @@ class Trainer:
             "data": self.data_state,
         }
         self.saved_step = self.step
-        target = checkpoint.save(
-            self.config.output,
-            self.step,
-            self.chunks,
-            self.optimizer,
-            self.mesh,
-            model_files=self.model_files,
-            manifest=manifest,
-            keep=self.config.checkpoint.keep,
-        )
-        if self.config.checkpoint.export_hf:
-            checkpoint.export_hf(target, self.mesh)
+        with shielded():
+            target = checkpoint.save(
+                self.config.output,
+                self.step,
+                self.chunks,
+                self.optimizer,
+                self.mesh,
+                model_files=self.model_files,
+                manifest=manifest,
+                keep=self.config.checkpoint.keep,
+            )
+            if self.config.checkpoint.export_hf:
+                checkpoint.export_hf(target, self.mesh)
         return target
 
 
@@ -159,7 +160,12 @@ def train(prepared: Prepared) -> None:
         prepare_output(prepared)
     distributed.barrier()
     log = make_log(trainer) if mesh.is_logger else None
-    stop = StopRequest(deadline(config.checkpoint.minutes_before_end))
+    until = deadline(config.checkpoint.minutes_before_end)
+    if mesh.rank == 0 and math.isfinite(until):
+        print(
+            f"saves and stops at {time.strftime('%H:%M:%S', time.localtime(until))}, before the job's end", flush=True
+        )
+    stop = StopRequest(until)
     try:
         with stop.listening():
             reason = loop(trainer, log, stop)
@@ -168,8 +174,9 @@ def train(prepared: Prepared) -> None:
             log.close()
     if mesh.is_logger:
         if reason:
-            where = f"after step {trainer.step:,} of {trainer.total_steps:,}"
-            print(f"saved and stopped {where}: {reason}; the same command continues", flush=True)
+            words = f"saved and stopped after step {trainer.step:,} of {trainer.total_steps:,}: {reason}"
+            (config.output / STOPPED).write_text(words + "\n", encoding="utf-8")
+            print(f"{words}; the same command continues", flush=True)
         silent = sum(not line["supervised_tokens"] for line in read_metrics(config.output / "metrics.jsonl"))
         if silent:
             print(f"{silent:,} of {trainer.step:,} steps had no supervised token and changed nothing by loss")
@@ -189,6 +196,7 @@ def prepare_output(prepared: Prepared) -> None:
     """Makes RUN ready on one rank: the config, no leftovers, and nothing of an earlier run that is not continued."""
     output = prepared.config.output
     checkpoint.remove_unfinished(output)
+    (output / STOPPED).unlink(missing_ok=True)
     if prepared.resume is None and (aside := checkpoint.set_aside(output)):
         print(f"what an earlier run saved was moved to {' and '.join(map(str, aside))}", flush=True)
     write_config(prepared.config)

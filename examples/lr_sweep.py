@@ -3,14 +3,16 @@
 python examples/lr_sweep.py --lrs 1e-5,2e-5,3e-5,5e-5 --output SWEEP [--nproc-per-node N] -- \
     [recipe.yaml ...] --model HF --data DATA --steps 300 [any flag of pretrain_sft.py]
 
-The runs are SWEEP/lr_1e-05 and so on; started again, the sweep continues. Without flags after `--` it only compares
-runs that are there, such as those of several jobs. A rate at which training fails is a result like the others.
+The runs are SWEEP/lr_1e-05 and so on; started again, the sweep continues. A rate at which training fails is a result
+like the others, and is not tried again. Without flags after `--` the sweep only compares what is there: several nodes
+train a rate each as a job of its own, with `--optim.lr 2e-5 --output SWEEP/lr_2e-05`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -21,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.metrics import read_metrics
+from engine.signals import STOPPED
 
 SCRIPT = Path(__file__).with_name("pretrain_sft.py")
 LAST = 0.1  # the share of steps, at the end, over which the training loss is taken
@@ -46,8 +49,10 @@ class Options:
             rates = []
         if not rates or not all(0 < rate < math.inf for rate in rates):
             raise ValueError(f"--lrs {self.lrs}: give rates above 0, separated by commas, e.g. 1e-5,2e-5")
-        if len(set(rates)) != len(rates):
-            raise ValueError(f"--lrs {self.lrs}: a rate is named twice")
+        if len(set(map(self.run, rates))) != len(rates):
+            raise ValueError(f"--lrs {self.lrs}: a rate is named twice (six digits tell them apart)")
+        if self.nproc_per_node < 1:
+            raise ValueError(f"--nproc-per-node {self.nproc_per_node}: give at least 1")
         return rates
 
     def run(self, rate: float) -> Path:
@@ -63,26 +68,52 @@ class Result:
     loss: float | None  # the mean over the last tenth of the steps
     valid_loss: float | None  # the last one
     largest_norm: float | None
-    failed: bool
+    state: str  # "", "failed" or "unfinished"
 
 
 def train(options: Options, rate: float, flags: list[str]) -> bool:
-    """Trains at one rate; returns whether that failed. ValueError where it failed before the first step."""
+    """Trains at one rate; returns whether that failed. ValueError where it failed before another step."""
     ranks = ["-m", "torch.distributed.run", "--nproc-per-node", str(options.nproc_per_node)]
     launch = [sys.executable, *(ranks if options.nproc_per_node > 1 else []), str(SCRIPT)]
     own = ["--output", str(options.run(rate)), "--optim.lr", repr(rate)]
-    status = subprocess.run([*launch, *flags, *own]).returncode
-    if status and not (options.run(rate) / "metrics.jsonl").exists():
-        raise ValueError(f"--optim.lr {rate:g} did not come to its first step (status {status}); see above")
+    before = len(steps_of(options.run(rate)))
+    status = run_to_the_end([*launch, *flags, *own])
+    if status and len(steps_of(options.run(rate))) <= before:
+        raise ValueError(f"--optim.lr {rate:g} did not come to a step (status {status}); see above")
     return status != 0
+
+
+def run_to_the_end(command: list[str]) -> int:
+    """A command's exit status. SIGINT and SIGTERM are passed on, once, and end this process after it."""
+    process = subprocess.Popen(command, start_new_session=True)  # else a terminal would interrupt it, too
+    received = []
+
+    def pass_on(number: int, _) -> None:
+        received.append(number)
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt
+    return status
+
+
+def steps_of(run: Path) -> list[dict]:
+    """A run's lines in metrics.jsonl; none where it has not begun."""
+    path = run / "metrics.jsonl"
+    return read_metrics(path) if path.exists() else []
 
 
 def result(run: Path, rate: float, failed: bool) -> Result:
     """What a run's metrics say; ValueError where there are none."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        raise ValueError(f"{path} is missing: train that rate first, by giving the run's flags after --")
-    lines = read_metrics(path)
+    lines = steps_of(run)
+    if not lines:
+        raise ValueError(f"{run} has no steps: train that rate first, by giving the run's flags after --")
     losses = [line["loss"] for line in lines[-max(1, round(LAST * len(lines))) :] if line["loss"] is not None]
     held_out = [line["valid_loss"] for line in lines if line.get("valid_loss") is not None]
     return Result(
@@ -90,17 +121,21 @@ def result(run: Path, rate: float, failed: bool) -> Result:
         steps=len(lines),
         loss=sum(losses) / len(losses) if losses else None,
         valid_loss=held_out[-1] if held_out else None,
-        largest_norm=max((line["grad_norm"] for line in lines), default=None),
-        failed=failed,
+        largest_norm=max(line["grad_norm"] for line in lines),
+        state="failed" if failed else "unfinished" if (run / STOPPED).exists() else "",
     )
 
 
 def best(results: list[Result]) -> Result | None:
-    """The lowest held-out loss, or training loss where not all have one, among those that came as far as any."""
-    longest = max(one.steps for one in results)
-    whole = [one for one in results if not one.failed and one.steps == longest and one.loss is not None]
-    by_valid = all(one.valid_loss is not None for one in whole)
-    return min(whole, key=lambda one: (one.valid_loss if by_valid else one.loss) or 0.0, default=None)
+    """The lowest held-out loss, or training loss where one is missing; None while a run is unfinished."""
+    done = [one for one in results if one.state != "failed"]
+    if any(one.state == "unfinished" for one in done) or len({one.steps for one in done}) != 1:
+        return None
+    for name in ("valid_loss", "loss"):
+        losses = [getattr(one, name) for one in done]
+        if None not in losses:
+            return done[losses.index(min(losses))]
+    return None
 
 
 def report(results: list[Result], console: Console) -> None:
@@ -111,8 +146,27 @@ def report(results: list[Result], console: Console) -> None:
     chosen = best(results)
     for one in results:
         numbers = [f"{n:.4f}" if n is not None else "-" for n in (one.loss, one.valid_loss, one.largest_norm)]
-        table.add_row(f"{one.lr:g}", str(one.steps), *numbers, "failed" if one.failed else "best" * (one is chosen))
+        table.add_row(f"{one.lr:g}", str(one.steps), *numbers, "best" if one is chosen else one.state)
     console.print(table)
+    if chosen is None:
+        console.print("no rate is the best of them while not all have trained as far")
+
+
+def sweep(options: Options, flags: list[str]) -> list[Result]:
+    """Trains at every rate that is not done, where there are flags; returns what came of each."""
+    record = options.output / "sweep.json"
+    known = json.loads(record.read_text()) if record.exists() else []
+    failed = {one["lr"] for one in known if one["state"] == "failed"}
+    results = []
+    for rate in options.rates:
+        if flags and rate not in failed and train(options, rate, flags):
+            failed.add(rate)
+        results.append(result(options.run(rate), rate, rate in failed))
+        others = [one for one in known if one["lr"] not in {result.lr for result in results}]
+        record.write_text(json.dumps(others + [asdict(one) for one in results], indent=1) + "\n")
+        if flags and results[-1].state == "unfinished":
+            break
+    return results
 
 
 def main(arguments: list[str], console: Console | None = None) -> int:
@@ -120,13 +174,13 @@ def main(arguments: list[str], console: Console | None = None) -> int:
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     own, flags = arguments[:cut], arguments[cut + 1 :]
     try:
-        options = tyro.cli(Options, args=own, description=__doc__)
-        failed = {rate: bool(flags) and train(options, rate, flags) for rate in options.rates}
-        results = [result(options.run(rate), rate, failed[rate]) for rate in options.rates]
+        results = sweep(tyro.cli(Options, args=own, description=__doc__), flags)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    (options.output / "sweep.json").write_text(json.dumps([asdict(one) for one in results], indent=1) + "\n")
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues", file=sys.stderr)
+        return 130
     report(results, console or Console())
     return 0 if best(results) else 1
 

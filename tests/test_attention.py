@@ -36,7 +36,7 @@ def definition(query, key, value, owner, position, window, sinks):
 
 
 def flash_weights(query, key, bounds, lse, scale, left, right):
-    """Weights [heads, queries, keys] of all pairs and their scores, and which pairs see each other.
+    """Scores [heads, queries, keys], minus infinity for keys that are not seen, and weights by `lse` or their own.
 
     bounds: cu_seqlens of queries and keys. Segments are aligned at their last query and key, as the kernel does.
     """

@@ -136,14 +136,15 @@ def test_rounding_happens_once_and_to_even(dtype):
 
 
 def random_bits(dtype: torch.dtype, count: int) -> torch.Tensor:
-    """Numbers of all sizes, subnormal ones and both zeros among them, up to 2**100."""
+    """Numbers of all sizes, subnormal ones and both zeros among them, up to 2**100 or in fp16 2**14."""
     integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     bounds = torch.iinfo(integer)
     numbers = torch.randint(bounds.min, bounds.max, (count,), dtype=integer).view(dtype)
-    return torch.where(numbers.abs() < 2.0**100, numbers, torch.zeros_like(numbers))
+    most = 2.0 ** (14 if dtype == torch.float16 else 100)
+    return torch.where(numbers.abs() < most, numbers, torch.zeros_like(numbers))
 
 
-@pytest.mark.parametrize("one", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("one", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("other", [torch.bfloat16, torch.float32])
 def test_the_mean_of_two_is_that_of_fp64(one, other):
     left, right = random_bits(one, 200_000), random_bits(other, 200_000)
@@ -166,7 +167,8 @@ def test_the_mean_of_two_is_that_of_fp64(one, other):
     if torch.float32 in (one, other):
         twice = ((left.double() + right.double()) / 2).float().bfloat16()
         assert (found != twice).sum() > 10_000
-    assert mean_of_two(torch.full((3,), 3e38, dtype=one), torch.full((3,), 3e38, dtype=other)) is None
+    large = torch.full((3,), 3e38)
+    assert mean_of_two(large.to(one), large.to(other)) is None
 
 
 def test_steps_are_matched_as_numbers(run):

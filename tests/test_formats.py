@@ -84,16 +84,18 @@ def test_a_tool_in_columns_becomes_turns(fields, columns, call):
     ]
 
 
-@pytest.mark.parametrize("tool", [None, ""])
-def test_a_row_that_calls_no_tool_is_a_pair(tool):
-    row = {**PAIR, "tool": tool, "tool_input": None, "tool_output": None}
-    assert [message["role"] for message in to_conversation(row, TOOLS).messages] == ["user", "assistant"]
+@pytest.mark.parametrize("fields", [TOOLS, CALLS])
+@pytest.mark.parametrize("tool", [None, "", "[]", []])
+def test_a_row_that_calls_no_tool_is_a_pair(fields, tool):
+    row = {**PAIR, "tool": tool, "calls": tool, "tool_input": None, "tool_output": None}
+    assert [message["role"] for message in to_conversation(row, fields).messages] == ["user", "assistant"]
 
 
 @pytest.mark.parametrize(
     ("fields", "columns", "reason"),
     [
         (TOOLS, {"tool": "python", "tool_input": "1"}, "unknown fields: .* no tool_output"),
+        (TOOLS, {"tool": "python", "tool_input": "1", "tool_output": None}, "no tool output: .* tool_output is null"),
         (TOOLS, {"tool": 3, "tool_input": "1", "tool_output": "1"}, "not text: tool is of type int"),
         (TOOLS, {"tool": "python", "tool_input": 3, "tool_output": "1"}, "malformed tool call"),
         (CALLS, {"calls": [CALL, CALL], "tool_output": "1"}, "calls has 2 calls, and there is one output"),

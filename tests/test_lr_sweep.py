@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,6 +17,8 @@ from rich.console import Console
 from data.index import write_index
 from examples import lr_sweep
 from tests.tiny import VOCABULARY, conversations, save_model
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +44,43 @@ def test_rates_are_trained_and_compared(inputs, tmp_path, monkeypatch):
     status, printed = sweep(*own, "--", *paths, *shape.split())
     assert status == 0
     results = {one["lr"]: one for one in json.loads((tmp_path / "sweep.json").read_text())}
-    assert results[1e30]["failed"] and results[1e30]["steps"] < 6
-    assert not results[1e-3]["failed"] and results[1e-3]["steps"] == results[1e-6]["steps"] == 6
+    assert results[1e30]["state"] == "failed" and results[1e30]["steps"] < 6
+    assert results[1e-3]["state"] == "" and results[1e-3]["steps"] == results[1e-6]["steps"] == 6
     assert results[1e-3]["valid_loss"] < results[1e-6]["valid_loss"]
     lines = [json.loads(line) for line in (tmp_path / "lr_0.001" / "metrics.jsonl").read_text().splitlines()]
     assert results[1e-3]["loss"] == lines[-1]["loss"] and results[1e-3]["valid_loss"] == lines[-1]["valid_loss"]
     assert [line.split("│")[1].strip() for line in printed.splitlines() if "best" in line] == ["0.001"]
     assert sum("failed" in line for line in printed.splitlines()) == 1
-    # What is there can be compared without training.
-    status, _ = sweep("--lrs", "1e-6,1e-3", "--output", tmp_path)
-    assert status == 0 and len(json.loads((tmp_path / "sweep.json").read_text())) == 2
+    # What is there can be compared without training, and what failed is still known.
+    status, printed = sweep(*own)
+    assert status == 0 and sum("failed" in line for line in printed.splitlines()) == 1
+    # A mistake in another call is none of the rate's.
+    record = (tmp_path / "sweep.json").read_text()
+    assert sweep(*own, "--", *paths, *shape.split(), "--no-such-flag", "1")[0] == 2
+    assert (tmp_path / "sweep.json").read_text() == record
+    # A run that has stopped early is not compared.
+    (tmp_path / "lr_1e-06" / "stopped").touch()
+    status, printed = sweep(*own)
+    assert status == 1 and "unfinished" in printed and "best" not in printed.replace("is the best of them", "")
+
+
+def test_an_interrupt_reaches_the_run_and_ends_the_sweep(inputs, tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "lr_sweep.py"), "--lrs", "1e-3,1e-6", "--output", str(tmp_path)]
+    command += ["--", "--model", str(inputs / "model"), "--data", str(inputs / "data"), "--seq-len", "96"]
+    command += ["--global-batch-size", "4", "--steps", "100000", "--precision", "fp32"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    log = tmp_path / "lr_0.001" / "metrics.jsonl"
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 1):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and errors.splitlines()[-1] == "interrupted: the same command continues"
+    steps = len(log.read_text().splitlines())
+    assert (tmp_path / "lr_0.001" / "checkpoints" / "latest").read_text().strip() == f"step_{steps:06d}"
+    assert (tmp_path / "lr_0.001" / "stopped").exists() and not (tmp_path / "lr_1e-06").exists()
 
 
 @pytest.mark.parametrize(
@@ -54,10 +89,10 @@ def test_rates_are_trained_and_compared(inputs, tmp_path, monkeypatch):
         (("--lrs", "1e-5,x"), "--lrs 1e-5,x: give rates above 0"),
         (("--lrs", "1e-5,-1"), "--lrs 1e-5,-1: give rates above 0"),
         (("--lrs", "1e-5,0.00001"), "a rate is named twice"),
-        (("--lrs", "1e-5"), "metrics.jsonl is missing: train that rate first"),
+        (("--lrs", "1e-5"), "has no steps: train that rate first"),
         (
             ("--lrs", "1e-5", "--", "--model", "nowhere", "--data", "x"),
-            "--optim.lr 1e-05 did not come to its first step",
+            "--optim.lr 1e-05 did not come to a step",
         ),
     ],
 )

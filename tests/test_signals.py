@@ -71,20 +71,26 @@ def test_a_signal_to_any_rank_saves_and_stops_all(pool, inputs, tmp_path, layout
 
 def test_a_job_that_nears_its_time_limit_saves_and_stops(pool, inputs, tmp_path):
     flags = arguments(inputs, tmp_path / "run", "--steps", "6", "--checkpoint.minutes-before-end", "2")
-    environment = {"SLURM_JOB_END_TIME": str(int(time.time()) + 100)}
+    environment = {"SLURM_JOB_START_TIME": "0", "SLURM_JOB_END_TIME": str(int(time.time()) + 100)}
     pool.run(run_with_a_signal, 2, flags, 100, signal.SIGTERM, environment)
     assert find_latest(tmp_path / "run").step == 1
-    environment = {"SLURM_JOB_END_TIME": str(int(time.time()) + 100_000)}
+    words = "saved and stopped after step 1 of 6: the job's time limit is near\n"
+    assert (tmp_path / "run" / "stopped").read_text() == words
+    environment["SLURM_JOB_END_TIME"] = str(int(time.time()) + 100_000)
     pool.run(run_with_a_signal, 2, flags, 100, signal.SIGTERM, environment)
-    assert find_latest(tmp_path / "run").step == 6
+    assert find_latest(tmp_path / "run").step == 6 and not (tmp_path / "run" / "stopped").exists()
 
 
 def test_when_a_job_has_to_stop(monkeypatch):
     for name in ("SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"):
         monkeypatch.delenv(name, raising=False)
     assert deadline(None) == deadline(0) == math.inf
-    with pytest.raises(ValueError, match="minutes-before-end 5 needs the time limit of a SLURM job"):
-        deadline(5)
+    for value in (None, "", "Unknown"):
+        if value is not None:
+            monkeypatch.setenv("SLURM_JOB_END_TIME", value)
+        assert deadline(None) == math.inf
+        with pytest.raises(ValueError, match="minutes-before-end 5 needs the time limit of a SLURM job"):
+            deadline(5)
     monkeypatch.setenv("SLURM_JOB_END_TIME", "100000")
     monkeypatch.setenv("SLURM_JOB_START_TIME", "94000")
     assert deadline(None) == 100_000 - 600
@@ -92,28 +98,36 @@ def test_when_a_job_has_to_stop(monkeypatch):
     assert deadline(0) == math.inf
     monkeypatch.setenv("SLURM_JOB_START_TIME", "99400")  # ten minutes
     assert deadline(None) == 100_000 - 60
+    with pytest.raises(ValueError, match="minutes-before-end 10 leaves nothing of a job of 10 minutes"):
+        deadline(10)
 
 
-def test_a_second_signal_does_what_signals_do():
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_interrupt_interrupts(first):
     with pytest.raises(KeyboardInterrupt), StopRequest().listening():
-        signal.raise_signal(signal.SIGINT)  # noted
+        signal.raise_signal(first)  # noted
+        signal.raise_signal(signal.SIGTERM)  # a scheduler and torchrun send one each
         signal.raise_signal(signal.SIGINT)
 
 
-def test_sigterm_to_the_script(inputs, tmp_path):
-    """As a scheduler sends it; the exit is clean, and the same command continues."""
-    script = [sys.executable, str(ROOT / "examples" / "pretrain_sft.py")]
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_from_a_scheduler(inputs, tmp_path, ranks):
+    """To the script, or to torchrun, which passes it on to all processes of every rank; after other saves."""
+    script = str(ROOT / "examples" / "pretrain_sft.py")
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     log = tmp_path / "run" / "metrics.jsonl"
-    command = [*script, *arguments(inputs, tmp_path / "run", "--steps", "100000")]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), script]
+    command += arguments(inputs, tmp_path / "run", "--steps", "100000", "--checkpoint.every", "3")
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 1):
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 7):
             time.sleep(0.01)
         process.terminate()
         printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    if ranks == 1:  # torchrun's own status is that of a signal
+        assert process.returncode == 0, errors
     step = find_latest(tmp_path / "run").step
     assert f"saved and stopped after step {step:,} of 100,000: SIGTERM was received" in printed
-    assert len(metrics(tmp_path / "run")) == step
+    assert len(metrics(tmp_path / "run")) == step and not list(tmp_path.rglob("*.tmp"))
