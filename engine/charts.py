@@ -66,6 +66,24 @@ def number(value: float) -> str:
     return f"{value:.1e}".replace(".0e", "e") if size < 1e-3 else f"{value:.3g}"
 
 
+def numbers(values: Sequence[float]) -> list[str]:
+    """Several numbers as `number` writes them, with as many digits as tell them apart."""
+    texts = [number(value) for value in values]
+    digits = 3
+    while len(set(texts)) < len(set(values)) and digits < 12:
+        digits += 1
+        texts = [_precise(value, digits) for value in values]
+    return texts
+
+
+def _precise(value: float, digits: int) -> str:
+    """So many digits of a number: `1502`, `9.995e-4`."""
+    if value == 0 or abs(value) >= 0.01:
+        return f"{value:.{digits}g}"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
 def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
     """At most `most` round numbers (1, 2 or 5 times a power of ten apart) within low..high."""
     raw = (high - low) / max(1, most - 1)
@@ -141,12 +159,11 @@ def _grid(x_axis: _Axis, y_axis: _Axis, x_label: str, whole: bool = False) -> li
     base, right = HEIGHT - BOTTOM, x_axis.end
     parts = []
     ticks = log_ticks(y_axis.low, y_axis.high) if y_axis.log else linear_ticks(y_axis.low, y_axis.high)
-    for tick in ticks:
-        if whole and tick != round(tick):
-            continue
+    ticks = [tick for tick in ticks if not whole or tick == round(tick)]
+    for tick, text in zip(ticks, numbers(ticks), strict=True):
         y = y_axis.at(tick)
         parts.append(f'<path d="M{LEFT},{y:.1f}H{right}" class="grid"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" class="tick" text-anchor="end">{number(tick)}</text>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" class="tick" text-anchor="end">{text}</text>')
     for tick in linear_ticks(x_axis.low, x_axis.high, most=8):
         if tick != round(tick):
             continue

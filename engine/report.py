@@ -17,6 +17,7 @@ from engine.metrics import read_metrics
 from engine.progress import clock
 from engine.report_experts import experts_card
 from engine.report_parts import BLUE, ORANGE, ROSE, TEAL, VIOLET, Metrics, card, field_curve, key, last_value, total
+from engine.signals import STOPPED
 
 TRAINED, MASKED = "#c9efd6", "#e9ecf1"
 # Tokens of a sample that are shown; a longer one is cut, and the page says so.
@@ -73,8 +74,9 @@ def write_report(
     config_text = config_path.read_text(encoding="utf-8") if config_path.exists() else ""
     shares, unit = (list(fill), "bin") if fill else (_fill_per_step(metrics), "step")
     name = title or run_dir.resolve().name
+    stopped = (run_dir / STOPPED).read_text(encoding="utf-8").strip() if (run_dir / STOPPED).exists() else ""
     body = [
-        _header(name, metrics),
+        _header(name, metrics, stopped),
         _tiles(metrics),
         '<div class="cards">',
         *_charts(metrics),
@@ -111,17 +113,26 @@ def _fill_per_step(metrics: Metrics) -> list[float]:
     return [tokens / (tokens + padding) for tokens, padding in pairs if tokens + padding]
 
 
-def _header(name: str, metrics: Metrics) -> str:
-    """The page's title and one line that says how far the run came."""
+def _filled(metrics: Metrics) -> float:
+    """The share of all bins together that documents fill; without it, of the tokens that went through the model."""
+    tokens, padding = total(metrics, "tokens"), total(metrics, "padding_tokens")
+    room = [line["tokens"] / line["bin_fill"] for line in metrics if line.get("bin_fill")]
+    return tokens / max(1, sum(room) if room else tokens + padding)
+
+
+def _header(name: str, metrics: Metrics, stopped: str) -> str:
+    """The page's title and one line that says how far the run came, and why no farther."""
     first, last = metrics[0]["step"], metrics[-1]["step"]
     steps = f"steps {first:,} to {last:,}" if first != last else f"step {last:,}"
-    note = f"Training report, {steps}, {clock(total(metrics, 'seconds'))} in steps"
-    return f'<header><h1>{escape(name)}</h1><p class="sub">{note}</p></header>'
+    note = f"Training report, {steps}, {clock(total(metrics, 'seconds'))} in steps" + (
+        f"; {stopped}" if stopped else ""
+    )
+    return f'<header><h1>{escape(name)}</h1><p class="sub">{escape(note)}</p></header>'
 
 
 def _tiles(metrics: Metrics) -> str:
     """The run's key figures."""
-    tokens, padding = total(metrics, "tokens"), total(metrics, "padding_tokens")
+    tokens = total(metrics, "tokens")
     rates = [line["tokens_per_second"] for line in metrics if line.get("tokens_per_second") is not None]
     loss, valid, mfu = (last_value(metrics, field) for field in ("loss", "valid_loss", "mfu"))
     tiles = [("loss at the end", "not finite" if loss is None else f"{loss:.4f}")]
@@ -130,7 +141,7 @@ def _tiles(metrics: Metrics) -> str:
     tiles.append(("tokens trained on", number(tokens)))
     tiles.append(("of them supervised", f"{total(metrics, 'supervised_tokens') / max(1, tokens):.1%}"))
     tiles.append(("tokens/s, median step", number(_median(rates)) if rates else "unknown"))
-    tiles.append(("of the bins is filled", f"{tokens / max(1, tokens + padding):.2%}"))
+    tiles.append(("of the bins is filled", f"{_filled(metrics):.2%}"))
     if mfu is not None:
         tiles.append(("model FLOPs utilisation", f"{mfu:.1%}"))
     drawn = (f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in tiles)
@@ -160,7 +171,7 @@ def _fill_card(shares: list[float], unit: str) -> str:
         return card("How full the bins are", "", '<p class="nothing">No tokens were recorded.</p>')
     mean = sum(shares) / len(shares)
     units = f"{unit}s" if len(shares) > 1 else unit
-    note = f"{len(shares):,} {units}: mean {mean:.2%}, least {min(shares):.2%} of the tokens are not padding"
+    note = f"{len(shares):,} {units}: mean {mean:.2%}, least {min(shares):.2%} filled with tokens"
     drawn = histogram(shares, label="Fill of the bins", colour=TEAL, x_label=f"percent filled, count of {unit}s")
     return card("How full the bins are", note, drawn)
 
