@@ -71,8 +71,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 # Bytes a parameter: bf16 weight, fp32 gradient, fp32 master weight and two moments.
 STATE_BYTES = 18
-# Logits held at once by `models.loss` on a GPU, in bytes: the product, its fp32 copy, their gradient.
-LOSS_BYTES = 2**28 * (2 + 4 + 2)
+# Logits held at once by `models.loss` on a GPU, in bytes: in fp32, beside the product or the gradient in bf16.
+LOSS_BYTES = 2**28 * (4 + 2)
 
 
 def widths(shape: dict[str, Any]) -> tuple[int, int, int]:

@@ -102,7 +102,7 @@ class Mean:
         total: Tensor | None = None
         for number in range(len(self._opened)):
             part = self._read(number, key, index)
-            total = part.double() if total is None else total.add_(part)
+            total = part.to(torch.float64, copy=True) if total is None else total.add_(part)
         assert total is not None
         total /= len(self._opened)
         if not math.isfinite(total.sum()):  # in fp64 finite weights cannot add up to infinity

@@ -70,15 +70,22 @@ def numbers(values: Sequence[float]) -> list[str]:
     """Several numbers as `number` writes them, with as many digits as tell them apart."""
     texts = [number(value) for value in values]
     digits = 3
-    while len(set(texts)) < len(set(values)) and digits < 12:
+    while len({_value(text) for text in texts}) < len(set(values)) and digits < 12:
         digits += 1
         texts = [_precise(value, digits) for value in values]
     return texts
 
 
+def _value(text: str) -> float:
+    """What a label says."""
+    for suffix, power in (("k", "e3"), ("M", "e6"), ("G", "e9"), ("T", "e12")):
+        text = text.replace(suffix, power)
+    return float(text)
+
+
 def _precise(value: float, digits: int) -> str:
     """So many digits of a number: `1502`, `9.995e-4`."""
-    if value == 0 or abs(value) >= 0.01:
+    if value == 0 or 0.01 <= abs(value) < 10.0**digits:
         return f"{value:.{digits}g}"
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

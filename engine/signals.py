@@ -14,7 +14,9 @@ from types import FrameType
 import torch
 from torch import distributed
 
-STOPPED = "stopped"  # a file in RUN that says why, while a run that stopped before its last step has not gone on
+# A file in RUN, there until the last step is done, which says how the run stands: running (or killed without a word),
+# stopped, or failed by what follows this word.
+UNFINISHED, FAILED = "unfinished", "failed: "
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Seconds since the epoch, which newer releases of SLURM set for their jobs.
 JOB_START, JOB_END = "SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"
@@ -52,18 +54,28 @@ def _seconds(name: str) -> float | None:
         return None
 
 
+_saving = False
+_interrupted_again = False
+
+
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """Puts SIGTERM and SIGINT off to the end of this block, and keeps them from processes started in it for good.
+    """Puts a second SIGINT off to the end of this block, and keeps SIGTERM and SIGINT from processes started in it.
 
     torchrun signals whole process groups, and so also the helpers that write a checkpoint.
     """
+    global _saving, _interrupted_again
     resource_tracker.ensure_running()  # whose start would let both signals through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # of this thread, and so of what it starts
+    _saving = True
     try:
         yield
     finally:
+        _saving = False
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if _interrupted_again:
+        _interrupted_again = False
+        raise KeyboardInterrupt
 
 
 class StopRequest:
@@ -75,18 +87,22 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Notes SIGTERM and SIGINT within this block. A second SIGINT does what it would have done without.
+        """Notes SIGTERM and SIGINT within this block; a second SIGINT interrupts, but not while a save is written.
 
         A second SIGTERM does not: a scheduler sends one to every process, and torchrun another to those it started.
         """
-        before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
 
         def note(number: int, frame: FrameType | None) -> None:
+            global _interrupted_again
+            if number == signal.SIGINT and self._signal:
+                if not _saving:
+                    raise KeyboardInterrupt
+                _interrupted_again = True
             self._signal = number
-            signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-        for number in SIGNALS:
-            signal.signal(number, note)
+        # What is ignored stays so: shells start what runs in the background without SIGINT.
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, note) or signal.SIG_DFL for number in heard}
         try:
             yield
         finally:

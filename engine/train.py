@@ -20,7 +20,7 @@ from engine.opening import sample_document, start_lines
 from engine.optim import build_optimizer, learning_rate, update
 from engine.report import write_report
 from engine.run import Prepared, make_loader, model_config, total_steps, write_config
-from engine.signals import STOPPED, StopRequest, deadline, shielded
+from engine.signals import FAILED, UNFINISHED, StopRequest, deadline, shielded
 from engine.source import config_overrides, weight_reader
 from engine.step import (
     RouterStatistics,
@@ -160,6 +160,7 @@ def train(prepared: Prepared) -> None:
         prepare_output(prepared)
     distributed.barrier()
     log = make_log(trainer) if mesh.is_logger else None
+    unfinished = config.output / UNFINISHED
     until = deadline(config.checkpoint.minutes_before_end)
     if mesh.rank == 0 and math.isfinite(until):
         print(
@@ -169,14 +170,20 @@ def train(prepared: Prepared) -> None:
     try:
         with stop.listening():
             reason = loop(trainer, log, stop)
+    except FloatingPointError as error:
+        if mesh.is_logger:
+            unfinished.write_text(f"{FAILED}{error}\n", encoding="utf-8")
+        raise
     finally:
         if log is not None:
             log.close()
     if mesh.is_logger:
         if reason:
             words = f"saved and stopped after step {trainer.step:,} of {trainer.total_steps:,}: {reason}"
-            (config.output / STOPPED).write_text(words + "\n", encoding="utf-8")
+            unfinished.write_text(words + "\n", encoding="utf-8")
             print(f"{words}; the same command continues", flush=True)
+        else:
+            unfinished.unlink(missing_ok=True)
         silent = sum(not line["supervised_tokens"] for line in read_metrics(config.output / "metrics.jsonl"))
         if silent:
             print(f"{silent:,} of {trainer.step:,} steps had no supervised token and changed nothing by loss")
@@ -196,10 +203,10 @@ def prepare_output(prepared: Prepared) -> None:
     """Makes RUN ready on one rank: the config, no leftovers, and nothing of an earlier run that is not continued."""
     output = prepared.config.output
     checkpoint.remove_unfinished(output)
-    (output / STOPPED).unlink(missing_ok=True)
     if prepared.resume is None and (aside := checkpoint.set_aside(output)):
         print(f"what an earlier run saved was moved to {' and '.join(map(str, aside))}", flush=True)
     write_config(prepared.config)
+    (output / UNFINISHED).write_text("running, or killed\n", encoding="utf-8")
 
 
 def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest) -> str | None:

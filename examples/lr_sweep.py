@@ -3,9 +3,9 @@
 python examples/lr_sweep.py --lrs 1e-5,2e-5,3e-5,5e-5 --output SWEEP [--nproc-per-node N] -- \
     [recipe.yaml ...] --model HF --data DATA --steps 300 [any flag of pretrain_sft.py]
 
-The runs are SWEEP/lr_1e-05 and so on; started again, the sweep continues. A rate at which training fails is a result
-like the others, and is not tried again. Without flags after `--` the sweep only compares what is there: several nodes
-train a rate each as a job of its own, with `--optim.lr 2e-5 --output SWEEP/lr_2e-05`.
+The runs are SWEEP/lr_1e-05 and so on; started again, the sweep continues. A rate at which the loss or a gradient stops
+being finite is a result like the others, and is not tried again. Without flags after `--` the sweep only compares what
+is there: several nodes train a rate each as a job of its own, with `--optim.lr 2e-5 --output SWEEP/lr_2e-05`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from engine.cli import parse_run
 from engine.metrics import read_metrics
-from engine.signals import STOPPED
+from engine.signals import FAILED, UNFINISHED
 
 SCRIPT = Path(__file__).with_name("pretrain_sft.py")
 LAST = 0.1  # the share of steps, at the end, over which the training loss is taken
@@ -68,32 +69,34 @@ class Result:
     loss: float | None  # the mean over the last tenth of the steps
     valid_loss: float | None  # the last one
     largest_norm: float | None
-    state: str  # "", "failed" or "unfinished"
+    state: str  # "done", "failed", "unfinished" or "missing"
 
 
-def train(options: Options, rate: float, flags: list[str]) -> bool:
-    """Trains at one rate; returns whether that failed. ValueError where it failed before another step."""
+def train(options: Options, rate: float, flags: list[str]) -> None:
+    """Trains at one rate; ValueError where that ended without a result."""
     ranks = ["-m", "torch.distributed.run", "--nproc-per-node", str(options.nproc_per_node)]
     launch = [sys.executable, *(ranks if options.nproc_per_node > 1 else []), str(SCRIPT)]
-    own = ["--output", str(options.run(rate)), "--optim.lr", repr(rate)]
-    before = len(steps_of(options.run(rate)))
-    status = run_to_the_end([*launch, *flags, *own])
-    if status and len(steps_of(options.run(rate))) <= before:
-        raise ValueError(f"--optim.lr {rate:g} did not come to a step (status {status}); see above")
-    return status != 0
+    status = run_to_the_end([*launch, *flags, "--output", str(options.run(rate)), "--optim.lr", repr(rate)])
+    if status and state_of(options.run(rate)) != "failed":
+        raise ValueError(f"the run of --optim.lr {rate:g} ended with status {status}; see above")
 
 
 def run_to_the_end(command: list[str]) -> int:
-    """A command's exit status. SIGINT and SIGTERM are passed on, once, and end this process after it."""
-    process = subprocess.Popen(command, start_new_session=True)  # else a terminal would interrupt it, too
-    received = []
+    """A command's exit status. What would end this process is passed on, and ends it after the command."""
+    received: list[int] = []
+    process: subprocess.Popen | None = None
 
     def pass_on(number: int, _) -> None:
         received.append(number)
-        process.send_signal(number)
+        if process is not None:
+            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in heard}
     try:
+        process = subprocess.Popen(command, start_new_session=True)  # else a terminal would interrupt it, too
+        if received:
+            process.terminate()
         status = process.wait()
     finally:
         for number, handler in before.items():
@@ -109,11 +112,17 @@ def steps_of(run: Path) -> list[dict]:
     return read_metrics(path) if path.exists() else []
 
 
-def result(run: Path, rate: float, failed: bool) -> Result:
-    """What a run's metrics say; ValueError where there are none."""
+def state_of(run: Path) -> str:
+    """How a run stands, as `Result.state`."""
+    unfinished = run / UNFINISHED
+    if unfinished.exists():
+        return "failed" if unfinished.read_text(encoding="utf-8").startswith(FAILED) else "unfinished"
+    return "done" if steps_of(run) else "missing"
+
+
+def result(run: Path, rate: float) -> Result:
+    """What a run's metrics say."""
     lines = steps_of(run)
-    if not lines:
-        raise ValueError(f"{run} has no steps: train that rate first, by giving the run's flags after --")
     losses = [line["loss"] for line in lines[-max(1, round(LAST * len(lines))) :] if line["loss"] is not None]
     held_out = [line["valid_loss"] for line in lines if line.get("valid_loss") is not None]
     return Result(
@@ -121,21 +130,23 @@ def result(run: Path, rate: float, failed: bool) -> Result:
         steps=len(lines),
         loss=sum(losses) / len(losses) if losses else None,
         valid_loss=held_out[-1] if held_out else None,
-        largest_norm=max(line["grad_norm"] for line in lines),
-        state="failed" if failed else "unfinished" if (run / STOPPED).exists() else "",
+        largest_norm=max((line["grad_norm"] for line in lines), default=None),
+        state=state_of(run),
     )
 
 
-def best(results: list[Result]) -> Result | None:
-    """The lowest held-out loss, or training loss where one is missing; None while a run is unfinished."""
-    done = [one for one in results if one.state != "failed"]
-    if any(one.state == "unfinished" for one in done) or len({one.steps for one in done}) != 1:
-        return None
+def best(results: list[Result]) -> Result | str:
+    """The lowest held-out loss, or training loss where one is missing; or why there is none."""
+    if waiting := [f"{one.lr:g}" for one in results if one.state in ("unfinished", "missing")]:
+        return f"no rate is the best yet: {', '.join(waiting)} still to be trained to the end"
+    done = [one for one in results if one.state == "done"]
+    if len({one.steps for one in done}) > 1:
+        return "no rate is the best: the runs differ in their steps"
     for name in ("valid_loss", "loss"):
         losses = [getattr(one, name) for one in done]
-        if None not in losses:
+        if done and None not in losses:
             return done[losses.index(min(losses))]
-    return None
+    return "no rate is the best: no run has a loss" if done else "no rate is the best: training failed at all of them"
 
 
 def report(results: list[Result], console: Console) -> None:
@@ -148,25 +159,25 @@ def report(results: list[Result], console: Console) -> None:
         numbers = [f"{n:.4f}" if n is not None else "-" for n in (one.loss, one.valid_loss, one.largest_norm)]
         table.add_row(f"{one.lr:g}", str(one.steps), *numbers, "best" if one is chosen else one.state)
     console.print(table)
-    if chosen is None:
-        console.print("no rate is the best of them while not all have trained as far")
+    if isinstance(chosen, str):
+        console.print(chosen)
 
 
 def sweep(options: Options, flags: list[str]) -> list[Result]:
     """Trains at every rate that is not done, where there are flags; returns what came of each."""
-    record = options.output / "sweep.json"
-    known = json.loads(record.read_text()) if record.exists() else []
-    failed = {one["lr"] for one in known if one["state"] == "failed"}
-    results = []
-    for rate in options.rates:
-        if flags and rate not in failed and train(options, rate, flags):
-            failed.add(rate)
-        results.append(result(options.run(rate), rate, rate in failed))
-        others = [one for one in known if one["lr"] not in {result.lr for result in results}]
-        record.write_text(json.dumps(others + [asdict(one) for one in results], indent=1) + "\n")
-        if flags and results[-1].state == "unfinished":
-            break
-    return results
+    wanted = parse_run([*flags, "--output", str(options.output)]).steps if flags else None
+    for rate in options.rates if flags else []:
+        run = options.run(rate)
+        state = state_of(run)
+        if state == "failed":
+            print(
+                f"--optim.lr {rate:g} is not tried again, having {(run / UNFINISHED).read_text().strip()}", flush=True
+            )
+        elif state != "done" or (wanted is not None and len(steps_of(run)) < wanted):
+            train(options, rate, flags)
+            if state_of(run) == "unfinished":  # near a time limit, which the others would meet, too
+                break
+    return [result(options.run(rate), rate) for rate in options.rates]
 
 
 def main(arguments: list[str], console: Console | None = None) -> int:
@@ -174,15 +185,19 @@ def main(arguments: list[str], console: Console | None = None) -> int:
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     own, flags = arguments[:cut], arguments[cut + 1 :]
     try:
-        results = sweep(tyro.cli(Options, args=own, description=__doc__), flags)
+        options = tyro.cli(Options, args=own, description=__doc__)
+        results = sweep(options, flags)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command continues", file=sys.stderr)
         return 130
+    if any(one.steps for one in results):
+        content = json.dumps([asdict(one) for one in results], indent=1) + "\n"
+        (options.output / "sweep.json").write_text(content, encoding="utf-8")
     report(results, console or Console())
-    return 0 if best(results) else 1
+    return 0 if isinstance(best(results), Result) else 1
 
 
 if __name__ == "__main__":

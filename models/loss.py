@@ -71,6 +71,7 @@ class _LossSum(torch.autograd.Function):
                 torch.mm(gradient, columns, out=grad_hidden[rows])
             if grad_weight is not None:
                 _accumulate(grad_weight[:valid], gradient, hidden[rows])
+            del logits, gradient  # else they would stand beside the next chunk's
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total.to(torch.float32)

@@ -171,7 +171,9 @@ def test_ticks_and_numbers_are_round():
 
 def test_labels_of_one_axis_differ():
     assert numbers([0.001, 0.0009995, 0.000999]) == ["1e-3", "9.995e-4", "9.99e-4"]
+    assert numbers([0.001, 0.0009995]) == ["1e-3", "9.995e-4"]
     assert numbers([0.0, 1000.0, 1500.0]) == ["0", "1k", "1.5k"]
+    assert numbers([1e6, 1.0005e6, 1.001e6]) == ["1e6", "1.0005e6", "1.001e6"]
     lr = Curve(label="lr", points=[(step, 1e-3 * math.cos(step / 2000)) for step in range(1, 56)], colour="#000")
     labels = re.findall(r'class="tick" text-anchor="end">([^<]*)<', line_chart([lr], label="Learning rate"))
     assert len(labels) > 2 and len(set(labels)) == len(labels)
@@ -181,7 +183,7 @@ def test_the_page_says_how_full_bins_were_and_why_the_run_stopped(tmp_path):
     lines = [{"step": s, "loss": 1.0, "tokens": 50 * s, "padding_tokens": 1, "bin_fill": 0.5} for s in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "stopped" not in write_report(tmp_path).read_text()
-    (tmp_path / "stopped").write_text("saved and stopped after step 2 of 9: SIGTERM was received\n")
+    (tmp_path / "unfinished").write_text("saved and stopped after step 2 of 9: SIGTERM was received\n")
     words = Page(write_report(tmp_path).read_text()).words
     assert "50.00%of the bins is filled" in words and "mean 50.00%" in words
     assert "steps 1 to 2" in words and "; saved and stopped after step 2 of 9: SIGTERM was received" in words

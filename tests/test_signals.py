@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 
 from data.index import write_index
 from engine.checkpoint import find_latest
-from engine.signals import StopRequest, deadline
+from engine.signals import StopRequest, deadline, shielded
 from engine.train import Trainer
 from tests.test_resume import metrics, run
 from tests.tiny import VOCABULARY, conversations, save_model
@@ -45,6 +47,7 @@ def run_with_a_signal(arguments: list[str], at_step: int, number: int, environme
         return step(trainer)
 
     Trainer.train_step = signalled
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test run in the background may ignore
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         run(arguments, environment)
@@ -75,10 +78,10 @@ def test_a_job_that_nears_its_time_limit_saves_and_stops(pool, inputs, tmp_path)
     pool.run(run_with_a_signal, 2, flags, 100, signal.SIGTERM, environment)
     assert find_latest(tmp_path / "run").step == 1
     words = "saved and stopped after step 1 of 6: the job's time limit is near\n"
-    assert (tmp_path / "run" / "stopped").read_text() == words
+    assert (tmp_path / "run" / "unfinished").read_text() == words
     environment["SLURM_JOB_END_TIME"] = str(int(time.time()) + 100_000)
     pool.run(run_with_a_signal, 2, flags, 100, signal.SIGTERM, environment)
-    assert find_latest(tmp_path / "run").step == 6 and not (tmp_path / "run" / "stopped").exists()
+    assert find_latest(tmp_path / "run").step == 6 and not (tmp_path / "run" / "unfinished").exists()
 
 
 def test_when_a_job_has_to_stop(monkeypatch):
@@ -102,12 +105,50 @@ def test_when_a_job_has_to_stop(monkeypatch):
         deadline(10)
 
 
+@pytest.fixture
+def listening():
+    """This process hears SIGINT, even if it was started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_interrupt_interrupts(first):
+def test_a_second_interrupt_interrupts(first, listening):
     with pytest.raises(KeyboardInterrupt), StopRequest().listening():
         signal.raise_signal(first)  # noted
         signal.raise_signal(signal.SIGTERM)  # a scheduler and torchrun send one each
         signal.raise_signal(signal.SIGINT)
+
+
+def test_no_interrupt_interrupts_a_save(listening):
+    """Whichever thread the kernel gives it to."""
+    done = []
+    with pytest.raises(KeyboardInterrupt), StopRequest().listening():
+        with shielded():
+            for _ in range(3):
+                sender = threading.Thread(target=signal.raise_signal, args=(signal.SIGINT,))
+                with unblocked():
+                    sender.start()
+                sender.join()
+            time.sleep(0.1)
+            done.append("saved")
+        done.append("not interrupted")
+    assert done == ["saved"]
+
+
+@contextlib.contextmanager
+def unblocked():
+    """Threads started here hear every signal, like those that were started before a save."""
+    before = signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_an_ignored_signal_stays_ignored(listening):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopRequest().listening():
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
