@@ -62,6 +62,7 @@ class _LossSum(torch.autograd.Function):
             losses, sums = _chunk_losses(logits, local[rows], owned[rows], group)
             total += losses.sum(dtype=torch.float64)
             if not (wants_hidden or wants_weight):
+                del logits
                 continue
             logits.div_(sums[:, None])
             if valid:
