@@ -113,7 +113,7 @@ def _tool_turns(row: dict, fields: Fields) -> list[dict[str, Any]]:
     for name in (called, fields.tool_input or called, fields.tool_output):
         if name not in row:
             raise RowError("unknown fields", f"the row has {', '.join(map(str, row))}, and no {name}")
-    if row[called] in (None, "", "null", "[]") or row[called] == []:
+    if row[called] in (None, "", "null", "[]", []):
         return []
     if fields.tool_calls:
         listed = _list(row[called], "tool_calls", or_one=True)
@@ -121,14 +121,14 @@ def _tool_turns(row: dict, fields: Fields) -> list[dict[str, Any]]:
         listed = [{"name": _text(row, called), "arguments": _arguments(row[fields.tool_input])}]
     if len(listed) != 1:
         raise RowError("malformed tool call", f"{called} has {len(listed)} calls, and there is one output")
-    calls = [{"id": "call_0", **_tool_call(listed[0], 1)}]
+    call = {"id": "call_0", **_tool_call(listed[0], 1)}
     output = row[fields.tool_output]
     if output is None:
         raise RowError("no tool output", f"{called} has a call, and {fields.tool_output} is null")
     text = output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)
     return [
-        {"role": "assistant", "content": "", "tool_calls": calls},
-        {"role": "tool", "content": text, "tool_call_id": calls[0]["id"], "name": calls[0]["function"]["name"]},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": text, "tool_call_id": call["id"], "name": call["function"]["name"]},
     ]
 
 

@@ -17,7 +17,7 @@ from engine.metrics import read_metrics
 from engine.progress import clock
 from engine.report_experts import experts_card
 from engine.report_parts import BLUE, ORANGE, ROSE, TEAL, VIOLET, Metrics, card, field_curve, key, last_value, total
-from engine.signals import UNFINISHED
+from engine.signals import why_unfinished
 
 TRAINED, MASKED = "#c9efd6", "#e9ecf1"
 # Tokens of a sample that are shown; a longer one is cut, and the page says so.
@@ -74,10 +74,8 @@ def write_report(
     config_text = config_path.read_text(encoding="utf-8") if config_path.exists() else ""
     shares, unit = (list(fill), "bin") if fill else (_fill_per_step(metrics), "step")
     name = title or run_dir.resolve().name
-    unfinished = run_dir / UNFINISHED
-    stopped = unfinished.read_text(encoding="utf-8").strip() if unfinished.exists() else ""
     body = [
-        _header(name, metrics, stopped),
+        _header(name, metrics, why_unfinished(run_dir)),
         _tiles(metrics),
         '<div class="cards">',
         *_charts(metrics),

@@ -38,6 +38,7 @@ class Prepared:
     valid: tuple[tuple[DocumentIndex, float], ...]
     resume: ResumePoint | None
     pad_multiple: int
+    stop_at: float  # seconds since the epoch, see `engine.signals.deadline`
 
 
 def open_sources(arguments: tuple[str, ...], flag: str) -> tuple[tuple[DocumentIndex, float], ...]:
@@ -60,7 +61,7 @@ def open_sources(arguments: tuple[str, ...], flag: str) -> tuple[tuple[DocumentI
 def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     """Checks values, layout, model, data and resume point; raises ValueError before any process group exists."""
     check_values(config)
-    deadline(config.checkpoint.minutes_before_end)  # refuses what cannot be
+    stop_at = deadline(config.checkpoint.minutes_before_end)
     assert config.model is not None and config.data, "the entry script fills in the built-in demo"
     resume = find_latest(config.output) if config.checkpoint.resume else None
     data, valid = open_sources(config.data, "--data"), open_sources(config.valid, "--valid")
@@ -87,6 +88,7 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
         valid=valid,
         resume=resume,
         pad_multiple=pad_multiple,
+        stop_at=stop_at,
     )
     check_order(prepared)
     return prepared

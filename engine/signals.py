@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -23,6 +24,14 @@ JOB_START, JOB_END = "SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"
 # How long before its end a job stops by default: so many minutes, or this share of a shorter job.
 MINUTES, SHARE = 10.0, 0.1
 _TIME_LIMIT = signal.NSIG  # no signal has this number
+
+
+def why_unfinished(run: Path) -> str:
+    """What the file of a run says; empty for one that is done or was never begun."""
+    path = run / UNFINISHED
+    if not path.exists():
+        return ""
+    return path.read_text(encoding="utf-8").strip() or "ended while this was written"
 
 
 def deadline(minutes_before_end: float | None) -> float:

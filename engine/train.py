@@ -20,7 +20,7 @@ from engine.opening import sample_document, start_lines
 from engine.optim import build_optimizer, learning_rate, update
 from engine.report import write_report
 from engine.run import Prepared, make_loader, model_config, total_steps, write_config
-from engine.signals import FAILED, UNFINISHED, StopRequest, deadline, shielded
+from engine.signals import FAILED, UNFINISHED, StopRequest, shielded
 from engine.source import config_overrides, weight_reader
 from engine.step import (
     RouterStatistics,
@@ -161,12 +161,10 @@ def train(prepared: Prepared) -> None:
     distributed.barrier()
     log = make_log(trainer) if mesh.is_logger else None
     unfinished = config.output / UNFINISHED
-    until = deadline(config.checkpoint.minutes_before_end)
-    if mesh.rank == 0 and math.isfinite(until):
-        print(
-            f"saves and stops at {time.strftime('%H:%M:%S', time.localtime(until))}, before the job's end", flush=True
-        )
-    stop = StopRequest(until)
+    if mesh.rank == 0 and math.isfinite(prepared.stop_at):
+        at = time.strftime("%H:%M:%S", time.localtime(prepared.stop_at))
+        print(f"saves and stops at {at}, before the job's end", flush=True)
+    stop = StopRequest(prepared.stop_at)
     try:
         with stop.listening():
             reason = loop(trainer, log, stop)

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from engine.cli import parse_run
 from engine.metrics import read_metrics
-from engine.signals import FAILED, UNFINISHED
+from engine.signals import FAILED, why_unfinished
 
 SCRIPT = Path(__file__).with_name("pretrain_sft.py")
 LAST = 0.1  # the share of steps, at the end, over which the training loss is taken
@@ -77,7 +77,7 @@ def train(options: Options, rate: float, flags: list[str]) -> None:
     ranks = ["-m", "torch.distributed.run", "--nproc-per-node", str(options.nproc_per_node)]
     launch = [sys.executable, *(ranks if options.nproc_per_node > 1 else []), str(SCRIPT)]
     status = run_to_the_end([*launch, *flags, "--output", str(options.run(rate)), "--optim.lr", repr(rate)])
-    if status and state_of(options.run(rate)) != "failed":
+    if status and result(options, rate).state != "failed":
         raise ValueError(f"the run of --optim.lr {rate:g} ended with status {status}; see above")
 
 
@@ -106,32 +106,22 @@ def run_to_the_end(command: list[str]) -> int:
     return status
 
 
-def steps_of(run: Path) -> list[dict]:
-    """A run's lines in metrics.jsonl; none where it has not begun."""
-    path = run / "metrics.jsonl"
-    return read_metrics(path) if path.exists() else []
-
-
-def state_of(run: Path) -> str:
-    """How a run stands, as `Result.state`."""
-    unfinished = run / UNFINISHED
-    if unfinished.exists():
-        return "failed" if unfinished.read_text(encoding="utf-8").startswith(FAILED) else "unfinished"
-    return "done" if steps_of(run) else "missing"
-
-
-def result(run: Path, rate: float) -> Result:
-    """What a run's metrics say."""
-    lines = steps_of(run)
+def result(options: Options, rate: float) -> Result:
+    """How the run of a rate stands, and what its metrics say."""
+    path, why = options.run(rate) / "metrics.jsonl", why_unfinished(options.run(rate))
+    lines = read_metrics(path) if path.exists() else []
     losses = [line["loss"] for line in lines[-max(1, round(LAST * len(lines))) :] if line["loss"] is not None]
     held_out = [line["valid_loss"] for line in lines if line.get("valid_loss") is not None]
+    state = "done" if lines else "missing"
+    if why:
+        state = "failed" if why.startswith(FAILED) else "unfinished"
     return Result(
         lr=rate,
         steps=len(lines),
         loss=sum(losses) / len(losses) if losses else None,
         valid_loss=held_out[-1] if held_out else None,
         largest_norm=max((line["grad_norm"] for line in lines), default=None),
-        state=state_of(run),
+        state=state,
     )
 
 
@@ -149,12 +139,11 @@ def best(results: list[Result]) -> Result | str:
     return "no rate is the best: no run has a loss" if done else "no rate is the best: training failed at all of them"
 
 
-def report(results: list[Result], console: Console) -> None:
-    """Prints a line a rate, and which was best."""
+def report(results: list[Result], chosen: Result | str, console: Console) -> None:
+    """Prints a line a rate, and which was best or why none is."""
     table = Table(title="learning rates")
     for column in ("lr", "steps", f"loss (last {LAST:.0%})", "held-out loss", "largest norm", ""):
         table.add_column(column, justify="right")
-    chosen = best(results)
     for one in results:
         numbers = [f"{n:.4f}" if n is not None else "-" for n in (one.loss, one.valid_loss, one.largest_norm)]
         table.add_row(f"{one.lr:g}", str(one.steps), *numbers, "best" if one is chosen else one.state)
@@ -167,17 +156,15 @@ def sweep(options: Options, flags: list[str]) -> list[Result]:
     """Trains at every rate that is not done, where there are flags; returns what came of each."""
     wanted = parse_run([*flags, "--output", str(options.output)]).steps if flags else None
     for rate in options.rates if flags else []:
-        run = options.run(rate)
-        state = state_of(run)
-        if state == "failed":
-            print(
-                f"--optim.lr {rate:g} is not tried again, having {(run / UNFINISHED).read_text().strip()}", flush=True
-            )
-        elif state != "done" or (wanted is not None and len(steps_of(run)) < wanted):
+        before = result(options, rate)
+        if before.state == "failed":
+            why = why_unfinished(options.run(rate))
+            print(f"--optim.lr {rate:g} is not tried again, having {why}", flush=True)
+        elif before.state != "done" or (wanted is not None and before.steps < wanted):
             train(options, rate, flags)
-            if state_of(run) == "unfinished":  # near a time limit, which the others would meet, too
+            if result(options, rate).state == "unfinished":  # near a time limit, which the others would meet, too
                 break
-    return [result(options.run(rate), rate) for rate in options.rates]
+    return [result(options, rate) for rate in options.rates]
 
 
 def main(arguments: list[str], console: Console | None = None) -> int:
@@ -196,8 +183,9 @@ def main(arguments: list[str], console: Console | None = None) -> int:
     if any(one.steps for one in results):
         content = json.dumps([asdict(one) for one in results], indent=1) + "\n"
         (options.output / "sweep.json").write_text(content, encoding="utf-8")
-    report(results, console or Console())
-    return 0 if isinstance(best(results), Result) else 1
+    chosen = best(results)
+    report(results, chosen, console or Console())
+    return 0 if isinstance(chosen, Result) else 1
 
 
 if __name__ == "__main__":

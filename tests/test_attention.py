@@ -6,6 +6,7 @@ so that everything around it is tested: prefixes of context parallelism, windows
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -100,13 +101,22 @@ def flash_backward(
     return torch.einsum("hqk,khd->qhd", scores, wide_key), *by_group
 
 
-@pytest.fixture(scope="module")
-def flash_on_host():
+@contextlib.contextmanager
+def flash_written_down():
+    """Gives aten's flash operators the implementations above, for tensors on the host."""
     library = torch.library.Library("aten", "IMPL")
     library.impl("_flash_attention_forward", flash_forward, "CPU")
     library.impl("_flash_attention_backward", flash_backward, "CPU")
-    yield
-    library._destroy()
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+@pytest.fixture(scope="module")
+def flash_on_host():
+    with flash_written_down():
+        yield
 
 
 def packed_case(cp, window, with_sinks):

@@ -20,7 +20,7 @@ from engine.cli import parse_run
 from engine.run import check_model, prepare_run
 from engine.train import train
 from models.registry import describe
-from tests.tiny import VOCABULARY, conversations, save_model
+from tests.tiny import VOCABULARY, conversations, save_model, write_documents
 
 SHAPE = ["--seq-len", "96", "--global-batch-size", "4", "--steps", "2", "--precision", "fp32", "--optim.lr", "1e-3"]
 
@@ -29,7 +29,7 @@ SHAPE = ["--seq-len", "96", "--global-batch-size", "4", "--steps", "2", "--preci
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     save_model("qwen2_untied", folder / "model", layers=2)
-    write_index(folder / "data", conversations(10).documents, vocab_size=VOCABULARY)
+    write_documents(folder / "data", 10)
     return folder
 
 

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from data.index import write_index
 from examples import lr_sweep
-from tests.tiny import VOCABULARY, conversations, save_model
+from tests.tiny import save_model, write_documents
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     save_model("qwen2_tied", folder / "model", layers=1)
-    write_index(folder / "data", conversations(14).documents, vocab_size=VOCABULARY)
-    write_index(folder / "valid", conversations(6, 1).documents, vocab_size=VOCABULARY)
+    write_documents(folder / "data", 14)
+    write_documents(folder / "valid", 6, seed=1)
     return folder
 
 

@@ -11,7 +11,7 @@ import torch
 
 from engine.mesh import Layout
 from engine.step import to_device
-from tests.test_attention import flash_backward, flash_forward
+from tests.test_attention import flash_written_down
 from tests.tiny import MemoryIndex, save_model
 from tests.training import make_loader, start
 
@@ -22,9 +22,6 @@ BLOCK = 512  # bytes: what a GPU's allocator rounds up to; smaller tensors are n
 
 def kept_bytes(folder: Path) -> float:
     """Bytes a token that a bf16 forward pass keeps, parameters left out, with the flash kernel written down."""
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_flash_attention_forward", flash_forward, "CPU")
-    library.impl("_flash_attention_backward", flash_backward, "CPU")
     documents = [(np.arange(64) + number, np.array([[0, 64]], np.int32)) for number in range(8)]
     part = start(folder, Layout(), precision="bf16")
     microbatch = make_loader(MemoryIndex(documents), part.mesh, {"seq_len": 512}).next_step()[0]
@@ -38,11 +35,10 @@ def kept_bytes(folder: Path) -> float:
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with flash_written_down(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         positions = batch.packed.positions[None]
         loss = model(batch.tokens, positions, None, labels=batch.targets, packed_seq_params=batch.packed)
     assert loss.requires_grad
-    library._destroy()
     sizes = [tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights]
     return sum(size for size in sizes if size > BLOCK) / batch.tokens.numel()
 

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from data.index import write_index
 from engine.checkpoint import find_latest
 from engine.signals import StopRequest, deadline, shielded
 from engine.train import Trainer
 from tests.test_resume import metrics, run
-from tests.tiny import VOCABULARY, conversations, save_model
+from tests.tiny import save_model, write_documents
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     save_model("qwen2_tied", folder / "model", layers=2)
-    write_index(folder / "data", conversations(14).documents, vocab_size=VOCABULARY)
+    write_documents(folder / "data", 14)
     return folder
 
 

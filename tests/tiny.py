@@ -194,6 +194,14 @@ def conversations(count: int, seed: int = 0, longest: int = 45) -> MemoryIndex:
     return MemoryIndex(documents)
 
 
+def write_documents(folder: Path, count: int, seed: int = 0) -> Path:
+    """A data directory of `conversations`."""
+    from data.index import write_index
+
+    write_index(folder, conversations(count, seed).documents, vocab_size=VOCABULARY)
+    return folder
+
+
 def reference(folder: Path, index: MemoryIndex, batches: list[list[int]], optim: SimpleNamespace) -> SimpleNamespace:
     """Trains the plain Hugging Face model one conversation at a time: losses, norms, first gradients."""
     from transformers import AutoModelForCausalLM
