@@ -14,6 +14,7 @@ from rich.table import Table as PrintedTable
 from data.chat import ChatEncoder, load_tokenizer, tokenizer_fingerprint
 from data.formats import Fields
 from data.index import token_dtype
+from data.output import check_output
 from data.parts import HoldOut, Job, join_parts, make_parts, write_whole
 from data.prompt import load_prompt
 from data.sources import JsonLines, Table, open_source
@@ -79,6 +80,8 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> dict[str
     Raises ValueError for what the user can mend, RuntimeError where a worker process was killed.
     """
     console = console or Console()
+    inputs = (*options.sources, options.model, options.tokenizer, options.chat_template, options.prompt)
+    check_output(options.output, inputs, overwrite=options.overwrite)
     tokenizer_of = options.tokenizer or options.model
     assert tokenizer_of is not None, "PrepareOptions checks it"
     tokenizer = load_tokenizer(tokenizer_of, options.chat_template)

@@ -90,6 +90,49 @@ def test_other_options_start_anew_and_an_output_is_not_replaced(model, tmp_path)
     assert len(DocumentIndex(tmp_path / "data")) == 3
 
 
+@pytest.mark.parametrize("kind", ["run", "sources", "file in data", "data file", "link", "parts", "partial"])
+def test_nothing_is_removed_that_preparing_did_not_make(model, tmp_path, kind):
+    rows_of = jsonl(tmp_path / "a.jsonl", rows(5))
+    output = tmp_path / "out"
+    if kind == "run":
+        (output / "checkpoints" / "step_000001").mkdir(parents=True)
+        (output / "config.yaml").write_text("seed: 1\n")
+    elif kind == "sources":
+        output.mkdir()
+        jsonl(output / "rows.jsonl", rows(3))
+    elif kind == "data file":
+        output.write_text("notes")
+    elif kind in ("parts", "partial"):
+        (tmp_path / f"out.{kind}").mkdir()
+        (tmp_path / f"out.{kind}" / "notes.txt").write_text("mine")
+    else:
+        run(model, tmp_path / "real", rows_of)
+        if kind == "link":
+            output.symlink_to(tmp_path / "real")
+        else:
+            (tmp_path / "real").rename(output)
+            (output / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="was not made by prepare_data"):
+        run(model, output, rows_of, overwrite=True)
+    assert contents(tmp_path) == before and output.is_symlink() == (kind == "link")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_that_holds_or_is_a_source_or_a_model_is_refused(model, tmp_path, overwrite):
+    (tmp_path / "folder").mkdir()
+    source = jsonl(tmp_path / "folder" / "a.jsonl", rows(5))
+    before = contents(tmp_path) | contents(model)
+    outputs = (tmp_path / "folder", tmp_path, source, model, model.parent)
+    for output in outputs:
+        with pytest.raises(ValueError, match="which the data is made from"):
+            run(model, output, source, overwrite=overwrite)
+    assert contents(tmp_path) | contents(model) == before
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    with pytest.raises(ValueError, match="which the data is made from"):
+        run(model, tmp_path / "folder", tmp_path / "link" / "a.jsonl", overwrite=overwrite)
+
+
 def test_a_template_that_asks_for_the_date_gets_the_day_the_plan_was_made(model, tmp_path, small_chunks, monkeypatch):
     template = tmp_path / "dated.jinja"
     template.write_text("{{ strftime_now('%Y-%m-%d') }}" + small_tokenizer().chat_template)
