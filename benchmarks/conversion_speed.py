@@ -17,8 +17,8 @@ import tyro
 from common import REPOSITORY, load
 
 from checkpoint_tools import average_steps, hf_to_mcore, mcore_to_hf
-from engine.export import dtype_name
-from engine.workers import worker_count
+from engine.checkpointing.hf_export import dtype_name
+from engine.checkpointing.workers import worker_count
 from models.hf_writer import HFWriter
 from models.registry import describe
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from checkpoint_tools.common import bar, manifest, total_bytes
 from checkpoint_tools.common import run as run_script
-from engine.checkpoint_format import HF, STATE, complete_or_absent, step_directories, write_manifest
-from engine.export import Checkpoint, Export, dtype_name, dtype_of, export, open_checkpoint
-from engine.store_writer import Spec, write_store
-from engine.tensor_store import Scratch, box_of, master_key, row_blocks
-from engine.workers import worker_count
+from engine.checkpointing.directory import HF, STATE, complete_or_absent, step_directories, write_manifest
+from engine.checkpointing.hf_export import Checkpoint, Export, dtype_name, dtype_of, export, open_checkpoint
+from engine.checkpointing.store_reader import Scratch, box_of, master_key, row_blocks
+from engine.checkpointing.store_writer import Spec, write_store
+from engine.checkpointing.workers import worker_count
 from models.hf_io import copy_side_files
 from models.rules import Index, Rule
 

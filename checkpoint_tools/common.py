@@ -19,8 +19,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from engine.export import dtype_name
-from engine.workers import Advance, Bar
+from engine.checkpointing.hf_export import dtype_name
+from engine.checkpointing.workers import Advance, Bar
 from models.registry import ModelDescription
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.checkpoint_format import MANIFEST, STATE
-from engine.export import Checkpoint, dtype_name, open_checkpoint
-from engine.tensor_store import StoreReader, row_blocks
-from engine.workers import Advance
+from engine.checkpointing.directory import MANIFEST, STATE
+from engine.checkpointing.hf_export import Checkpoint, dtype_name, open_checkpoint
+from engine.checkpointing.store_reader import StoreReader, row_blocks
+from engine.checkpointing.workers import Advance
 from models.hf_io import HFReader
 from models.mxfp4 import packed_names
 from models.registry import describe

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from checkpoint_tools.common import bar, manifest, run, total_bytes
-from engine.checkpoint_format import HF, STATE, complete_or_absent, write_manifest
-from engine.export import dtype_name, open_checkpoint
-from engine.store_writer import Spec, write_store
-from engine.workers import worker_count
+from engine.checkpointing.directory import HF, STATE, complete_or_absent, write_manifest
+from engine.checkpointing.hf_export import dtype_name, open_checkpoint
+from engine.checkpointing.store_writer import Spec, write_store
+from engine.checkpointing.workers import worker_count
 from models.extents import Extent
 from models.hf_io import HFReader, copy_side_files
 from models.registry import check_directory, describe

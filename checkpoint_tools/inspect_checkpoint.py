@@ -13,10 +13,10 @@ import tyro
 
 from checkpoint_tools.common import bar, run
 from checkpoint_tools.compare import Difference, compare, open_sides
-from engine.checkpoint_format import MANIFEST, STATE, read_manifest
-from engine.export import dtype_name
-from engine.tensor_store import StoreReader
-from engine.workers import Advance, run_workers, share_of, worker_count
+from engine.checkpointing.directory import MANIFEST, STATE, read_manifest
+from engine.checkpointing.hf_export import dtype_name
+from engine.checkpointing.store_reader import StoreReader
+from engine.checkpointing.workers import Advance, run_workers, share_of, worker_count
 from models.hf_io import HFReader
 
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 
 from checkpoint_tools.common import bar, run
-from engine.checkpoint_format import HF, complete_or_absent
-from engine.export import Export, dtype_name, dtype_of, export, open_checkpoint
-from engine.workers import worker_count
+from engine.checkpointing.directory import HF, complete_or_absent
+from engine.checkpointing.hf_export import Export, dtype_name, dtype_of, export, open_checkpoint
+from engine.checkpointing.workers import worker_count
 
 
 def main(

@@ -11,8 +11,8 @@ import yaml
 
 from data.index import DocumentIndex
 from data.loader import Loader
-from engine.artifacts import check_tokenizer
-from engine.checkpoint import ResumePoint, find_latest
+from engine.checkpointing.checkpoint import ResumePoint, find_latest
+from engine.checkpointing.model_files import check_tokenizer
 from engine.config import MoeConfig, RunConfig, check_values
 from engine.mesh import Mesh, check_expert_widths, check_fp8, check_layout, check_sequence
 from engine.signals import deadline

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoint import ResumePoint
-from engine.checkpoint_format import HF, STATE, read_manifest
+from engine.checkpointing.checkpoint import ResumePoint
+from engine.checkpointing.directory import HF, STATE, read_manifest
+from engine.checkpointing.store_reader import StoreReader, box_of, master_key
 from engine.config import OverrideConfig, RunConfig
-from engine.tensor_store import StoreReader, box_of, master_key
 from models.hf_io import read_shard
 from models.registry import ModelDescription, describe
 from models.resize import GrownReader

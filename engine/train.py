@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import distributed
 
-from engine import checkpoint, host
-from engine.artifacts import write_model_files
+from engine import host
+from engine.checkpointing import checkpoint
+from engine.checkpointing.model_files import write_model_files
 from engine.flops import device_peak, step_flops
 from engine.mesh import Mesh, build_mesh
 from engine.metrics import MetricsLog, read_metrics

@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     silence_libraries()  # some read the environment when they are imported, so all imports come after it
     import torch
 
-    from engine.checkpoint import CheckpointFailed
+    from engine.checkpointing.checkpoint import CheckpointFailed
     from engine.mesh import world_from_environment
     from engine.run import prepare_run
     from engine.train import train

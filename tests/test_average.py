@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from checkpoint_tools import average_steps, hf_to_mcore
 from checkpoint_tools.average_steps import find_steps, mean_of_two, round_once
-from engine.checkpoint_format import read_manifest, write_manifest
-from engine.store_writer import write_store
-from engine.tensor_store import StoreReader
+from engine.checkpointing.directory import read_manifest, write_manifest
+from engine.checkpointing.store_reader import StoreReader
+from engine.checkpointing.store_writer import write_store
 from models.hf_io import SINGLE
 from models.registry import describe
 from tests.tiny import save_model

@@ -11,7 +11,7 @@ import torch
 
 from data.index import DocumentIndex, write_index
 from engine import train as training
-from engine.checkpoint import find_latest, set_aside, step_directory
+from engine.checkpointing.checkpoint import find_latest, set_aside, step_directory
 from engine.cli import parse_run
 from engine.optim import Update, update
 from engine.run import prepare_run
@@ -136,7 +136,7 @@ def test_a_checkpoint_as_base_model_brings_its_master_weights(pool, inputs):
     assert pool.run(outcome, 1, bf16) == [""]
     again = [*arguments(inputs, inputs / "second"), "--model", str(step_directory(first, 1)), "--optim.lr", "0"]
     assert pool.run(outcome, 1, [*again, "--steps", "1"]) == [""]
-    from engine.tensor_store import StoreReader
+    from engine.checkpointing.store_reader import StoreReader
 
     stores = [StoreReader(step_directory(inputs / name, 1) / "state") for name in ("first", "second")]
     for key in ("decoder.final_layernorm.weight", "decoder.layers.1.mlp.linear_fc1.weight"):

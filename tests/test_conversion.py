@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_tools import hf_to_mcore, inspect_checkpoint, mcore_to_hf
-from engine.checkpoint_format import MANIFEST, complete_or_absent, read_manifest, write_manifest
-from engine.export import Export, change_config, open_checkpoint
-from engine.store_writer import write_store
-from engine.tensor_store import StoreReader
+from engine.checkpointing.directory import MANIFEST, complete_or_absent, read_manifest, write_manifest
+from engine.checkpointing.hf_export import Export, change_config, open_checkpoint
+from engine.checkpointing.store_reader import StoreReader
+from engine.checkpointing.store_writer import write_store
 from models.hf_io import INDEX, SINGLE, HFReader
 from models.registry import describe
 from tests.tiny import save_model
@@ -355,7 +355,7 @@ STUCK = """
 import time
 from checkpoint_tools import hf_to_mcore
 from checkpoint_tools.common import run
-from engine import store_writer
+from engine.checkpointing import store_writer
 store_writer._Archives._finished = lambda *_: time.sleep(600)  # each worker, after its first tensor
 run(hf_to_mcore.main)
 """

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint_tools import mcore_to_hf
 from data.index import write_index
-from engine.artifacts import write_model_files
-from engine.checkpoint import exported_directory, step_directory
-from engine.checkpoint_format import STATE
-from engine.tensor_store import StoreReader
+from engine.checkpointing.checkpoint import exported_directory, step_directory
+from engine.checkpointing.directory import STATE
+from engine.checkpointing.model_files import write_model_files
+from engine.checkpointing.store_reader import StoreReader
 from models.registry import describe
 from tests.chatting import small_tokenizer
 from tests.test_resume import run

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.index import write_index
-from engine import checkpoint
-from engine.checkpoint import find_latest
+from engine.checkpointing import checkpoint
+from engine.checkpointing.checkpoint import find_latest
 from engine.cli import parse_run
 from engine.run import check_model, prepare_run
 from engine.train import train

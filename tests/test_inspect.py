@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_tools import hf_to_mcore, inspect_checkpoint
 from checkpoint_tools.compare import Plain, compare
-from engine.store_writer import write_store
-from engine.tensor_store import StoreReader
+from engine.checkpointing.store_reader import StoreReader
+from engine.checkpointing.store_writer import write_store
 from models.hf_io import SINGLE, HFReader
 from tests.tiny import save_model
 

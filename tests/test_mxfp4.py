@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from checkpoint_tools import mcore_to_hf
 from data.index import write_index
-from engine.checkpoint import step_directory
+from engine.checkpointing.checkpoint import step_directory
 from models.hf_io import SINGLE, HFReader
 from models.hf_writer import HFWriter
 from models.mxfp4 import Mxfp4Reader, Mxfp4Writer, decode, encode, mxfp4_plan

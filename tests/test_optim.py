@@ -14,7 +14,7 @@ from torch import distributed
 
 from data.index import write_index
 from engine import optim
-from engine.checkpoint import sharding_metadata
+from engine.checkpointing.checkpoint import sharding_metadata
 from engine.config import OptimConfig
 from engine.mesh import Layout, build_mesh
 from engine.optim import AdamW, Place, build_optimizer, round_at_random, update

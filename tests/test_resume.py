@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from data.index import write_index
-from engine.checkpoint import find_latest, step_directory
-from engine.checkpoint_format import STATE
+from engine.checkpointing.checkpoint import find_latest, step_directory
+from engine.checkpointing.directory import STATE
+from engine.checkpointing.store_reader import StoreReader
 from engine.cli import parse_run
 from engine.mesh import world_from_environment
 from engine.run import prepare_run
-from engine.tensor_store import StoreReader
 from engine.train import train
 from models.hf_io import HFReader
 from tests.tiny import VOCABULARY, conversations, save_model

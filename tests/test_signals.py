@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint import find_latest
+from engine.checkpointing.checkpoint import find_latest
 from engine.signals import StopRequest, deadline, shielded
 from engine.train import Trainer
 from tests.test_resume import metrics, run

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.store_writer import write_store
-from engine.tensor_store import Scratch, StoreReader
+from engine.checkpointing.store_reader import Scratch, StoreReader
+from engine.checkpointing.store_writer import write_store
 
 
 def load_slices(folder: str) -> dict[str, torch.Tensor]:

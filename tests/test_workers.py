@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.workers import run_workers, share_of, worker_count
+from engine.checkpointing.workers import run_workers, share_of, worker_count
 
 
 def alive(pid: int) -> bool:

@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import distributed
 
 from data.loader import Loader
-from engine.checkpoint import sharding_metadata
+from engine.checkpointing.checkpoint import sharding_metadata
 from engine.config import MoeConfig, OptimConfig
 from engine.mesh import Layout, build_mesh, check_layout
 from engine.optim import build_optimizer, update

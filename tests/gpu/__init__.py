@@ -58,7 +58,7 @@ def build(
     folder: Path, backend: str, precision: str, *, fp8: str = "tensorwise", recompute: str = "none"
 ) -> SimpleNamespace:
     """Builds and loads the model of a Hugging Face directory on this GPU; call it inside `one_rank`."""
-    from engine.checkpoint import sharding_metadata
+    from engine.checkpointing.checkpoint import sharding_metadata
     from engine.mesh import Layout, build_mesh
     from models.backend import attention_kernel
     from models.build import build_chunks, load_weights, transformer_config

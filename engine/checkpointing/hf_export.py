@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoint_format import HF, STATE, read_manifest
-from engine.tensor_store import Scratch, StoreReader, box_of, master_key
-from engine.workers import Advance, Bar, no_bar, run_workers, share_of
+from engine.checkpointing.directory import HF, STATE, read_manifest
+from engine.checkpointing.store_reader import Scratch, StoreReader, box_of, master_key
+from engine.checkpointing.workers import Advance, Bar, no_bar, run_workers, share_of
 from models.extents import Extent
 from models.hf_io import copy_side_files
 from models.hf_writer import HFWriter

@@ -14,7 +14,7 @@ from megatron.core import dist_checkpointing
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
-from engine.checkpoint_format import (
+from engine.checkpointing.directory import (
     HF,
     STATE,
     read_manifest,
@@ -23,7 +23,7 @@ from engine.checkpoint_format import (
     sync_tree,
     write_manifest,
 )
-from engine.export import Export, open_checkpoint
+from engine.checkpointing.hf_export import Export, open_checkpoint
 from engine.mesh import Mesh
 from models.build import SHARDING_METADATA
 
