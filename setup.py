@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
     package_data={
-        "engine": ["*.css"],
+        "engine.reporting": ["*.css"],
         "examples.demo": ["*.json"],
     },
     # Exact where a minor version breaks us, ranges elsewhere; constraints.txt says what was tested.

@@ -15,8 +15,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, distributed
 
 from data.loader import Microbatch, without_padding_documents
-from engine.flops import doubled_pairs
 from engine.mesh import Mesh
+from engine.reporting.flops import doubled_pairs
 from models.build import PackedModel
 from models.documents import PackedDocuments, pack_documents, zigzag_indices
 from models.router import RoutedTokens
@@ -158,7 +158,7 @@ class StepTotals:
     padding: int
     bins: int  # that hold documents
     squared_lengths: int  # the sum of squared document lengths, for counting attention's work
-    windowed_squares: int  # and of what `engine.flops.doubled_pairs` makes of them in layers with a window
+    windowed_squares: int  # and of what `engine.reporting.flops.doubled_pairs` makes of them in layers with a window
     bad_samples: tuple[tuple[int, int], ...] = ()  # (source, document) of microbatches whose loss is not finite
 
     @property

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.cli import parse_run
-from engine.metrics import read_metrics
+from engine.reporting.metrics import read_metrics
 from engine.signals import FAILED, why_unfinished
 
 SCRIPT = Path(__file__).with_name("pretrain_sft.py")

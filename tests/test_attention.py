@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.flops import doubled_pairs
+from engine.reporting.flops import doubled_pairs
 from models.attention import padded_attention, varlen_attention
 from models.documents import pack_documents, zigzag_indices
 from models.sinks import plain_sink_attention

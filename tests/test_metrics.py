@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.metrics import FIELDS, MetricsLog, read_metrics, rewind
-from engine.progress import clock
+from engine.reporting.metrics import FIELDS, MetricsLog, read_metrics, rewind
+from engine.reporting.progress import clock
 
 
 def write_steps(log: MetricsLog, first: int, last: int, **changes) -> None:

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from engine.charts import HEIGHT, WIDTH, Curve, bars, line_chart, linear_ticks, log_ticks, number, numbers
-from engine.report import MOST_TOKENS, write_report
+from engine.reporting.charts import HEIGHT, WIDTH, Curve, bars, line_chart, linear_ticks, log_ticks, number, numbers
+from engine.reporting.report import MOST_TOKENS, write_report
 
 VOID = {"meta", "br"}
 

@@ -1,7 +1,7 @@
 """The report's card about experts: how evenly the router loads them, and which of them starve."""
 
-from engine.charts import WIDTH, Curve, bars, line_chart
-from engine.report_parts import BLUE, ROSE, TEAL, VIOLET, Metrics, card, field_curve, key
+from engine.reporting.charts import WIDTH, Curve, bars, line_chart
+from engine.reporting.report_parts import BLUE, ROSE, TEAL, VIOLET, Metrics, card, field_curve, key
 
 
 def experts_card(metrics: Metrics) -> str:

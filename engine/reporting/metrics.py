@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from engine.progress import ProgressLine
+from engine.reporting.progress import ProgressLine
 
 # What every line holds, in this order; a caller may add fields after them.
 FIELDS = (

@@ -12,11 +12,23 @@ from typing import Any
 
 import yaml
 
-from engine.charts import histogram, line_chart, number
-from engine.metrics import read_metrics
-from engine.progress import clock
-from engine.report_experts import experts_card
-from engine.report_parts import BLUE, ORANGE, ROSE, TEAL, VIOLET, Metrics, card, field_curve, key, last_value, total
+from engine.reporting.charts import histogram, line_chart, number
+from engine.reporting.metrics import read_metrics
+from engine.reporting.progress import clock
+from engine.reporting.report_experts import experts_card
+from engine.reporting.report_parts import (
+    BLUE,
+    ORANGE,
+    ROSE,
+    TEAL,
+    VIOLET,
+    Metrics,
+    card,
+    field_curve,
+    key,
+    last_value,
+    total,
+)
 from engine.signals import why_unfinished
 
 TRAINED, MASKED = "#c9efd6", "#e9ecf1"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from engine.charts import Curve
+from engine.reporting.charts import Curve
 
 BLUE, ORANGE, VIOLET, TEAL, ROSE = "#2f62d9", "#e07318", "#7c4dcf", "#0f8f86", "#c93a5b"
 
