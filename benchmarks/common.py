@@ -177,7 +177,7 @@ def lathe_trainer(model: Path, data: Path, *, seq_len: int, batch: int, precisio
     from engine import host
     from engine.config import OptimConfig, RunConfig
     from engine.mesh import build_mesh
-    from engine.run import prepare_run
+    from engine.prepare import prepare_run
     from engine.train import Trainer
 
     host.enable()

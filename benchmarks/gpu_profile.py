@@ -86,7 +86,7 @@ def lathe_trainer(model: Path, data: Path, *, seq_len: int, bins: int, **setting
     """Lathe's trainer on this GPU, ready to step over `bins` bins of `seq_len` tokens at a time."""
     from engine.config import OptimConfig, RunConfig
     from engine.mesh import build_mesh
-    from engine.run import prepare_run
+    from engine.prepare import prepare_run
     from engine.train import Trainer
 
     config = RunConfig(

@@ -12,17 +12,17 @@ import torch
 from torch import distributed
 
 from engine import host
+from engine.base_model import config_overrides, weight_reader
 from engine.checkpointing import checkpoint
 from engine.checkpointing.model_files import write_model_files
 from engine.mesh import Mesh, build_mesh
-from engine.opening import sample_document, start_lines
 from engine.optim import build_optimizer, learning_rate, update
+from engine.prepare import Prepared, make_loader, model_config, total_steps, write_config
 from engine.reporting.flops import device_peak, step_flops
 from engine.reporting.metrics import MetricsLog, read_metrics
 from engine.reporting.report import write_report
-from engine.run import Prepared, make_loader, model_config, total_steps, write_config
 from engine.signals import FAILED, UNFINISHED, StopRequest, shielded
-from engine.source import config_overrides, weight_reader
+from engine.startup_lines import sample_document, start_lines
 from engine.step import (
     RouterStatistics,
     StepTotals,

@@ -43,9 +43,9 @@ def take_ranks(arguments: list[str]) -> tuple[int, list[str]]:
 
 def main(arguments: list[str]) -> None:
     """Checks the run and prints a line a pipeline stage."""
+    from engine.base_model import config_overrides
     from engine.cli import parse_run
-    from engine.plan import plan_memory
-    from engine.source import config_overrides
+    from engine.rehearsal.memory import plan_memory
     from models.registry import describe
 
     ranks, arguments = take_ranks(arguments)

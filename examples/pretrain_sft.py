@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
 
     from engine.checkpointing.checkpoint import CheckpointFailed
     from engine.mesh import world_from_environment
-    from engine.run import prepare_run
+    from engine.prepare import prepare_run
     from engine.train import train
 
     rank, world_size, _ = world_from_environment()

@@ -14,7 +14,7 @@ from engine import train as training
 from engine.checkpointing.checkpoint import find_latest, set_aside, step_directory
 from engine.cli import parse_run
 from engine.optim import Update, update
-from engine.run import prepare_run
+from engine.prepare import prepare_run
 from tests.test_failures import arguments, outcome, refusal
 from tests.test_resume import metrics
 from tests.tiny import VOCABULARY, conversations, save_model

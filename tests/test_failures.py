@@ -17,7 +17,7 @@ from data.index import write_index
 from engine.checkpointing import checkpoint
 from engine.checkpointing.checkpoint import find_latest
 from engine.cli import parse_run
-from engine.run import check_model, prepare_run
+from engine.prepare import check_model, prepare_run
 from engine.train import train
 from models.registry import describe
 from tests.tiny import VOCABULARY, conversations, save_model, write_documents

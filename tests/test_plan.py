@@ -13,7 +13,7 @@ from torch import distributed
 from engine import host
 from engine.config import MoeConfig, OptimConfig, RunConfig
 from engine.optim import build_optimizer
-from engine.plan import measure, plan_memory
+from engine.rehearsal.memory import measure, plan_memory
 from engine.step import wrap_chunks
 from examples import plan_run
 from models.registry import describe

@@ -14,7 +14,7 @@ import yaml
 
 from engine.cli import parse_run
 from engine.config import RunConfig
-from engine.plan import StageMemory, plan_memory
+from engine.rehearsal.memory import StageMemory, plan_memory
 from models.registry import describe
 from tests.full_size import CONFIGS
 

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from checkpoint_tools import mcore_to_hf
 from data.index import write_index
+from engine.base_model import find_source, weight_reader
 from engine.checkpointing.checkpoint import step_directory
 from engine.checkpointing.directory import STATE
 from engine.checkpointing.hf_export import open_checkpoint
 from engine.checkpointing.store_reader import StoreReader
-from engine.source import find_source, weight_reader
 from models.hf_io import SINGLE, HFReader
 from models.registry import check_directory, describe
 from models.resize import BLOCK_ROWS, GrownReader

@@ -17,7 +17,7 @@ from engine.checkpointing.directory import STATE
 from engine.checkpointing.store_reader import StoreReader
 from engine.cli import parse_run
 from engine.mesh import world_from_environment
-from engine.run import prepare_run
+from engine.prepare import prepare_run
 from engine.train import train
 from models.hf_io import HFReader
 from tests.tiny import VOCABULARY, conversations, save_model

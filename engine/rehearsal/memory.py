@@ -20,7 +20,7 @@ from engine import host
 from engine.config import RunConfig, check_values
 from engine.mesh import build_mesh, destroy_mesh
 from engine.optim import build_optimizer
-from engine.run import check_model, model_config
+from engine.prepare import check_model, model_config
 from engine.step import wrap_chunks
 from models.build import build_chunks
 from models.registry import ModelDescription

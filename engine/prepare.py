@@ -11,12 +11,12 @@ import yaml
 
 from data.index import DocumentIndex
 from data.loader import Loader
+from engine.base_model import Source, find_model
 from engine.checkpointing.checkpoint import ResumePoint, find_latest
 from engine.checkpointing.model_files import check_tokenizer
 from engine.config import MoeConfig, RunConfig, check_values
 from engine.mesh import Mesh, check_expert_widths, check_fp8, check_layout, check_sequence
 from engine.signals import deadline
-from engine.source import Source, find_model
 from models.backend import choose_backend
 from models.build import TransformerConfig, transformer_config
 from models.registry import ModelDescription, check_directory
