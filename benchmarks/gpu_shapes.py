@@ -71,7 +71,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 # Bytes a parameter: bf16 weight, fp32 gradient, fp32 master weight and two moments.
 STATE_BYTES = 18
-# Logits held at once by `models.loss` on a GPU, in bytes: in fp32, beside the product or the gradient in bf16.
+# Logits held at once by `models.layers.loss` on a GPU, in bytes: in fp32, beside the product or the gradient in bf16.
 LOSS_BYTES = 2**28 * (4 + 2)
 
 

@@ -20,7 +20,7 @@ from common import in_fresh_process, load
 from rich.console import Console
 from rich.table import Table
 
-from models.loss import loss_sum
+from models.layers.loss import loss_sum
 
 TARGET_MB = 300
 MB = 1e6
@@ -80,7 +80,7 @@ def measure(head: str, dtype_name: str, options: Options) -> Reading:
     inputs = sum(tensor.nbytes for tensor in (hidden, weight, labels))
     reset_peak()
     before, start = resident("VmRSS"), time.perf_counter()
-    if head == "models.loss":
+    if head == "models.layers.loss":
         total = loss_sum(hidden, weight, labels, vocab_size=options.vocab_size)
     else:
         total = whole_logits(hidden, weight, labels)
@@ -103,7 +103,7 @@ def main() -> None:
         table.add_column(column, justify="right" if column else "left")
     with tempfile.TemporaryDirectory() as folder:
         for dtype in ("float32", "bfloat16"):
-            for head in ("models.loss", "whole logits"):
+            for head in ("models.layers.loss", "whole logits"):
                 log = Path(folder, "log")
                 reading = in_fresh_process(measure, head, dtype, options, threads=options.threads, log=log)
                 above = (reading.peak - reading.gradients) / MB

@@ -17,8 +17,8 @@ from engine.checkpointing.model_files import check_tokenizer
 from engine.config import MoeConfig, RunConfig, check_values
 from engine.mesh import Mesh, check_expert_widths, check_fp8, check_layout, check_sequence
 from engine.signals import deadline
-from models.backend import choose_backend
 from models.build import TransformerConfig, transformer_config
+from models.layer_spec import choose_backend
 from models.registry import ModelDescription, check_directory
 from models.sources import open_reader
 

@@ -18,8 +18,8 @@ from data.loader import Microbatch, without_padding_documents
 from engine.mesh import Mesh
 from engine.reporting.flops import doubled_pairs
 from models.build import PackedModel
-from models.documents import PackedDocuments, pack_documents, zigzag_indices
-from models.router import RoutedTokens
+from models.layers.packed_documents import PackedDocuments, pack_documents, zigzag_indices
+from models.layers.router import RoutedTokens
 
 
 @dataclass(frozen=True, kw_only=True)

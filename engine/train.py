@@ -31,9 +31,9 @@ from engine.step import (
     take_router_statistics,
     wrap_chunks,
 )
-from models.backend import attention_kernel, parameter_dtype
 from models.build import build_chunks, load_weights
-from models.router import set_routers
+from models.layer_spec import attention_kernel, parameter_dtype
+from models.layers.router import set_routers
 
 
 class Trainer:

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from engine.reporting.flops import doubled_pairs
-from models.attention import padded_attention, varlen_attention
-from models.documents import pack_documents, zigzag_indices
-from models.sinks import plain_sink_attention
+from models.layers.attention import padded_attention, varlen_attention
+from models.layers.packed_documents import pack_documents, zigzag_indices
+from models.layers.sinks import plain_sink_attention
 
 HEADS, GROUPS, DIM = 4, 2, 8
 SCALE = 0.4
@@ -168,7 +168,7 @@ def check_case(case, cp, kernel, attend):
 @pytest.mark.parametrize("sinks", ["none", "fused", "plain"])
 def test_padded_batches_are_attention(cp, window, sinks, monkeypatch):
     if sinks == "plain":
-        monkeypatch.setattr("models.attention.padded_sink_attention", plain_sink_attention)
+        monkeypatch.setattr("models.layers.attention.padded_sink_attention", plain_sink_attention)
     case = packed_case(cp, window, with_sinks=sinks != "none")
     found = check_case(
         case,

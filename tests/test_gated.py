@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.gated import gated_unit, quick_gelu
+from models.layers.gated import gated_unit, quick_gelu
 
 KINDS = {"silu": (F.silu, None, 0.0), "clamped": (quick_gelu, 1.5, 1.0), "quick": (quick_gelu, None, 0.0)}
 

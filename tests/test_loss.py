@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import loss
+from models.layers import loss
 
 TOKENS, HIDDEN, ROWS, VOCABULARY = 37, 16, 136, 131  # the last five rows are padding
 

@@ -10,7 +10,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from models.norm import ProjectionNorm, RMSNorm, WideRMSNorm
+from models.layers.norm import ProjectionNorm, RMSNorm, WideRMSNorm
 from models.registry import describe
 from tests.tiny import save_model
 

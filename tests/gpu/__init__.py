@@ -60,9 +60,9 @@ def build(
     """Builds and loads the model of a Hugging Face directory on this GPU; call it inside `one_rank`."""
     from engine.checkpointing.checkpoint import sharding_metadata
     from engine.mesh import Layout, build_mesh
-    from models.backend import attention_kernel
     from models.build import build_chunks, load_weights, transformer_config
     from models.hf_io import HFReader, read_shard
+    from models.layer_spec import attention_kernel
     from models.registry import describe
 
     description, layout = describe(folder), Layout()

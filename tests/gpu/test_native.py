@@ -120,7 +120,7 @@ def test_dense_layers_never_wait_for_the_device(folders, name):
 
 def loss_head(vocabulary: int, tokens: int, dtype: torch.dtype) -> tuple[float, float, float]:
     """(loss, the plain loss, peak megabytes above the inputs and the weight's gradient) at hidden size 1,024."""
-    from models.loss import loss_sum
+    from models.layers.loss import loss_sum
 
     generator = torch.Generator("cuda").manual_seed(1)
     shape = {"generator": generator, "device": "cuda", "dtype": dtype}
@@ -146,7 +146,7 @@ def loss_head(vocabulary: int, tokens: int, dtype: torch.dtype) -> tuple[float, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_loss_head_memory_is_flat_in_the_vocabulary(dtype):
-    from models.loss import CUDA_CHUNK_LOGITS
+    from models.layers.loss import CUDA_CHUNK_LOGITS
 
     peaks = {}
     for vocabulary in (50_000, 200_000):

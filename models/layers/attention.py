@@ -19,9 +19,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor, distributed
 
-from models.documents import PackedDocuments, PaddedPlan
-from models.rope import Rope, rotate
-from models.sinks import padded_sink_attention, varlen_sink_attention
+from models.layers.packed_documents import PackedDocuments, PaddedPlan
+from models.layers.rope import Rope, rotate
+from models.layers.sinks import padded_sink_attention, varlen_sink_attention
 
 
 class _TakeRows(torch.autograd.Function):

@@ -218,7 +218,7 @@ class PackedDocuments(PackedSeqParams):
     padded: PaddedInput | None = None  # for the padded kernel
     plans: dict[int | None, PaddedPlan] = field(default_factory=dict)  # window -> plan
     prefixes: PrefixPlan | None = None  # for the variable-length kernel under context parallelism
-    routed: Any = None  # models.router.RoutedTokens, for models with experts
+    routed: Any = None  # models.layers.router.RoutedTokens, for models with experts
     rotary: dict = field(default_factory=dict)  # (rope key, dtype) -> tables
 
     def tables(self, rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -255,7 +255,7 @@ def pack_documents(
 
     cu_seqlens: int [documents + 1], padded boundaries over the whole microbatch, each document a multiple
     of 2*cp; real_lengths: int [documents], 0 for a document of padding only; kernel: which attention will
-    read it, as `models.backend.attention_kernel` says.
+    read it, as `models.layer_spec.attention_kernel` says.
     """
     cp_size, cp_rank = (cp_group.size(), cp_group.rank()) if cp_group is not None else (1, 0)
     local = zigzag_indices(cu_seqlens, cp_size, cp_rank)

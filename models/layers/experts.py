@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from models.gated import gated_unit
+from models.layers.gated import gated_unit
 
 
 class ExpertLinear(torch.nn.Module):
