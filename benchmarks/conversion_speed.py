@@ -19,8 +19,8 @@ from common import REPOSITORY, load
 from checkpoint_tools import average_steps, hf_to_mcore, mcore_to_hf
 from engine.checkpointing.hf_export import dtype_name
 from engine.checkpointing.workers import worker_count
-from models.hf_writer import HFWriter
-from models.registry import describe
+from models.conversion.hf_writer import HFWriter
+from models.hf_config import describe
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -212,7 +212,7 @@ def measure(job: Job) -> dict[str, Any]:
 def add_rates(row: dict[str, Any], job: Job) -> dict[str, Any]:
     """Turns a row's seconds into rates, by what the measured steps hold on average."""
     from engine.reporting.flops import step_flops
-    from models.registry import describe
+    from models.hf_config import describe
 
     if "failed" in row:
         return row

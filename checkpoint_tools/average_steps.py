@@ -23,8 +23,8 @@ from engine.checkpointing.hf_export import Checkpoint, Export, dtype_name, dtype
 from engine.checkpointing.store_reader import Scratch, box_of, master_key, row_blocks
 from engine.checkpointing.store_writer import Spec, write_store
 from engine.checkpointing.workers import worker_count
-from models.hf_io import copy_side_files
-from models.rules import Index, Rule
+from models.conversion.hf_reader import copy_side_files
+from models.conversion.rules import Index, Rule
 
 BLOCK_BYTES = 2 * 2**20  # of fp64 sums, which stay in a processor's cache
 NARROW = {torch.float32, torch.float16, torch.bfloat16}

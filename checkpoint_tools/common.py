@@ -21,7 +21,7 @@ from rich.progress import (
 
 from engine.checkpointing.hf_export import dtype_name
 from engine.checkpointing.workers import Advance, Bar
-from models.registry import ModelDescription
+from models.hf_config import ModelDescription
 
 
 def bar(title: str, total_bytes: int) -> Bar:

@@ -12,11 +12,11 @@ from engine.checkpointing.directory import MANIFEST, STATE
 from engine.checkpointing.hf_export import Checkpoint, dtype_name, open_checkpoint
 from engine.checkpointing.store_reader import StoreReader, row_blocks
 from engine.checkpointing.workers import Advance
-from models.hf_io import HFReader
-from models.mxfp4 import packed_names
-from models.registry import describe
-from models.rules import Part, Rule, TensorReader
-from models.sources import open_reader
+from models.conversion.hf_reader import HFReader
+from models.conversion.mxfp4 import packed_names
+from models.conversion.rules import Part, Rule, TensorReader
+from models.hf_config import describe
+from models.model_directory import open_reader
 
 BLOCK_BYTES = 8 * 2**20
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element

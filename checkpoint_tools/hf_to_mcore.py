@@ -12,12 +12,12 @@ from engine.checkpointing.directory import HF, STATE, complete_or_absent, write_
 from engine.checkpointing.hf_export import dtype_name, open_checkpoint
 from engine.checkpointing.store_writer import Spec, write_store
 from engine.checkpointing.workers import worker_count
-from models.extents import Extent
-from models.hf_io import HFReader, copy_side_files
-from models.registry import check_directory, describe
-from models.rules import Rule, TensorReader
-from models.runs import runs_of
-from models.sources import open_reader, source_dtype
+from models.conversion.extents import Extent
+from models.conversion.hf_reader import HFReader, copy_side_files
+from models.conversion.rules import Rule, TensorReader
+from models.conversion.runs import runs_of
+from models.hf_config import check_directory, describe
+from models.model_directory import open_reader, source_dtype
 
 
 def main(hf: Path, output: Path, num_workers: int | None = None) -> None:

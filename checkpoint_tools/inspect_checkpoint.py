@@ -17,7 +17,7 @@ from engine.checkpointing.directory import MANIFEST, STATE, read_manifest
 from engine.checkpointing.hf_export import dtype_name
 from engine.checkpointing.store_reader import StoreReader
 from engine.checkpointing.workers import Advance, run_workers, share_of, worker_count
-from models.hf_io import HFReader
+from models.conversion.hf_reader import HFReader
 
 
 def main(

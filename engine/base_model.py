@@ -14,11 +14,11 @@ from engine.checkpointing.checkpoint import ResumePoint
 from engine.checkpointing.directory import HF, STATE, read_manifest
 from engine.checkpointing.store_reader import StoreReader, box_of, master_key
 from engine.config import OverrideConfig, RunConfig
-from models.hf_io import read_shard
-from models.registry import ModelDescription, describe
-from models.resize import GrownReader
-from models.rules import Index
-from models.sources import VOCABULARY_KEYS, open_reader, source_dtype
+from models.conversion.hf_reader import read_shard
+from models.conversion.resize import GrownReader
+from models.conversion.rules import Index
+from models.hf_config import ModelDescription, describe
+from models.model_directory import VOCABULARY_KEYS, open_reader, source_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from models.registry import ModelDescription
+from models.hf_config import ModelDescription
 
 
 @dataclass(frozen=True, kw_only=True)

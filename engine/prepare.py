@@ -18,9 +18,9 @@ from engine.config import MoeConfig, RunConfig, check_values
 from engine.mesh import Mesh, check_expert_widths, check_fp8, check_layout, check_sequence
 from engine.signals import deadline
 from models.build import TransformerConfig, transformer_config
+from models.hf_config import ModelDescription, check_directory
 from models.layer_spec import choose_backend
-from models.registry import ModelDescription, check_directory
-from models.sources import open_reader
+from models.model_directory import open_reader
 
 VALID_BINS = 64  # bins of one held-out batch, whatever the layout
 

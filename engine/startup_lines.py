@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from models.registry import describe
+from models.hf_config import describe
 
 if TYPE_CHECKING:
     from engine.train import Trainer

@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     from engine.base_model import config_overrides
     from engine.cli import parse_run
     from engine.rehearsal.memory import plan_memory
-    from models.registry import describe
+    from models.hf_config import describe
 
     ranks, arguments = take_ranks(arguments)
     config = parse_run(arguments)

@@ -24,12 +24,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from models.hf_config import ModelDescription
 from models.layers.attention import PackedAttention
 from models.layers.experts import GroupedExperts
 from models.layers.norm import PostNormLinear, ProjectionNorm, RMSNorm, WideRMSNorm
 from models.layers.rope import Rope, rotate
 from models.layers.router import PackedMoELayer, PackedRouter
-from models.registry import ModelDescription
 
 
 def choose_backend(asked: str, *, cuda: bool, precision: str, description: ModelDescription) -> tuple[str, str]:

@@ -16,8 +16,8 @@ from checkpoint_tools.average_steps import find_steps, mean_of_two, round_once
 from engine.checkpointing.directory import read_manifest, write_manifest
 from engine.checkpointing.store_reader import StoreReader
 from engine.checkpointing.store_writer import write_store
-from models.hf_io import SINGLE
-from models.registry import describe
+from models.conversion.hf_reader import SINGLE
+from models.hf_config import describe
 from tests.tiny import save_model
 
 ROOT = Path(__file__).parents[1]

@@ -14,8 +14,8 @@ from engine.config import OptimConfig, RunConfig, check_values
 from engine.mesh import Layout, check_layout, check_sequence
 from engine.optim import learning_rate
 from engine.prepare import check_experts
+from models.hf_config import describe
 from models.layer_spec import choose_backend
-from models.registry import describe
 from tests.tiny import MODELS, save_model
 
 

@@ -19,8 +19,8 @@ from engine.checkpointing.directory import MANIFEST, complete_or_absent, read_ma
 from engine.checkpointing.hf_export import Export, change_config, open_checkpoint
 from engine.checkpointing.store_reader import StoreReader
 from engine.checkpointing.store_writer import write_store
-from models.hf_io import INDEX, SINGLE, HFReader
-from models.registry import describe
+from models.conversion.hf_reader import INDEX, SINGLE, HFReader
+from models.hf_config import describe
 from tests.tiny import save_model
 
 ROOT = Path(__file__).parents[1]

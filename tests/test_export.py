@@ -17,7 +17,7 @@ from engine.checkpointing.checkpoint import exported_directory, step_directory
 from engine.checkpointing.directory import STATE
 from engine.checkpointing.model_files import write_model_files
 from engine.checkpointing.store_reader import StoreReader
-from models.registry import describe
+from models.hf_config import describe
 from tests.chatting import small_tokenizer
 from tests.test_resume import run
 from tests.tiny import EXPERTS, MODELS, VOCABULARY, conversations, read_json, save_model

@@ -8,10 +8,10 @@ import os
 import pytest
 import torch
 
-from models.extents import Extent, copy_extents, read_extents
-from models.hf_io import HFReader
-from models.registry import describe
-from models.runs import runs_of
+from models.conversion.extents import Extent, copy_extents, read_extents
+from models.conversion.hf_reader import HFReader
+from models.conversion.runs import runs_of
+from models.hf_config import describe
 from tests.tiny import save_model
 
 

@@ -19,7 +19,7 @@ from engine.checkpointing.checkpoint import find_latest
 from engine.cli import parse_run
 from engine.prepare import check_model, prepare_run
 from engine.train import train
-from models.registry import describe
+from models.hf_config import describe
 from tests.tiny import VOCABULARY, conversations, save_model, write_documents
 
 SHAPE = ["--seq-len", "96", "--global-batch-size", "4", "--steps", "2", "--precision", "fp32", "--optim.lr", "1e-3"]

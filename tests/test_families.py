@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from checkpoint_tools import average_steps, mcore_to_hf
 from data.index import write_index
 from engine.checkpointing.checkpoint import step_directory
-from models.hf_io import SINGLE
+from models.conversion.hf_reader import SINGLE
 from tests.test_resume import interrupt, metrics, run
 from tests.tiny import EXPERTS, MODELS, VOCABULARY, conversations, save_model
 

@@ -10,10 +10,10 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from models.hf_io import INDEX
-from models.hf_writer import HFWriter
-from models.registry import ModelDescription, describe
-from models.rules import Segment
+from models.conversion.hf_reader import INDEX
+from models.conversion.hf_writer import HFWriter
+from models.conversion.rules import Segment
+from models.hf_config import ModelDescription, describe
 from tests.full_size import CONFIGS, MXFP4, PARAMETERS
 
 WHOLE = 2**62  # block bytes that cut nothing

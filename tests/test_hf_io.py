@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.hf_io import INDEX, SINGLE, HFReader, copy_side_files
-from models.hf_writer import HFWriter
-from models.sources import source_dtype
+from models.conversion.hf_reader import INDEX, SINGLE, HFReader, copy_side_files
+from models.conversion.hf_writer import HFWriter
+from models.model_directory import source_dtype
 from tests.tiny import save_model
 
 

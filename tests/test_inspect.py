@@ -12,7 +12,7 @@ from checkpoint_tools import hf_to_mcore, inspect_checkpoint
 from checkpoint_tools.compare import Plain, compare
 from engine.checkpointing.store_reader import StoreReader
 from engine.checkpointing.store_writer import write_store
-from models.hf_io import SINGLE, HFReader
+from models.conversion.hf_reader import SINGLE, HFReader
 from tests.tiny import save_model
 
 

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 from checkpoint_tools import mcore_to_hf
 from data.index import write_index
 from engine.checkpointing.checkpoint import step_directory
-from models.hf_io import SINGLE, HFReader
-from models.hf_writer import HFWriter
-from models.mxfp4 import Mxfp4Reader, Mxfp4Writer, decode, encode, mxfp4_plan
-from models.registry import check_directory, describe
-from models.sources import open_reader, source_dtype
+from models.conversion.hf_reader import SINGLE, HFReader
+from models.conversion.hf_writer import HFWriter
+from models.conversion.mxfp4 import Mxfp4Reader, Mxfp4Writer, decode, encode, mxfp4_plan
+from models.hf_config import check_directory, describe
+from models.model_directory import open_reader, source_dtype
 from tests.test_resume import run
 from tests.tiny import VOCABULARY, Memory, conversations, save_model
 

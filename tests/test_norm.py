@@ -10,8 +10,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from models.hf_config import describe
 from models.layers.norm import ProjectionNorm, RMSNorm, WideRMSNorm
-from models.registry import describe
 from tests.tiny import save_model
 
 WIDTH, EPS = 64, 1e-6

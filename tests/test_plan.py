@@ -16,7 +16,7 @@ from engine.optim import build_optimizer
 from engine.rehearsal.memory import measure, plan_memory
 from engine.step import wrap_chunks
 from examples import plan_run
-from models.registry import describe
+from models.hf_config import describe
 from tests.full_size import CONFIGS
 from tests.tiny import save_model
 from tests.training import start

@@ -15,7 +15,7 @@ import yaml
 from engine.cli import parse_run
 from engine.config import RunConfig
 from engine.rehearsal.memory import StageMemory, plan_memory
-from models.registry import describe
+from models.hf_config import describe
 from tests.full_size import CONFIGS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a plan is made where no GPU is visible")

@@ -17,10 +17,10 @@ from engine.checkpointing.checkpoint import step_directory
 from engine.checkpointing.directory import STATE
 from engine.checkpointing.hf_export import open_checkpoint
 from engine.checkpointing.store_reader import StoreReader
-from models.hf_io import SINGLE, HFReader
-from models.registry import check_directory, describe
-from models.resize import BLOCK_ROWS, GrownReader
-from models.sources import VOCABULARY_KEYS, open_reader
+from models.conversion.hf_reader import SINGLE, HFReader
+from models.conversion.resize import BLOCK_ROWS, GrownReader
+from models.hf_config import check_directory, describe
+from models.model_directory import VOCABULARY_KEYS, open_reader
 from tests.test_resume import run
 from tests.tiny import VOCABULARY, Memory, conversations, save_model
 

@@ -19,7 +19,7 @@ from engine.cli import parse_run
 from engine.mesh import world_from_environment
 from engine.prepare import prepare_run
 from engine.train import train
-from models.hf_io import HFReader
+from models.conversion.hf_reader import HFReader
 from tests.tiny import VOCABULARY, conversations, save_model
 
 TIMINGS = ("seconds", "tokens_per_second", "supervised_tokens_per_second", "tflops", "mfu")

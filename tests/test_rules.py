@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from models.hf_io import HFReader, read_shard
-from models.registry import apply_overrides, check_directory, describe
-from models.rules import Rule, Segment
+from models.conversion.hf_reader import HFReader, read_shard
+from models.conversion.rules import Rule, Segment
+from models.hf_config import apply_overrides, check_directory, describe
 from tests.tiny import VOCABULARY, Memory, save_model
 
 LLAMA = {

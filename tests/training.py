@@ -17,10 +17,10 @@ from engine.mesh import Layout, build_mesh, check_layout
 from engine.optim import build_optimizer, update
 from engine.step import run_microbatches, take_router_statistics, to_device, wrap_chunks
 from models.build import build_chunks, load_weights, sharded_tensors, transformer_config
-from models.hf_io import HFReader, read_shard
+from models.conversion.hf_reader import HFReader, read_shard
+from models.hf_config import describe
 from models.layers.packed_documents import zigzag_indices
 from models.layers.router import set_routers
-from models.registry import describe
 from tests.tiny import MemoryIndex
 
 

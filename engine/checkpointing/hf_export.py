@@ -14,13 +14,13 @@ from torch import Tensor
 from engine.checkpointing.directory import HF, STATE, read_manifest
 from engine.checkpointing.store_reader import Scratch, StoreReader, box_of, master_key
 from engine.checkpointing.workers import Advance, Bar, no_bar, run_workers, share_of
-from models.extents import Extent
-from models.hf_io import copy_side_files
-from models.hf_writer import HFWriter
-from models.mxfp4 import Mxfp4Writer, mxfp4_plan
-from models.registry import ModelDescription, apply_overrides, check_directory, describe, read_config
-from models.rules import Index, Part, Rule
-from models.sources import open_reader
+from models.conversion.extents import Extent
+from models.conversion.hf_reader import copy_side_files
+from models.conversion.hf_writer import HFWriter
+from models.conversion.mxfp4 import Mxfp4Writer, mxfp4_plan
+from models.conversion.rules import Index, Part, Rule
+from models.hf_config import ModelDescription, apply_overrides, check_directory, describe, read_config
+from models.model_directory import open_reader
 
 BLOCK_BYTES = 16 * 2**20
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

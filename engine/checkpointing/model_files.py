@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from data.chat import template_of, tokenizer_fingerprint
-from models.hf_io import copy_side_files
-from models.registry import apply_overrides, read_config
+from models.conversion.hf_reader import copy_side_files
+from models.hf_config import apply_overrides, read_config
 
 
 def write_model_files(source: Path, target: Path, *, overrides: dict[str, Any], data: dict[str, Any]) -> None:

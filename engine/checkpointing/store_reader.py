@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from models.extents import Extent
+from models.conversion.extents import Extent
 
 MASTER_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.")
 

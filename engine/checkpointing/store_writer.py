@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from engine.checkpointing.store_reader import row_blocks
 from engine.checkpointing.workers import Advance, Bar, no_bar, run_workers, share_of
-from models.extents import Extent, copy_extents, read_extents
+from models.conversion.extents import Extent, copy_extents, read_extents
 
 # What a writer makes and writes at once. Blocks of malloc above 32 MiB go back to the kernel each time they are
 # freed, and pages that come from there cost more than the copying.

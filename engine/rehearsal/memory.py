@@ -23,8 +23,8 @@ from engine.optim import build_optimizer
 from engine.prepare import check_model, model_config
 from engine.step import wrap_chunks
 from models.build import build_chunks
+from models.hf_config import ModelDescription
 from models.layers.router import set_routers
-from models.registry import ModelDescription
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ Files hold each layer's experts in one tensor, [experts, in, out] in bf16 and [e
 the reader turns round), with the rows of gate and up by turns.
 """
 
-from models.rules import Entry, Family, alternating, stacked
-from models.tables import (
+from models.conversion.rules import Entry, Family, alternating, stacked
+from models.families.common import (
     ATTENTION,
     DENSE_CONSTANTS,
     DENSE_FIELDS,

@@ -1,7 +1,7 @@
 """Llama 3.x: pre-norm RMSNorm, grouped-query attention, SwiGLU, no biases, rope with llama3 scaling."""
 
-from models.rules import Family
-from models.tables import (
+from models.conversion.rules import Family
+from models.families.common import (
     ATTENTION,
     DENSE_CONSTANTS,
     DENSE_FIELDS,

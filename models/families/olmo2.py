@@ -1,7 +1,7 @@
 """OLMo 2: norms after attention and feed-forward, queries and keys normed over the whole projection."""
 
-from models.rules import Family
-from models.tables import (
+from models.conversion.rules import Family
+from models.families.common import (
     DENSE_CONSTANTS,
     DENSE_FIELDS,
     EMBEDDING,

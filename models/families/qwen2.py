@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5 (Math included): pre-norm RMSNorm, biases on q, k and v only, often tied embeddings."""
 
-from models.rules import Family
-from models.tables import (
+from models.conversion.rules import Family
+from models.families.common import (
     ATTENTION,
     DENSE_CONSTANTS,
     DENSE_FIELDS,

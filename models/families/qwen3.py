@@ -1,7 +1,7 @@
 """Qwen3, dense: pre-norm RMSNorm, queries and keys normed head by head, no biases."""
 
-from models.rules import Family
-from models.tables import (
+from models.conversion.rules import Family
+from models.families.common import (
     ATTENTION,
     DENSE_CONSTANTS,
     DENSE_FIELDS,

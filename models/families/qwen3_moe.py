@@ -2,8 +2,8 @@
 
 import operator
 
-from models.rules import Entry, Family, stacked
-from models.tables import (
+from models.conversion.rules import Entry, Family, stacked
+from models.families.common import (
     ATTENTION,
     DENSE_CONSTANTS,
     DENSE_FIELDS,

@@ -61,9 +61,9 @@ def build(
     from engine.checkpointing.checkpoint import sharding_metadata
     from engine.mesh import Layout, build_mesh
     from models.build import build_chunks, load_weights, transformer_config
-    from models.hf_io import HFReader, read_shard
+    from models.conversion.hf_reader import HFReader, read_shard
+    from models.hf_config import describe
     from models.layer_spec import attention_kernel
-    from models.registry import describe
 
     description, layout = describe(folder), Layout()
     mesh = build_mesh(layout)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.hf_writer import HFWriter
-from models.rules import Family, Index, Rule, TensorReader
+from models.conversion.hf_writer import HFWriter
+from models.conversion.rules import Family, Index, Rule, TensorReader
 
 BLOCKS, SCALES = "_blocks", "_scales"
 GROUP = 32

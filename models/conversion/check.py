@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from models.rules import Family, Rule, TensorReader
+from models.conversion.rules import Family, Rule, TensorReader
 
 
 def check_tensors(rules: Iterable[Rule], reader: TensorReader, family: Family, tied: bool) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ Index = tuple[slice, ...]  # of the leading dimensions; those that are left out 
 
 
 class TensorReader(Protocol):
-    """What a rule needs of a directory of tensors; `models.hf_io.HFReader` is one."""
+    """What a rule needs of a directory of tensors; `models.conversion.hf_reader.HFReader` is one."""
 
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...

@@ -15,10 +15,10 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from models.check import check_tensors
+from models.conversion.check import check_tensors
+from models.conversion.mxfp4 import packed_tensors
+from models.conversion.rules import Family, Rule, TensorReader, expand
 from models.families import FAMILIES
-from models.mxfp4 import packed_tensors
-from models.rules import Family, Rule, TensorReader, expand
 
 VOCAB_MULTIPLE = 128  # the same whatever tp is, so that a checkpoint's shapes never depend on the layout
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -151,7 +151,7 @@ def _dims(config: Mapping[str, Any], transformer: Mapping[str, Any]) -> dict[str
 
 
 def check_directory(description: ModelDescription, reader: TensorReader) -> tuple[str, ...]:
-    """Check a directory's tensors against the rules; see `models.check.check_tensors`."""
+    """Check a directory's tensors against the rules; see `models.conversion.check.check_tensors`."""
     return check_tensors(description.rules, reader, family_named(description.family), description.tied)
 
 

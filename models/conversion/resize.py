@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from models.rules import Index, TensorReader
+from models.conversion.rules import Index, TensorReader
 
 BLOCK_ROWS = 1024  # read at a time for a mean
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from models.hf_io import HFReader
-from models.mxfp4 import BLOCKS, Mxfp4Reader, packed_names
-from models.registry import ModelDescription, describe, family_named
-from models.resize import GrownReader
-from models.rules import TensorReader
+from models.conversion.hf_reader import HFReader
+from models.conversion.mxfp4 import BLOCKS, Mxfp4Reader, packed_names
+from models.conversion.resize import GrownReader
+from models.conversion.rules import TensorReader
+from models.hf_config import ModelDescription, describe, family_named
 
 VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
 

@@ -2,7 +2,7 @@
 
 import math
 
-from models.rules import Index, Rule
+from models.conversion.rules import Index, Rule
 
 # (name of a file tensor, or None for zeros; its first element; number of elements)
 Run = tuple[str | None, int, int]

@@ -16,8 +16,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from models.extents import Extent, copy_extents
-from models.hf_io import DTYPES, INDEX, SINGLE, read_index
+from models.conversion.extents import Extent, copy_extents
+from models.conversion.hf_reader import DTYPES, INDEX, SINGLE, read_index
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -1,6 +1,6 @@
 """Rows that several families' tables share: the parts of a transformer with grouped-query attention."""
 
-from models.rules import Entry, by_group, stacked
+from models.conversion.rules import Entry, by_group, stacked
 
 MEGATRON = "decoder.layers.{i}."
 HF = "model.layers.{i}."

@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.rules import Index, TensorReader
+from models.conversion.rules import Index, TensorReader
 
 if TYPE_CHECKING:
-    from models.registry import ModelDescription
+    from models.hf_config import ModelDescription
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
