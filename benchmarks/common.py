@@ -99,7 +99,7 @@ def make_real_data(folder: Path, model: Path, source: Path | None, documents: in
     if source is not None:
         from rich.console import Console
 
-        from data.prepare import PrepareOptions, prepare
+        from data.preparation.prepare import PrepareOptions, prepare
 
         with open(os.devnull, "w") as nowhere:
             options = PrepareOptions(sources=(str(source),), model=str(model), output=folder, num_workers=1)

@@ -24,8 +24,8 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data.formats import to_conversation
-from data.prepare import PrepareOptions, prepare
+from data.preparation.formats import to_conversation
+from data.preparation.prepare import PrepareOptions, prepare
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"

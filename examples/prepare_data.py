@@ -4,7 +4,7 @@ import sys
 
 import tyro
 
-from data.prepare import PrepareOptions, prepare
+from data.preparation.prepare import PrepareOptions, prepare
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import tyro
 from transformers import AutoModelForCausalLM
 
-from data.formats import Fields, RowError, to_conversation
+from data.preparation.formats import Fields, RowError, to_conversation
 from examples.demo.model import train_tokenizer, write_model
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from data.index import DocumentIndex
-from data.prepare import PrepareOptions, prepare
+from data.preparation.prepare import PrepareOptions, prepare
 from tests.chatting import small_tokenizer
 
 ROOT = Path(__file__).parents[1]

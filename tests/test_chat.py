@@ -9,8 +9,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data.chat import ChatEncoder, Document, end_token_ids, load_tokenizer, template_of, tokenizer_fingerprint
-from data.formats import RowError, to_conversation
+from data.preparation.encoder import (
+    ChatEncoder,
+    Document,
+    end_token_ids,
+    load_tokenizer,
+    template_of,
+    tokenizer_fingerprint,
+)
+from data.preparation.formats import RowError, to_conversation
 from tests.chatting import CHATML, SPECIAL, TEMPLATES, WORDS, chat, small_tokenizer, tool_row
 
 TALK = chat(("user", " One? "), ("assistant", " First. \n"), ("user", "Two?"), ("assistant", "Second."))

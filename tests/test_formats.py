@@ -2,8 +2,8 @@
 
 import pytest
 
-from data.formats import Fields, RowError, to_conversation
-from data.prompt import Prompt, load_prompt, total_code_executions
+from data.preparation.formats import Fields, RowError, to_conversation
+from data.preparation.prompt import Prompt, load_prompt, total_code_executions
 from tests.chatting import chat, tool_row
 
 USER, ASSISTANT = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}

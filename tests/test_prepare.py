@@ -10,10 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import data.sources
-from data.chat import tokenizer_fingerprint
-from data.formats import Fields
+import data.preparation.rows
 from data.index import DocumentIndex
+from data.preparation.encoder import tokenizer_fingerprint
+from data.preparation.formats import Fields
 from tests.chatting import chat, small_tokenizer
 from tests.preparing import ROOT, answers, contents, jsonl, rows, run, texts
 
@@ -29,14 +29,14 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(data.sources, "_BYTES", (1000, 1000))
-    monkeypatch.setattr(data.sources, "_ROWS", (7, 7))
+    monkeypatch.setattr(data.preparation.rows, "_BYTES", (1000, 1000))
+    monkeypatch.setattr(data.preparation.rows, "_ROWS", (7, 7))
 
 
 def test_output_is_the_same_for_any_number_of_workers(model, tmp_path, small_chunks):
     source = jsonl(tmp_path / "a.jsonl", [*rows(60), "oops", *rows(40)])
     meta, printed = run(model, tmp_path / "one" / "data", source, num_workers=1, hold_out=5)
-    assert len(list(data.sources.JsonLines("a", source).chunks(None)[0])) > 5
+    assert len(list(data.preparation.rows.JsonLines("a", source).chunks(None)[0])) > 5
     run(model, tmp_path / "three" / "data", source, num_workers=3, hold_out=5)
     one, three = contents(tmp_path / "one"), contents(tmp_path / "three")
     assert one == three

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import data.parts
-import data.prepare
-import data.sources
+import data.preparation.prepare
+import data.preparation.rows
+import data.preparation.workers
 from data.index import DocumentIndex
 from tests.chatting import small_tokenizer
 from tests.preparing import ENVIRONMENT, SCRIPT, contents, jsonl, rows, run
@@ -26,14 +26,14 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(data.sources, "_BYTES", (1000, 1000))
-    monkeypatch.setattr(data.sources, "_ROWS", (7, 7))
+    monkeypatch.setattr(data.preparation.rows, "_BYTES", (1000, 1000))
+    monkeypatch.setattr(data.preparation.rows, "_ROWS", (7, 7))
 
 
 def test_a_failed_run_continues_with_what_is_missing(model, tmp_path, small_chunks, monkeypatch):
     source = jsonl(tmp_path / "a.jsonl", rows(100))
     run(model, tmp_path / "whole", source)
-    save = data.parts._save_part
+    save = data.preparation.workers._save_part
 
     def full_disk(path, *rest):
         if int(path.stem) >= 4:
@@ -41,10 +41,10 @@ def test_a_failed_run_continues_with_what_is_missing(model, tmp_path, small_chun
         save(path, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data.parts, "_save_part", full_disk)
+        patch.setattr(data.preparation.workers, "_save_part", full_disk)
         with pytest.raises(OSError, match="No space left"):
             run(model, tmp_path / "data", source)
-    parts = tmp_path / "data.parts"
+    parts = tmp_path / "data.preparation.workers"
     assert sorted(file.name for file in parts.glob("*.npz")) == [f"{number:06d}.npz" for number in range(4)]
     with pytest.raises(ValueError, match="half-written"):
         DocumentIndex(tmp_path / "data")
@@ -59,7 +59,7 @@ def test_a_killed_run_continues(model, tmp_path):
     source = jsonl(tmp_path / "a.jsonl", rows(15_000))
     command = [*SCRIPT, "--model", str(model), "--sources", str(source), "--output", str(tmp_path / "data")]
     process = subprocess.Popen([*command, "--num-workers", "1"], stdout=subprocess.DEVNULL, env=ENVIRONMENT)
-    parts = tmp_path / "data.parts"
+    parts = tmp_path / "data.preparation.workers"
     while len(list(parts.glob("*.npz"))) < 2 and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -74,7 +74,7 @@ def test_a_killed_run_continues(model, tmp_path):
 
 def test_other_options_start_anew_and_an_output_is_not_replaced(model, tmp_path):
     source = jsonl(tmp_path / "a.jsonl", rows(20))
-    parts = tmp_path / "data.parts"
+    parts = tmp_path / "data.preparation.workers"
     parts.mkdir()
     (parts / "plan.json").write_text('{"digest": "other", "date": "2020-01-01"}')
     (parts / "000000.npz").write_bytes(b"not a part")
@@ -138,10 +138,10 @@ def test_a_template_that_asks_for_the_date_gets_the_day_the_plan_was_made(model,
     template.write_text("{{ strftime_now('%Y-%m-%d') }}" + small_tokenizer().chat_template)
     source = jsonl(tmp_path / "a.jsonl", rows(30))
     with monkeypatch.context() as patch:
-        patch.setattr(data.prepare, "make_parts", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        patch.setattr(data.preparation.prepare, "make_parts", lambda *_: (_ for _ in ()).throw(OSError("killed")))
         with pytest.raises(OSError):
             run(model, tmp_path / "data", source, chat_template=template)
-    plan = tmp_path / "data.parts" / "plan.json"
+    plan = tmp_path / "data.preparation.workers" / "plan.json"
     plan.write_text(json.dumps({**json.loads(plan.read_text()), "date": "2020-02-03T04:05:06"}))
     meta, _ = run(model, tmp_path / "data", source, chat_template=template)
     assert small_tokenizer().decode(DocumentIndex(tmp_path / "data").tokens(29)).startswith("2020-02-03<|im_start|>")

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.prompt import Prompt, load_prompt
-from data.sources import Unreadable, open_source
+from data.preparation.prompt import Prompt, load_prompt
+from data.preparation.rows import Unreadable, open_source
 from examples.evaluation.extraction import last_boxed, stated_answer
 from examples.evaluation.options import EvaluationError, EvaluationOptions, flag
 

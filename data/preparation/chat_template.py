@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jinja2
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from data.formats import RowError
+from data.preparation.formats import RowError
 
 Messages = list[dict[str, Any]]
 _MARK = 0xF0000  # message i is marked with the character _MARK + i (Supplementary Private Use Area-A)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
-from data.formats import RowError
+from data.preparation.formats import RowError
 
 # What an expression may call beside methods of its values.
 FUNCTIONS: dict[str, Any] = {

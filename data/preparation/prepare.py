@@ -11,14 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as PrintedTable
 
-from data.chat import ChatEncoder, load_tokenizer, tokenizer_fingerprint
-from data.formats import Fields
 from data.index import token_dtype
-from data.output import check_output
-from data.parts import HoldOut, Job, join_parts, make_parts, write_whole
-from data.prompt import load_prompt
-from data.sources import JsonLines, Table, open_source
-from data.where import Where
+from data.preparation.encoder import ChatEncoder, load_tokenizer, tokenizer_fingerprint
+from data.preparation.formats import Fields
+from data.preparation.output import check_output
+from data.preparation.prompt import load_prompt
+from data.preparation.rows import JsonLines, Table, open_source
+from data.preparation.where import Where
+from data.preparation.workers import HoldOut, Job, join_parts, make_parts, write_whole
 
 FORMAT = 1  # rises when the same rows would give other documents, so that no old parts are continued
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from data.formats import Conversation, RowError
-from data.template import ChatTemplate
-from data.turns import Turn, TurnFinder
+from data.preparation.chat_template import ChatTemplate
+from data.preparation.formats import Conversation, RowError
+from data.preparation.turns import Turn, TurnFinder
 
 BATCH_CHARACTERS = 1 << 19  # an encoding takes about a hundred bytes for each token
 

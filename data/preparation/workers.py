@@ -21,12 +21,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from data.chat import ChatEncoder, Document
-from data.formats import Fields, RowError, to_conversation
 from data.index import IndexWriter
-from data.prompt import Prompt
-from data.sources import JsonLines, Table, Unreadable
-from data.where import Where
+from data.preparation.encoder import ChatEncoder, Document
+from data.preparation.formats import Fields, RowError, to_conversation
+from data.preparation.prompt import Prompt
+from data.preparation.rows import JsonLines, Table, Unreadable
+from data.preparation.where import Where
 
 COUNTS = ("filtered", "open_turns", "rewritten_turns", "straddling_tokens")
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from data.prompt import Prompt
+from data.preparation.prompt import Prompt
 
 _CHOICE = "with --fields.question and --fields.answer"
 ROLES = ("system", "developer", "user", "assistant", "tool")
