@@ -1,7 +1,7 @@
 """What lets megatron-core 0.16.1 train without CUDA, over gloo.
 
 The only file of Lathe that replaces anything of torch or megatron-core, and it does nothing where CUDA
-is present. `tests/test_host.py` holds the contract: it fails when megatron-core moves what is leaned on.
+is present. `tests/engine/test_host.py` holds the contract: it fails when megatron-core moves what is leaned on.
 """
 
 from __future__ import annotations

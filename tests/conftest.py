@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-from tests.world import Pool
+from tests.support.world import Pool
 
 
 @pytest.fixture(scope="session")

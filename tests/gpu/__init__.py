@@ -85,7 +85,7 @@ def train(folder: Path, backend: str, precision: str, index, steps: int, optim, 
     """Trains; returns losses, norms, the first step's gradients on the host and bytes held after each step."""
     from engine.optim import build_optimizer, update
     from engine.step import run_microbatches, wrap_chunks
-    from tests.training import full_gradients, make_loader
+    from tests.support.training import full_gradients, make_loader
 
     losses, norms, held, gradients = [], [], [], None
     with one_rank():
@@ -109,7 +109,7 @@ def train(folder: Path, backend: str, precision: str, index, steps: int, optim, 
 def first_batches(part: SimpleNamespace, index, options=None) -> list[tuple[Any, Any]]:
     """(microbatch, the same on the device) of the first step."""
     from engine.step import to_device
-    from tests.training import make_loader
+    from tests.support.training import make_loader
 
     microbatches = make_loader(index, part.mesh, OPTIONS | (options or {})).next_step()
     experts = part.chunks[0].config.num_moe_experts is not None
@@ -133,8 +133,8 @@ def logits(part: SimpleNamespace, index, options=None) -> dict[int, np.ndarray]:
 
 def reference(folder: Path, index, steps: int, optim, options=None) -> SimpleNamespace:
     """What the plain model does on the host in fp32, one conversation at a time, in the same order."""
-    from tests import tiny
-    from tests.training import step_batches
+    from tests.support import tiny
+    from tests.support.training import step_batches
 
     return tiny.reference(folder, index, step_batches(index, steps, OPTIONS | (options or {})), optim)
 
@@ -144,7 +144,7 @@ def curve_data():
 
     The other three are drawn, so that no loss comes near zero, where relative differences would mean nothing.
     """
-    from tests.tiny import VOCABULARY, conversations
+    from tests.support.tiny import VOCABULARY, conversations
 
     index, random = conversations(450), np.random.default_rng(0)
     follower = random.permutation(VOCABULARY)
@@ -162,7 +162,7 @@ def curve_reference(folder: Path, steps: int, optim) -> SimpleNamespace:
 
 def worst_gradient(found: SimpleNamespace, wanted: SimpleNamespace) -> tuple[float, str]:
     """The largest relative L2 distance of a gradient, and whose it is."""
-    from tests.training import relative
+    from tests.support.training import relative
 
     assert found.gradients.keys() == wanted.gradients.keys()
     return max((relative(found.gradients[name], wanted.gradients[name]), name) for name in wanted.gradients)
@@ -170,8 +170,8 @@ def worst_gradient(found: SimpleNamespace, wanted: SimpleNamespace) -> tuple[flo
 
 def check_isolation(part: SimpleNamespace, tolerance: float = 0.0) -> None:
     """Changes every token of one document: its own logits move, no other's do by more than `tolerance`."""
-    from tests.test_isolation import CHANGED, other_document
-    from tests.tiny import conversations
+    from tests.engine.test_isolation import CHANGED, other_document
+    from tests.support.tiny import conversations
 
     index, options = conversations(16), {"global_batch_size": 16}
     before, after = logits(part, index, options), logits(part, other_document(index, CHANGED), options)
@@ -184,7 +184,7 @@ def check_isolation(part: SimpleNamespace, tolerance: float = 0.0) -> None:
 def make_inputs(folder: Path) -> Path:
     """A model and a data directory on disk, for runs of the training script."""
     from data.index import write_index
-    from tests.tiny import VOCABULARY, conversations, save_model
+    from tests.support.tiny import VOCABULARY, conversations, save_model
 
     save_model("qwen2_untied", folder / "model", layers=2, **SHAPE)
     write_index(folder / "data", conversations(23, 1).documents, vocab_size=VOCABULARY)
@@ -209,7 +209,7 @@ def pretrain(inputs: Path, output: Path, *flags: str, on_host: bool = False) -> 
 
 def resume(inputs: Path, whole: Path, cut: Path, *flags: str, on_host: bool = False) -> list[dict]:
     """Makes `cut` a run that was killed after step 3 of `whole`, continues it, and returns its lines."""
-    from tests.test_resume import interrupt
+    from tests.engine.checkpointing.test_resume import interrupt
 
     interrupt(whole, cut, 3)
     return pretrain(inputs, cut, *flags, on_host=on_host)

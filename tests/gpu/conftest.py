@@ -10,7 +10,7 @@ from tests import gpu
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Model directories by name, made when first asked for."""
-    from tests.tiny import save_model
+    from tests.support.tiny import save_model
 
     made = {}
 

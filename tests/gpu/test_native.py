@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import gpu
-from tests.tiny import EXPERTS, MODELS
+from tests.support.tiny import EXPERTS, MODELS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpu.NO_GPU, reason="no CUDA device is visible")]
 
@@ -32,7 +32,7 @@ def optim(**changes):
 
 def check_exact(folder, options: dict, **settings) -> None:
     """Four steps in fp32 against the plain model on the host: losses, norms and every gradient to 1e-4."""
-    from tests.tiny import conversations
+    from tests.support.tiny import conversations
 
     # At higher rates Adam's first steps, by gradients' signs, make a ten-thousandth of nothing.
     index, slow = conversations(30), optim(lr=2e-4)
@@ -88,7 +88,7 @@ def test_other_documents_hardly_notice_with_experts(folders, name):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["qwen2_tied", "gpt_oss"])
 def test_memory_does_not_grow_over_steps(folders, name, precision):
-    from tests.tiny import conversations
+    from tests.support.tiny import conversations
 
     # Equal lengths and a batch of whole bins: every step holds the same.
     index = conversations(64, longest=44)
@@ -100,7 +100,7 @@ def test_memory_does_not_grow_over_steps(folders, name, precision):
 
 @pytest.mark.parametrize("name", ["qwen2_untied", "olmo3"])
 def test_dense_layers_never_wait_for_the_device(folders, name):
-    from tests.tiny import conversations
+    from tests.support.tiny import conversations
 
     with gpu.one_rank():
         part = gpu.build(folders(name), "native", "bf16")

@@ -1,0 +1,170 @@
+"""Preparing that is stopped continues, and the script says in one sentence what is wrong."""
+
+import json
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+import data.preparation.prepare
+import data.preparation.rows
+import data.preparation.workers
+from data.index import DocumentIndex
+from tests.support.chatting import small_tokenizer
+from tests.support.preparing import ENVIRONMENT, SCRIPT, contents, jsonl, rows, run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    small_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(data.preparation.rows, "_BYTES", (1000, 1000))
+    monkeypatch.setattr(data.preparation.rows, "_ROWS", (7, 7))
+
+
+def test_a_failed_run_continues_with_what_is_missing(model, tmp_path, small_chunks, monkeypatch):
+    source = jsonl(tmp_path / "a.jsonl", rows(100))
+    run(model, tmp_path / "whole", source)
+    save = data.preparation.workers._save_part
+
+    def full_disk(path, *rest):
+        if int(path.stem) >= 4:
+            raise OSError(28, "No space left on device")
+        save(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.preparation.workers, "_save_part", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            run(model, tmp_path / "data", source)
+    parts = tmp_path / "data.parts"
+    assert sorted(file.name for file in parts.glob("*.npz")) == [f"{number:06d}.npz" for number in range(4)]
+    with pytest.raises(ValueError, match="half-written"):
+        DocumentIndex(tmp_path / "data")
+    (parts / "000001.npz").unlink()
+    _, printed = run(model, tmp_path / "data", source)
+    assert re.search(r"continuing: \d+ of \d+ chunks", printed)
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+    assert not parts.exists()
+
+
+def test_a_killed_run_continues(model, tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", rows(15_000))
+    command = [*SCRIPT, "--model", str(model), "--sources", str(source), "--output", str(tmp_path / "data")]
+    process = subprocess.Popen([*command, "--num-workers", "1"], stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+    parts = tmp_path / "data.parts"
+    while len(list(parts.glob("*.npz"))) < 2 and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert parts.exists() and not (tmp_path / "data").exists()
+    meta, printed = run(model, tmp_path / "data", source)
+    assert meta["documents"] == 15_000
+    assert "continuing: " in printed
+    run(model, tmp_path / "whole", source, num_workers=1)
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
+def test_other_options_start_anew_and_an_output_is_not_replaced(model, tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", rows(20))
+    parts = tmp_path / "data.parts"
+    parts.mkdir()
+    (parts / "plan.json").write_text('{"digest": "other", "date": "2020-01-01"}')
+    (parts / "000000.npz").write_bytes(b"not a part")
+    _, printed = run(model, tmp_path / "data", source)
+    assert "starting anew" in printed
+    first = contents(tmp_path / "data")
+    _, printed = run(model, tmp_path / "data", source)
+    assert "is there already" in printed
+    with pytest.raises(ValueError, match="choose another, or replace it with --overwrite"):
+        run(model, tmp_path / "data", source, limit=3)
+    assert contents(tmp_path / "data") == first
+    run(model, tmp_path / "data", source, limit=3, overwrite=True)
+    assert len(DocumentIndex(tmp_path / "data")) == 3
+
+
+@pytest.mark.parametrize("kind", ["run", "sources", "file in data", "data file", "link", "parts", "partial"])
+def test_nothing_is_removed_that_preparing_did_not_make(model, tmp_path, kind):
+    rows_of = jsonl(tmp_path / "a.jsonl", rows(5))
+    output = tmp_path / "out"
+    if kind == "run":
+        (output / "checkpoints" / "step_000001").mkdir(parents=True)
+        (output / "config.yaml").write_text("seed: 1\n")
+    elif kind == "sources":
+        output.mkdir()
+        jsonl(output / "rows.jsonl", rows(3))
+    elif kind == "data file":
+        output.write_text("notes")
+    elif kind in ("parts", "partial"):
+        (tmp_path / f"out.{kind}").mkdir()
+        (tmp_path / f"out.{kind}" / "notes.txt").write_text("mine")
+    else:
+        run(model, tmp_path / "real", rows_of)
+        if kind == "link":
+            output.symlink_to(tmp_path / "real")
+        else:
+            (tmp_path / "real").rename(output)
+            (output / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="was not made by prepare_data"):
+        run(model, output, rows_of, overwrite=True)
+    assert contents(tmp_path) == before and output.is_symlink() == (kind == "link")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_that_holds_or_is_a_source_or_a_model_is_refused(model, tmp_path, overwrite):
+    (tmp_path / "folder").mkdir()
+    source = jsonl(tmp_path / "folder" / "a.jsonl", rows(5))
+    before = contents(tmp_path) | contents(model)
+    outputs = (tmp_path / "folder", tmp_path, source, model, model.parent)
+    for output in outputs:
+        with pytest.raises(ValueError, match="which the data is made from"):
+            run(model, output, source, overwrite=overwrite)
+    assert contents(tmp_path) | contents(model) == before
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    with pytest.raises(ValueError, match="which the data is made from"):
+        run(model, tmp_path / "folder", tmp_path / "link" / "a.jsonl", overwrite=overwrite)
+
+
+def test_a_template_that_asks_for_the_date_gets_the_day_the_plan_was_made(model, tmp_path, small_chunks, monkeypatch):
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%Y-%m-%d') }}" + small_tokenizer().chat_template)
+    source = jsonl(tmp_path / "a.jsonl", rows(30))
+    with monkeypatch.context() as patch:
+        patch.setattr(data.preparation.prepare, "make_parts", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        with pytest.raises(OSError):
+            run(model, tmp_path / "data", source, chat_template=template)
+    plan = tmp_path / "data.parts" / "plan.json"
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "date": "2020-02-03T04:05:06"}))
+    meta, _ = run(model, tmp_path / "data", source, chat_template=template)
+    assert small_tokenizer().decode(DocumentIndex(tmp_path / "data").tokens(29)).startswith("2020-02-03<|im_start|>")
+    assert meta["date"] == "2020-02-03T04:05:06"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sources", "missing.jsonl"], "error: --sources missing.jsonl: there is no such file"),
+        (["--sources", "{a}", "--num-workrs", "2"], "--num-workers"),
+        (
+            ["--sources", "{a}", "--prompt", "missing.txt"],
+            "error: --prompt missing.txt: there is no such file",
+        ),
+        (["--sources", "{a}", "--hold-out-fraction", "2"], "--hold-out-fraction must be in"),
+    ],
+)
+def test_script_says_what_is_wrong_in_one_sentence(model, tmp_path, options, message):
+    source = jsonl(tmp_path / "a.jsonl", rows(3))
+    command = [*SCRIPT, "--model", str(model), "--output", str(tmp_path / "data")]
+    command += [option.format(a=source) for option in options]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "data").exists()

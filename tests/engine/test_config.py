@@ -1,0 +1,251 @@
+"""Values, layouts, recipes and flags: every mistake is one sentence that names the mend."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from engine.cli import _REASONS, check_mcore, parse_run
+from engine.config import OptimConfig, RunConfig, check_values
+from engine.mesh import Layout, check_layout, check_sequence
+from engine.optim import learning_rate
+from engine.prepare import check_experts
+from models.hf_config import describe
+from models.layer_spec import choose_backend
+from tests.support.tiny import MODELS, save_model
+
+
+@pytest.fixture(scope="module")
+def description(tmp_path_factory):
+    """8 heads, 4 key-value heads, 4 layers, feed-forward 96, vocabulary 131 padded to 256."""
+    return describe(save_model("llama", tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """4 layers of 8 experts of feed-forward size 64."""
+    return describe(save_model("gpt_oss", tmp_path_factory.mktemp("experts")))
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "sentence"),
+    [
+        (Layout(tp=2, cp=2), 6, "6 ranks cannot be split as tp 2 x cp 2 x pp 1 = 4 ranks per model replica"),
+        (Layout(tp=2, cp=2), 6, "start 4 or 8 ranks"),
+        (Layout(tp=2, pp=2), 2, "start 4 ranks"),
+        (
+            Layout(tp=8),
+            8,
+            "the key-value heads (4) in tp 8 x cp 1 x pp 1 x dp 1 = 8 ranks; the nearest smaller choice is 4",
+        ),
+        (
+            Layout(tp=3),
+            3,
+            "--tp 3 does not divide the attention heads (8) in tp 3 x cp 1 x pp 1 x dp 1 = 3 ranks; the nearest",
+        ),
+        (
+            Layout(pp=3),
+            3,
+            "--pp 3 does not divide the layers (4) in tp 1 x cp 1 x pp 3 x dp 1 = 3 ranks",
+        ),
+        (Layout(pp=2, vpp=3), 2, "--vpp 3 does not divide the layers of a pipeline stage at --pp 2 (2)"),
+        (Layout(vpp=2), 1, "--vpp 2 interleaves pipeline stages and needs --pp of at least 2"),
+        (Layout(ep=2), 2, "this model has no experts"),
+        (Layout(sp=True), 1, "--sp on splits the sequence over tensor-parallel ranks"),
+        (Layout(tp=0), 1, "--tp 0 must be at least 1"),
+    ],
+)
+def test_layout_is_refused(description, layout, ranks, sentence):
+    with pytest.raises(ValueError) as caught:
+        check_layout(layout, ranks, description)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "sentence"),
+    [
+        (Layout(ep=3), 3, "--ep 3 does not divide the experts (8)"),
+        (Layout(etp=5), 5, "--etp 5 does not divide the experts' feed-forward size (64)"),
+        (Layout(ep=4), 2, "2 ranks cannot be split as ep 4 x etp 1 x pp 1 = 4 ranks for the experts"),
+        (Layout(tp=2), 2, "--tp 2 with experts needs sequence parallelism"),
+        (Layout(pp=2, stages=(1, 2)), 2, "--pp-layout 1,2 adds up to 3 layers and the model has 4"),
+        (Layout(pp=2, stages=(1, 2, 1)), 2, "--pp-layout 1,2,1 has 3 stages and --pp 2 x --vpp 1 make 2"),
+        (Layout(pp=2, stages=(4, 0)), 2, "each stage takes at least one"),
+    ],
+)
+def test_layout_of_experts_and_stages_is_refused(experts, layout, ranks, sentence):
+    with pytest.raises(ValueError) as caught:
+        check_layout(layout, ranks, experts)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--pp-layout", "3;4"], "--pp-layout 3;4: give layers per stage, separated by commas"),
+        (["--moe.aux-loss", "-1"], "--moe.aux-loss -1.0 must be a number of 0 or more"),
+    ],
+)
+def test_flags_of_experts_and_stages_are_checked(flags, sentence):
+    with pytest.raises(ValueError) as caught:
+        check_values(parse_run(["--model", "M", "--data", "D", *flags]))
+    assert sentence in str(caught.value)
+
+
+def test_flags_of_experts_need_experts(description, experts):
+    config = parse_run(["--moe.aux-loss", "0.1", "--moe.dispatcher", "allgather"])
+    check_experts(config, experts, None)
+    with pytest.raises(ValueError, match="--moe.aux-loss, --moe.dispatcher: this model has no experts"):
+        check_experts(config, description, None)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "olmo3", "qwen3_moe"])
+def test_backends_that_were_not_tried_are_not_chosen(tmp_path, name):
+    found = describe(save_model(name, tmp_path / name))
+    assert choose_backend("auto", cuda=False, precision="bf16", description=found) == ("native", "no GPU is visible")
+    with pytest.raises(ValueError, match="--backend te cannot run here because no GPU is visible"):
+        choose_backend("te", cuda=False, precision="bf16", description=found)
+    with pytest.raises(ValueError, match="--precision fp8 needs --backend te"):
+        choose_backend("auto", cuda=False, precision="fp8", description=found)
+
+
+def test_layouts_that_fit_pass(description):
+    for layout, ranks in ((Layout(), 3), (Layout(tp=4, sp=True), 8), (Layout(pp=2, vpp=2, cp=3), 6)):
+        check_layout(layout, ranks, description)
+
+
+@pytest.mark.parametrize(
+    ("layout", "seq_len", "pad", "sentence"),
+    [
+        (Layout(cp=2), 96, 2, "start with --pad-documents-to 4"),
+        (Layout(cp=2), 98, 4, "the nearest choices are 96 and 100"),
+        (Layout(tp=4, sp=True), 98, 2, "the nearest choices are 96 and 100"),
+    ],
+)
+def test_sequence_is_refused(layout, seq_len, pad, sentence):
+    with pytest.raises(ValueError) as caught:
+        check_sequence(layout, seq_len, pad)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"seq_len": 0}, "--seq-len 0 must be above 0"),
+        ({"steps": 3, "epochs": 1.0}, "--steps and --epochs both set"),
+        ({"model": "m"}, "--data is missing"),
+        ({"data": ("d",)}, "--model is missing"),
+        ({"optim": OptimConfig(beta2=1.0)}, "--optim.beta2 1.0 must lie in [0, 1)"),
+        ({"optim": OptimConfig(schedule="wsd")}, "--optim.decay-steps"),
+        ({"valid_every": 5}, "--valid-every 5 needs held-out data"),
+        ({"optim": OptimConfig(lr=float("nan"))}, "--optim.lr nan must be a number"),
+        ({"optim": OptimConfig(lr=-1.0)}, "--optim.lr -1.0 must be a number of 0 or more"),
+    ],
+)
+def test_value_is_refused(changes, sentence):
+    with pytest.raises(ValueError) as caught:
+        check_values(replace(RunConfig(), **changes))
+    assert sentence in str(caught.value)
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_later_wins(tmp_path):
+    base = write(tmp_path / "base.yaml", "seq-len: 1024\noptim:\n  lr: 2e-5\n  schedule: linear\n")
+    above = write(
+        tmp_path / "run.yaml",
+        "base: base.yaml\ntp: 2\nsp: off\noptim: {lr: 1e-4}\nmcore: {num_layers_at_start_in_bf16: 2}\n",
+    )
+    config = parse_run([above, "--seq-len", "2048", "--mcore.fp8-margin=1"])
+    assert (config.seq_len, config.tp, config.sp, config.optim.lr) == (2048, 2, "off", 1e-4)
+    assert config.optim.schedule == "linear"
+    assert config.mcore == {"num_layers_at_start_in_bf16": 2, "fp8_margin": 1}
+    assert parse_run([base]).optim.lr == 2e-5
+    assert parse_run(["--checkpoint.no-resume"]).checkpoint.resume is False
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("seq_length: 3", "unknown recipe key seq_length; the nearest is seq_len"),
+        ("optim: {learning_rate: 3}", "unknown recipe key optim.learning_rate"),
+        ("optim: 3", "recipe key optim takes keys of its own"),
+        ("tp: two", "recipe key tp is 'two', which is no int"),
+        ("tp: 1.5", "recipe key tp is 1.5, which is no int"),
+        ("batch_unit: bins", "choose one of sequences, conversations"),
+        ("mcore: {hiden_size: 3}", "unknown flag mcore.hiden_size; the nearest is mcore.hidden_size"),
+        ("- 3", "must hold keys and values"),
+        ("a: [", "is not YAML"),
+        ("valid:", "recipe key valid has no value"),
+        ("mcore: {bf16: true}", "--mcore.bf16 is set by Lathe's own flags"),
+        ("mcore: {layernorm_epsilon: 1e-6}", "--mcore.layernorm_epsilon belongs to the model"),
+    ],
+)
+def test_recipe_is_refused(tmp_path, text, sentence):
+    with pytest.raises(ValueError) as caught:
+        parse_run([write(tmp_path / "bad.yaml", text)])
+    assert sentence in str(caught.value)
+
+
+def test_unknown_flag_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_run(["--seq-length", "3"])
+    assert caught.value.code != 0
+    assert "--seq-len" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"unknown flag mcore.hiden_size; the nearest is mcore.hidden_size"):
+        parse_run(["--mcore.hiden-size=3"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_flag_changes_what_the_description_of_a_model_sets(name):
+    for field in describe(MODELS[name]).transformer:
+        with pytest.raises(ValueError, match=rf"^--mcore\.{field} (belongs to the model|is set by|is nothing that)"):
+            check_mcore(field, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "sentence"),
+    [
+        ("activation_func", "belongs to the model, whose config.json sets it"),
+        ("moe_shared_expert_gate", "belongs to the model, whose config.json sets it"),
+        ("mtp_num_layers", "belongs to the model, whose config.json sets it"),
+        ("softmax_scale", "belongs to the model, whose config.json sets it"),
+        ("moe_expert_capacity_factor", "is nothing that Lathe's layers do"),
+        ("moe_input_jitter_eps", "is nothing that Lathe's layers do"),
+        ("grad_scale_func", "is set by Lathe's own flags"),
+        ("moe_token_dispatcher_type", "is given as --moe.dispatcher"),
+        ("moe_aux_loss_coeff", "is given as --moe.aux-loss"),
+    ],
+)
+def test_a_field_that_is_not_to_be_given_is_refused_with_its_reason(field, sentence):
+    with pytest.raises(ValueError, match=f"^--mcore.{field} {sentence}"):
+        parse_run([f"--mcore.{field.replace('_', '-')}=1"])
+
+
+def test_what_mcore_refuses_are_fields_of_megatron_core_and_hold_every_number_with_a_fraction():
+    known = {field.name: str(field.type) for field in fields(TransformerConfig)}
+    refused = {name for pattern in _REASONS for name in fnmatch.filter(known, pattern)}
+    assert [pattern for pattern in _REASONS if not fnmatch.filter(known, pattern)] == []
+    # PyYAML reads 1e-6 as text: a field of floats that could be given would need a conversion.
+    assert [name for name, kind in known.items() if "float" in kind and name not in refused] == []
+    assert not refused & {"moe_router_dtype", "recompute_modules", "fp8_margin", "cp_comm_type"}
+
+
+def test_schedules():
+    optim = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=4, warmup_init=0.2, schedule="cosine")
+    rates = [learning_rate(optim, step, 12) for step in range(1, 13)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[8] == pytest.approx(0.55)  # half-way down
+    assert rates == sorted(rates[:5]) + sorted(rates[5:], reverse=True)
+    linear = replace(optim, schedule="linear", warmup_steps=0)
+    assert [learning_rate(linear, step, 9) for step in (1, 5, 10)] == pytest.approx([1.0, 0.6, 0.1])
+    wsd = replace(optim, schedule="wsd", warmup_steps=0, decay_steps=4)
+    assert [learning_rate(wsd, step, 10) for step in (1, 7, 9)] == pytest.approx([1.0, 1.0, 0.55])
+    assert learning_rate(replace(optim, schedule="constant"), 12, 12) == 1.0

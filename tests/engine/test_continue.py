@@ -1,0 +1,145 @@
+"""What a second start may change, what it is refused, and what a run that stops leaves behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.index import DocumentIndex, write_index
+from engine import train as training
+from engine.checkpointing.checkpoint import find_latest, set_aside, step_directory
+from engine.cli import parse_run
+from engine.optim import Update, update
+from engine.prepare import prepare_run
+from tests.engine.checkpointing.test_resume import metrics
+from tests.engine.test_failures import arguments, outcome, refusal
+from tests.support.tiny import VOCABULARY, conversations, save_model
+
+SAVE = ("--checkpoint.every", "1")
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    save_model("qwen2_untied", tmp_path / "model", layers=2)
+    write_index(tmp_path / "data", conversations(10).documents, vocab_size=VOCABULARY)
+    return tmp_path
+
+
+def second(inputs: Path, output: Path, *extra: str) -> str:
+    """The sentence that refuses to continue the run in `output`."""
+    with pytest.raises(ValueError) as caught:
+        prepare_run(parse_run(arguments(inputs, output, *extra)), world_size=1, cuda=False)
+    return str(caught.value)
+
+
+def test_a_run_continues_from_itself_alone(pool, inputs):
+    """Weights, config and tokenizer of a resumed run come from its checkpoint; what differs is refused."""
+    output = inputs / "run"
+    assert pool.run(outcome, 1, arguments(inputs, output)) == [""]
+    assert "--steps 2: the run in" in second(inputs, output)
+    sentence = second(inputs, output, "--steps", "3", "--override.rope-theta", "5000")
+    assert "differs from the model of the run" in sentence and "rope" in sentence
+    shutil.rmtree(inputs / "model")
+    assert pool.run(outcome, 1, arguments(inputs, output, "--steps", "3")) == [""]
+    assert find_latest(output).step == 3
+
+
+def test_a_new_start_sets_old_checkpoints_aside(pool, inputs):
+    """And their exports, also when one of these is the model that it starts from."""
+    output = inputs / "run"
+    export = (*SAVE, "--checkpoint.export-hf")
+    assert pool.run(outcome, 1, arguments(inputs, output, *export, "--steps", "3")) == [""]
+    (output / "hf" / "step_000004.tmp").mkdir()
+    model = ("--model", str(output / "hf" / "step_000003"))
+    anew = arguments(
+        inputs, output, *export, "--steps", "1", "--checkpoint.no-resume", "--checkpoint.keep", "1", *model
+    )
+    assert pool.run(outcome, 1, anew) == [""]
+    assert find_latest(output).step == 1
+    assert [path.name for path in (output / "checkpoints").glob("step_*")] == ["step_000001"]
+    assert (output / "checkpoints.1" / "step_000003" / "lathe.json").exists()
+    assert [path.name for path in (output / "hf").iterdir()] == ["step_000001"]
+    aside = sorted((output / "hf.1").iterdir())
+    assert [path.name for path in aside] == ["step_000001", "step_000002", "step_000003"]
+    again = output / "checkpoints" / "step_000001" / "hf" / "config.json"
+    assert again.read_bytes() == (aside[2] / "config.json").read_bytes()
+    assert [line["step"] for line in metrics(output)] == [1]
+
+
+def test_what_was_set_aside_before_is_kept(tmp_path):
+    """One number for both; a run without exports, or without checkpoints, moves what there is."""
+    assert set_aside(tmp_path) == []
+    for name in ("checkpoints", "hf", "hf.1"):
+        (tmp_path / name / "step_000001").mkdir(parents=True)
+    assert set_aside(tmp_path) == [tmp_path / "checkpoints.2", tmp_path / "hf.2"]
+    (tmp_path / "hf").mkdir()
+    assert set_aside(tmp_path) == [tmp_path / "hf.3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints.2", "hf.1", "hf.2", "hf.3"]
+
+
+def stop_at_second_step(arguments: list[str]) -> str:
+    """Trains with a gradient that is not finite from the second step on."""
+    calls: list[int] = []
+
+    def poisoned(optimizer, **options):
+        calls.append(1)
+        return update(optimizer, **options) if len(calls) == 1 else Update(float("nan"), applied=False)
+
+    training.update = poisoned
+    try:
+        return outcome(arguments)
+    finally:
+        training.update = update
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_bad_gradient_names_all_samples_and_saves_the_step_before(pool, inputs, ranks):
+    whole, output = inputs / "whole", inputs / "run"
+    assert pool.run(outcome, ranks, arguments(inputs, whole, "--steps", "2")) == [""] * ranks
+    found = pool.run(stop_at_second_step, ranks, arguments(inputs, output, "--steps", "2"))
+    assert len(set(found)) == 1
+    assert found[0].startswith("FloatingPointError: step 2: the gradient's norm is nan, the update was not made")
+    assert found[0].count(f"{inputs / 'data'}:") == 4  # the whole batch, whichever rank it was on
+    assert find_latest(output).step == 1
+    assert pool.run(outcome, ranks, arguments(inputs, output, "--steps", "2")) == [""] * ranks
+    assert metrics(output) == metrics(whole)
+
+
+def test_data_that_does_not_belong(inputs, tmp_path):
+    write_index(tmp_path / "large", conversations(4).documents, vocab_size=VOCABULARY + 1)
+    meta = {"vocab_size": VOCABULARY + 1}
+    path = tmp_path / "large" / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | meta))
+    sentence = refusal(inputs, tmp_path / "run", "--data", str(tmp_path / "large"))
+    assert "a vocabulary of 132 tokens and the model has 131" in sentence
+    for name, template in (("one", "a"), ("two", "b")):
+        meta = {"chat_template": template}
+        write_index(tmp_path / name, conversations(4).documents, vocab_size=VOCABULARY, meta=meta)
+    sentence = refusal(inputs, tmp_path / "run", "--data", str(tmp_path / "one"), str(tmp_path / "two"))
+    assert "different chat templates" in sentence
+    (tmp_path / "one" / "meta.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"one: meta.json is damaged"):
+        DocumentIndex(tmp_path / "one")
+
+
+def test_wandb_that_is_missing_is_said_before_anything_starts(inputs, tmp_path):
+    assert "--log.wandb needs Weights & Biases" in refusal(inputs, tmp_path / "run", "--log.wandb")
+
+
+def test_a_checkpoint_as_base_model_brings_its_master_weights(pool, inputs):
+    first = inputs / "first"
+    bf16 = arguments(inputs, first, "--precision", "bf16", "--optim.schedule", "constant", "--steps", "1")
+    assert pool.run(outcome, 1, bf16) == [""]
+    again = [*arguments(inputs, inputs / "second"), "--model", str(step_directory(first, 1)), "--optim.lr", "0"]
+    assert pool.run(outcome, 1, [*again, "--steps", "1"]) == [""]
+    from engine.checkpointing.store_reader import StoreReader
+
+    stores = [StoreReader(step_directory(inputs / name, 1) / "state") for name in ("first", "second")]
+    for key in ("decoder.final_layernorm.weight", "decoder.layers.1.mlp.linear_fc1.weight"):
+        master = stores[0].read(f"optimizer.state.param.{key}")
+        assert torch.equal(stores[1].read(key), master)
+        assert not torch.equal(stores[0].read(key).float(), master)

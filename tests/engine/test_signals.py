@@ -1,0 +1,173 @@
+"""A run that has to stop before its end saves first, and continues as if it had not stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.checkpointing.checkpoint import find_latest
+from engine.signals import StopRequest, deadline, shielded
+from engine.train import Trainer
+from tests.engine.checkpointing.test_resume import metrics, run
+from tests.support.tiny import save_model, write_documents
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_model("qwen2_tied", folder / "model", layers=2)
+    write_documents(folder / "data", 14)
+    return folder
+
+
+def arguments(inputs: Path, output: Path, *extra: str) -> list[str]:
+    fixed = ["--model", inputs / "model", "--data", inputs / "data", "--output", output, "--precision", "fp32"]
+    return [*map(str, fixed), "--seq-len", "96", "--global-batch-size", "4", "--optim.lr", "1e-2", *extra]
+
+
+def run_with_a_signal(arguments: list[str], at_step: int, number: int, environment: dict[str, str]) -> None:
+    """Trains; the second rank receives a signal within a step."""
+    step = Trainer.train_step
+
+    def signalled(trainer: Trainer):
+        if trainer.step + 1 == at_step and trainer.mesh.rank == 1:
+            os.kill(os.getpid(), number)
+        return step(trainer)
+
+    Trainer.train_step = signalled
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test run in the background may ignore
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        run(arguments, environment)
+    finally:
+        Trainer.train_step = step
+        for name in environment:
+            del os.environ[name]
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+@pytest.mark.parametrize("layout", ["", "--tp 2", "--pp 2"])
+def test_a_signal_to_any_rank_saves_and_stops_all(pool, inputs, tmp_path, layout):
+    extra = ("--steps", "6", *layout.split())
+    pool.run(run, 2, arguments(inputs, tmp_path / "whole", *extra))
+    stopped = arguments(inputs, tmp_path / "cut", *extra)
+    pool.run(run_with_a_signal, 2, stopped, 3, signal.SIGTERM, {})
+    assert find_latest(tmp_path / "cut").step == 3
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")[:3]
+    pool.run(run_with_a_signal, 2, stopped, 5, signal.SIGINT, {})
+    assert find_latest(tmp_path / "cut").step == 5
+    pool.run(run, 2, stopped)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_a_job_that_nears_its_time_limit_saves_and_stops(pool, inputs, tmp_path):
+    flags = arguments(inputs, tmp_path / "run", "--steps", "6", "--checkpoint.minutes-before-end", "2")
+    environment = {"SLURM_JOB_START_TIME": "0", "SLURM_JOB_END_TIME": str(int(time.time()) + 100)}
+    pool.run(run_with_a_signal, 2, flags, 100, signal.SIGTERM, environment)
+    assert find_latest(tmp_path / "run").step == 1
+    words = "saved and stopped after step 1 of 6: the job's time limit is near\n"
+    assert (tmp_path / "run" / "unfinished").read_text() == words
+    environment["SLURM_JOB_END_TIME"] = str(int(time.time()) + 100_000)
+    pool.run(run_with_a_signal, 2, flags, 100, signal.SIGTERM, environment)
+    assert find_latest(tmp_path / "run").step == 6 and not (tmp_path / "run" / "unfinished").exists()
+
+
+def test_when_a_job_has_to_stop(monkeypatch):
+    for name in ("SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"):
+        monkeypatch.delenv(name, raising=False)
+    assert deadline(None) == deadline(0) == math.inf
+    for value in (None, "", "Unknown"):
+        if value is not None:
+            monkeypatch.setenv("SLURM_JOB_END_TIME", value)
+        assert deadline(None) == math.inf
+        with pytest.raises(ValueError, match="minutes-before-end 5 needs the time limit of a SLURM job"):
+            deadline(5)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "100000")
+    monkeypatch.setenv("SLURM_JOB_START_TIME", "94000")
+    assert deadline(None) == 100_000 - 600
+    assert deadline(5) == 100_000 - 300
+    assert deadline(0) == math.inf
+    monkeypatch.setenv("SLURM_JOB_START_TIME", "99400")  # ten minutes
+    assert deadline(None) == 100_000 - 60
+    with pytest.raises(ValueError, match="minutes-before-end 10 leaves nothing of a job of 10 minutes"):
+        deadline(10)
+
+
+@pytest.fixture
+def listening():
+    """This process hears SIGINT, even if it was started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_interrupt_interrupts(first, listening):
+    with pytest.raises(KeyboardInterrupt), StopRequest().listening():
+        signal.raise_signal(first)  # noted
+        signal.raise_signal(signal.SIGTERM)  # a scheduler and torchrun send one each
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_no_interrupt_interrupts_a_save(listening):
+    """Whichever thread the kernel gives it to."""
+    done = []
+    with pytest.raises(KeyboardInterrupt), StopRequest().listening():
+        with shielded():
+            for _ in range(3):
+                sender = threading.Thread(target=signal.raise_signal, args=(signal.SIGINT,))
+                with unblocked():
+                    sender.start()
+                sender.join()
+            time.sleep(0.1)
+            done.append("saved")
+        done.append("not interrupted")
+    assert done == ["saved"]
+
+
+@contextlib.contextmanager
+def unblocked():
+    """Threads started here hear every signal, like those that were started before a save."""
+    before = signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_an_ignored_signal_stays_ignored(listening):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopRequest().listening():
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_from_a_scheduler(inputs, tmp_path, ranks):
+    """To the script, or to torchrun, which passes it on to all processes of every rank; after other saves."""
+    script = str(ROOT / "examples" / "pretrain_sft.py")
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    log = tmp_path / "run" / "metrics.jsonl"
+    command = [sys.executable, *(torchrun if ranks > 1 else []), script]
+    command += arguments(inputs, tmp_path / "run", "--steps", "100000", "--checkpoint.every", "3")
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 7):
+            time.sleep(0.01)
+        process.terminate()
+        printed, errors = process.communicate(timeout=120)
+    if ranks == 1:  # torchrun's own status is that of a signal
+        assert process.returncode == 0, errors
+    step = find_latest(tmp_path / "run").step
+    assert f"saved and stopped after step {step:,} of 100,000: SIGTERM was received" in printed
+    assert len(metrics(tmp_path / "run")) == step and not list(tmp_path.rglob("*.tmp"))
