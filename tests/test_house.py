@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import re
+import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
@@ -13,18 +14,86 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks import lines
+from tests.support import house
+from tests.support.house import OUTSIDE, ROOMS, Wall, breaches, circles, crossings, replacements, wrong_imports
 
-# Each room, and the rooms that it may import from besides itself.
-ROOMS = {
-    "examples": {"checkpoint_tools", "engine", "models", "data"},
-    "checkpoint_tools": {"engine", "models", "data"},
-    "engine": {"models", "data"},
-    "models": set(),
-    "data": set(),
-}
-OUTSIDE = {"tests", "benchmarks"}
+ROOT = Path(__file__).resolve().parents[1]
 ENTRY_ROOMS = ("examples", "checkpoint_tools")
+
+OURS = " ".join(ROOMS)
+HEAVY = "torch transformers megatron datasets safetensors"
+PURE = "pure files lead to no torch, so that they answer before it is loaded"
+OFFLINE = "directory store_reader store_writer hf_export model_files workers"
+
+# The walls inside the rooms; those between them are ROOMS. They hold for imports that are made at run time, those
+# inside functions too. In an `order` a file imports only what is named after it.
+WALLS = (
+    Wall(
+        files="engine/*",
+        order="rehearsal/ train trainer startup_lines prepare base_model checkpointing/ step optim mesh host "
+        "reporting/ signals cli schedule config run_folder layout quiet",
+        why="inside engine/ imports point down the list, and nothing knows of the rehearsal at its top",
+    ),
+    Wall(
+        files="models/*",
+        order="build layer_spec model_directory hf_config description families/ layers/ conversion/",
+        why="inside models/ imports point down the list",
+    ),
+    Wall(
+        files="data/*",
+        order="preparation/ loader order packing index",
+        why="inside data/ imports point down the list",
+    ),
+    Wall(
+        files="models/layers/*",
+        closed=f"{OURS} safetensors",
+        but="models.layers",
+        why="layers know neither files nor descriptions",
+    ),
+    Wall(
+        files="models/families/*",
+        closed=f"{OURS} safetensors",
+        but="models.families models.conversion.rules",
+        why="families know no files",
+    ),
+    Wall(
+        files="models/conversion/*",
+        closed=OURS,
+        but="models.conversion",
+        why="conversion knows no descriptions",
+    ),
+    Wall(
+        files=" ".join(f"engine/checkpointing/{name}.py" for name in OFFLINE.split()),
+        closed="engine.mesh megatron torch.distributed",
+        but="torch.distributed.checkpoint",
+        why="the offline readers and writers of checkpoints know no mesh",
+    ),
+    Wall(
+        files="data/loader.py data/order.py data/packing.py data/index.py",
+        closed="data.preparation transformers tokenizers jinja2",
+        why="the loader knows no templates",
+    ),
+    Wall(
+        files="engine/reporting/*",
+        closed="engine torch",
+        but="engine.reporting engine.run_folder torch.utils.tensorboard",
+        why="reporting knows nothing of signals or training",
+    ),
+    Wall(
+        files="engine/layout.py engine/schedule.py engine/config.py engine/run_folder.py",
+        closed=HEAVY,
+        deep=True,
+        why=PURE,
+    ),
+    Wall(
+        files="engine/cli.py",
+        closed=HEAVY,
+        but_late="megatron",  # whose fields it asks for when --mcore is given
+        deep=True,
+        why=PURE,
+    ),
+)
 
 FILE_LINES = {"tests": 400}  # others: 300
 FUNCTION_LINES = 60
@@ -48,56 +117,18 @@ def read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-@cache
 def parse(path: Path) -> ast.Module:
-    return ast.parse(read(path))
+    return house.parse(read(path))
 
 
-def imports(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
-    """(line, dotted module, name that it binds) of every absolute import, wherever it stands."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, alias.name, alias.asname or alias.name.split(".")[0]
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            for alias in node.names:
-                yield node.lineno, node.module, alias.asname or alias.name
-
-
-def wrong_imports(room: str, tree: ast.AST) -> list[tuple[int, str]]:
-    closed = {*ROOMS, *OUTSIDE} - ROOMS[room] - {room}
-    return [(line, module) for line, module, _ in imports(tree) if module.split(".")[0] in closed]
-
-
-def dotted(node: ast.AST) -> str:
-    """`a.b.c` of a chain of attributes, "" of anything else."""
-    if isinstance(node, ast.Attribute):
-        base = dotted(node.value)
-        return f"{base}.{node.attr}" if base else ""
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def replacements(tree: ast.AST) -> list[tuple[int, str]]:
-    """Where something of a foreign package is assigned to, deleted, or set by setattr; switches are not."""
-    own = {*ROOMS, *OUTSIDE, *sys.stdlib_module_names}
-    foreign = {bound for _, module, bound in imports(tree) if module.split(".")[0] not in own}
-    found = []
-    for node in ast.walk(tree):
-        target: ast.expr
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
-            target = node
-        elif isinstance(node, ast.Call) and dotted(node.func) in ("setattr", "delattr") and node.args:
-            target = node.args[0]
-        else:
-            continue
-        name = dotted(target)
-        if name.split(".")[0] in foreign and not name.startswith("torch.backends."):
-            found.append((target.lineno, name))
-    return found
+def offences(root: Path) -> list[str]:
+    """All that the imports of a house do wrong."""
+    return [*crossings(root), *breaches(root, WALLS), *circles(root)]
 
 
 def model_names(text: str) -> list[str]:
-    families = [path.stem for path in (ROOT / "models" / "families").glob("*.py") if path.stem != "__init__"]
+    folder = ROOT / "models" / "families"
+    families = [path.stem for path in folder.glob("*.py") if re.search("^FAMILY = ", read(path), flags=re.MULTILINE)]
     pattern = "|".join([*MODEL_NAMES.split(), *map(re.escape, families)])
     return re.findall(pattern, ROPE_KIND.sub("", text), flags=re.IGNORECASE)
 
@@ -123,13 +154,19 @@ def test_functions_fit_on_a_screen():
 
 
 def test_imports_point_one_way():
-    wrong = [
-        f"{name_of(path)}:{line} imports {module}"
-        for room in ROOMS
-        for path in source_files(room)
-        for line, module in wrong_imports(room, parse(path))
-    ]
-    assert wrong == [], "examples -> checkpoint_tools -> engine -> models and data; nothing points back"
+    assert crossings(ROOT) == []
+
+
+def test_no_import_goes_through_a_wall():
+    assert breaches(ROOT, WALLS) == []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert circles(ROOT) == []
+
+
+def test_the_table_of_walls_names_what_stands():
+    assert house.idle(ROOT, WALLS) == []
 
 
 def test_only_the_mesh_touches_parallel_state():
@@ -207,3 +244,113 @@ def test_wrong_imports_are_seen():
     tree = ast.parse("import engine.step\ndef f():\n    from data.index import x\nimport torch")
     assert wrong_imports("models", tree) == [(1, "engine.step"), (3, "data.index")]
     assert wrong_imports("engine", tree) == []
+
+
+# A file, what is written at its end, and a part of each sentence that its last line then goes against.
+BREACHES = [
+    ("data/packing.py", "import models.layers.rope", ["nothing points back"]),
+    ("engine/quiet.py", "def f():\n    from engine import cli", ["inside engine/"]),
+    ("engine/train.py", "import engine.rehearsal", ["inside engine/"]),
+    ("engine/extra.py", "", ["inside engine/"]),  # a file that the list does not know
+    ("models/model_directory.py", "import models.layer_spec", ["inside models/"]),
+    ("data/index.py", "from data.packing import pack", ["inside data/"]),
+    ("models/layers/rope.py", "from models.conversion import rules", ["layers know neither files"]),
+    ("models/layers/rope.py", "from safetensors import safe_open", ["layers know neither files"]),
+    ("models/families/extra.py", "import models.conversion.hf_reader", ["families know no files"]),
+    ("models/conversion/extra.py", "from ..layers import rope", ["inside models/", "conversion knows"]),
+    (
+        "models/conversion/check.py",
+        "import rich\nfrom data import packing",
+        ["nothing points back", "conversion knows"],
+    ),
+    ("engine/checkpointing/directory.py", "from engine.mesh import Mesh", ["know no mesh"]),
+    ("engine/checkpointing/store_reader.py", "from torch import distributed", ["know no mesh"]),
+    ("engine/checkpointing/workers.py", "def f():\n    import torch.distributed", ["know no mesh"]),
+    ("engine/checkpointing/hf_export.py", "from megatron.core import utils", ["know no mesh"]),
+    ("data/index.py", "def f():\n    from transformers import AutoTokenizer", ["the loader knows no templates"]),
+    ("engine/reporting/progress.py", "from engine.signals import deadline", ["reporting knows nothing"]),
+    ("engine/reporting/progress.py", "import torch.utils", ["reporting knows nothing"]),
+    ("engine/layout.py", "def f():\n    import torch", ["pure files"]),
+    ("engine/cli.py", "import megatron.core", ["pure files"]),
+    ("engine/cli.py", "from models.layers.rope import Rope", ["pure files"]),  # which imports torch
+    ("engine/cli.py", "def f():\n    import models.families.common", ["pure files"]),  # through conversion.rules
+    ("engine/cli.py", "if TYPE_CHECKING:\n    pass\nelse:\n    import torch", ["pure files"]),
+]
+ALLOWED = [
+    ("engine/cli.py", "def f():\n    from megatron.core import utils"),
+    ("engine/config.py", "if TYPE_CHECKING:\n    import torch, engine.train"),
+    ("engine/reporting/metrics.py", "import engine.run_folder\nfrom torch.utils.tensorboard import SummaryWriter"),
+    ("engine/checkpointing/workers.py", "from torch.distributed import checkpoint"),
+    ("models/families/llama.py", "from models.conversion import rules"),
+]
+
+
+def new_offences(root: Path, sources: dict[str, str]) -> list[str]:
+    """What is wrong with a copy of the house only since these sources stand at the end of files of it."""
+    house.copy(ROOT, root)
+    before = offences(root)
+    for file, source in sources.items():
+        with (root / file).open("a", encoding="utf-8") as stream:
+            stream.write(f"{source}\n")
+    return [offence for offence in offences(root) if offence not in before]
+
+
+@pytest.mark.parametrize(("file", "source", "sentences"), BREACHES)
+def test_a_breach_is_named(tmp_path, file: str, source: str, sentences: list[str]):
+    found = new_offences(tmp_path, {file: source})
+    place = f"{file}:{len((tmp_path / file).read_text().splitlines())}"
+    assert [offence.split(" ")[0] for offence in found] == [place] * len(sentences), found
+    for offence, sentence in zip(found, sentences, strict=True):
+        assert sentence in offence.rpartition(": ")[2]
+
+
+@pytest.mark.parametrize(("file", "source"), ALLOWED)
+def test_what_is_no_breach_is_not_named(tmp_path, file: str, source: str):
+    assert new_offences(tmp_path, {file: source}) == []
+
+
+def test_a_circle_is_named(tmp_path):
+    found = new_offences(
+        tmp_path,
+        {
+            "models/layers/one.py": "import torch\nfrom models.layers import two",
+            "models/layers/two.py": "def f():\n    import models.layers.one",
+        },
+    )
+    circle = "models/layers/one.py:2 -> models/layers/two.py:2 -> models/layers/one.py"
+    assert found == [f"{circle}: {house.NO_CIRCLE}"]
+
+
+def test_the_way_to_torch_is_named(tmp_path):
+    (found,) = new_offences(tmp_path, {"engine/cli.py": "import models.families.common"})
+    assert re.search(r"leads to torch \(models/families/common.py:\d+, models/conversion/rules.py:\d+\): pure", found)
+
+
+def test_every_wall_has_a_breach_above():
+    tried = [sentence for *_, sentences in BREACHES for sentence in sentences]
+    assert [wall.why for wall in WALLS if not any(sentence in wall.why for sentence in tried)] == []
+
+
+def test_what_the_table_names_in_vain_is_seen():
+    walls = [Wall(files="models/layers/* engine/gone.py", why=""), Wall(files="data/*", order="lost/ index", why="")]
+    assert house.idle(ROOT, walls) == ["engine/gone.py", "data/lost/*"]
+
+
+def test_lines_are_those_of_wc(capsys):
+    files = [name_of(path) for path in source_files()]
+    printed = subprocess.run(["wc", "-l", *files], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    counted = {file: int(number) for number, file in map(str.split, printed.splitlines())}
+    whole = counted.pop("total")
+    expected = {
+        folder: (len(within), sum(within))
+        for folder in {file.rpartition("/")[0] for file in files}
+        if (within := [number for file, number in counted.items() if file.rpartition("/")[0] == folder])
+    }
+    assert lines.count(ROOT) == expected
+    lines.main()
+    *_, library, everything = capsys.readouterr().out.replace(",", "").splitlines()
+    assert everything.split()[-2:] == [str(len(files)), str(whole)]
+    shared = [
+        number for file, number in counted.items() if file.startswith(("engine/", "models/", "data/", "checkpoint_"))
+    ]
+    assert library.split()[-2:] == [str(len(shared)), str(sum(shared))]
