@@ -14,13 +14,15 @@ else
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 endif
 
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test test-slow check lines clean
 
 help:
 	@echo "make setup   create .venv and install Lathe in it (TORCH=2.11.0 for another torch)"
 	@echo "make demo    prepare, train on two processes, average, export and evaluate a small model"
-	@echo "make test    make check, then the test suite"
+	@echo "make test    make check, then a test of every promise (under 15 minutes on two cores)"
+	@echo "make test-slow  the rest: whole matrices, many kills"
 	@echo "make check   ruff and mypy"
+	@echo "make lines   files and lines of each folder, and their sums"
 	@echo "make clean   remove caches and build outputs; runs/ and .venv stay"
 
 setup: $(STAMP)
@@ -29,12 +31,19 @@ demo: setup
 	@$(PY) examples/demo/run.py
 
 test: check
-	$(PY) -m pytest
+	$(PY) -m pytest -m 'not slow'
+
+test-slow: setup
+	$(PY) -m pytest -m slow
 
 check: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy $(ROOMS)
+
+# The counting needs a Python and nothing that is installed.
+lines: | $(PY)
+	@$(PY) benchmarks/lines.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

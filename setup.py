@@ -21,6 +21,7 @@ setup(
         "engine.reporting": ["*.css"],
         "examples.demo": ["*.json"],
     },
+    entry_points={"console_scripts": ["lathe = examples.lathe:main"]},
     # Exact where a minor version breaks us, ranges elsewhere; constraints.txt says what was tested.
     install_requires=[
         "torch>=2.11,<2.14",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
-    from engine.train import Trainer
+    from engine.trainer import Trainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GSM8K = REPOSITORY.parent / "shared" / "data" / "gsm8k_train.jsonl"
@@ -122,19 +122,18 @@ def global_order(data: Path, *, seq_len: int, batch: int, steps: int) -> np.ndar
     """The documents of Lathe's first steps, [steps, batch]: every contender trains on these."""
     from data.index import DocumentIndex
     from data.loader import Loader
+    from data.order import GlobalOrder
 
-    loader = Loader(
+    made = GlobalOrder(
         [(DocumentIndex(data), 1.0)],
         seq_len=seq_len,
-        micro_batch_size=1,
         global_batch_size=batch,
         batch_unit="conversations",
         pad_documents_to=2,
         too_long="error",
         seed=1234,
-        dp_rank=0,
-        dp_size=1,
     )
+    loader = Loader(made, micro_batch_size=1, dp_rank=0, dp_size=1)
     whole = loader.steps_in_epoch(0) - 1  # an epoch's last batch may be short
     batches = [loader.step(0, step) for step in range(min(steps, whole))]
     return np.array([sorted(d for m in microbatches for _, d in m.sample_ids) for microbatches in batches])
@@ -178,7 +177,7 @@ def lathe_trainer(model: Path, data: Path, *, seq_len: int, batch: int, precisio
     from engine.config import OptimConfig, RunConfig
     from engine.mesh import build_mesh
     from engine.prepare import prepare_run
-    from engine.train import Trainer
+    from engine.trainer import Trainer
 
     host.enable()
     config = RunConfig(

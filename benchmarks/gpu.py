@@ -5,8 +5,7 @@
 Models have the shapes of `gpu_shapes.SHAPES` and random weights; where all layers do not fit beside gradients
 and optimizer, as many as fit are kept, the same for every contender. Each contender trains the same packed bins
 in a process of its own. "MFU" is of a bf16 matrix product measured in that process; operations are counted by
-`engine/reporting/flops.py` for all. "reckoned" is the peak that `gpu_shapes.memory_needed` said beforehand of Lathe
-in bf16.
+`engine/reporting/flops.py`. "reckoned" is the peak that `gpu_shapes.memory_needed` said beforehand, in bf16.
 Rows are added to --results as they come, and the table shows all that is there.
 """
 

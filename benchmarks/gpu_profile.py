@@ -87,7 +87,7 @@ def lathe_trainer(model: Path, data: Path, *, seq_len: int, bins: int, **setting
     from engine.config import OptimConfig, RunConfig
     from engine.mesh import build_mesh
     from engine.prepare import prepare_run
-    from engine.train import Trainer
+    from engine.trainer import Trainer
 
     config = RunConfig(
         model=str(model),
@@ -107,19 +107,18 @@ def steps_of(data: str, *, seq_len: int, bins: int, steps: int) -> list[list[Any
     """The microbatches of each step, one bin each, as Lathe's loader deals them to its only rank."""
     from data.index import DocumentIndex
     from data.loader import Loader
+    from data.order import GlobalOrder
 
-    loader = Loader(
+    order = GlobalOrder(
         [(DocumentIndex(data), 1.0)],
         seq_len=seq_len,
-        micro_batch_size=1,
         global_batch_size=bins,
         batch_unit="sequences",
         pad_documents_to=2,
         too_long="error",
         seed=1234,
-        dp_rank=0,
-        dp_size=1,
     )
+    loader = Loader(order, micro_batch_size=1, dp_rank=0, dp_size=1)
     return [loader.step(0, step) for step in range(steps)]
 
 

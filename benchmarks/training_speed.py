@@ -127,7 +127,7 @@ def lathe(options: Options, model: Path, data: Path, order: np.ndarray, *, preci
     record = Record()
     record.start()
     while not record.finished(options):
-        totals, _, _ = trainer.train_step()
+        totals = trainer.train_step().totals
         record.step()
         record.losses.append(totals.loss)
         record.conversations.append(options.batch)

@@ -1,13 +1,18 @@
-"""What the scripts of this folder share: errors as one sentence, a progress bar, and a checkpoint's manifest."""
+"""What the scripts of this folder share: errors as one sentence, a progress bar, and a checkpoint's manifest.
 
+They import torch within their functions, after the command line: `--help` and a mistyped flag answer at once.
+"""
+
+from __future__ import annotations
+
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import tyro
 from rich.console import Console
 from rich.progress import (
@@ -19,9 +24,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from engine.checkpointing.hf_export import dtype_name
 from engine.checkpointing.workers import Advance, Bar
-from models.hf_config import ModelDescription
+from models.description import ModelDescription
+
+if TYPE_CHECKING:
+    import torch
 
 
 def bar(title: str, total_bytes: int) -> Bar:
@@ -34,8 +41,8 @@ def manifest(description: ModelDescription, dtype: torch.dtype, step: int) -> di
     return {
         "step": step,
         "family": description.family,
-        "source_dtype": dtype_name(dtype),
-        "precision": dtype_name(dtype),
+        "source_dtype": str(dtype).removeprefix("torch."),
+        "precision": str(dtype).removeprefix("torch."),
         "vocab_size": description.vocab_size,
         "padded_vocab_size": description.padded_vocab_size,
         "tied": description.tied,
@@ -44,21 +51,21 @@ def manifest(description: ModelDescription, dtype: torch.dtype, step: int) -> di
 
 def total_bytes(description: ModelDescription, dtype: torch.dtype) -> int:
     """The size of a model's megatron tensors."""
-    return sum(torch.Size(rule.shape).numel() * dtype.itemsize for rule in description.rules)
+    return sum(math.prod(rule.shape) * dtype.itemsize for rule in description.rules)
 
 
-def run(main: Callable[..., int | None]) -> None:
+def run_script(main: Callable[..., int | None], arguments: list[str], prog: str | None = None) -> int:
     """Run a script's function from its command line; a user's mistake is one sentence and exit status 2."""
     # As an exception, so that a terminated job removes its partial output.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        sys.exit(tyro.cli(main))
+        return tyro.cli(main, args=arguments, prog=prog) or 0
     except (ValueError, OSError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         if isinstance(error, OSError) and error.filename:
             text = f"{text}: {error.filename}"
         print(f"error: {text}", file=sys.stderr)
-        sys.exit(2)
+        return 2
 
 
 @contextmanager

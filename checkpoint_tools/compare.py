@@ -13,8 +13,8 @@ from engine.checkpointing.hf_export import Checkpoint, dtype_name, open_checkpoi
 from engine.checkpointing.store_reader import StoreReader, row_blocks
 from engine.checkpointing.workers import Advance
 from models.conversion.hf_reader import HFReader
-from models.conversion.mxfp4 import packed_names
-from models.conversion.rules import Part, Rule, TensorReader
+from models.conversion.mxfp4 import mxfp4_names
+from models.conversion.rules import ExportBlock, Rule, TensorReader
 from models.hf_config import describe
 from models.model_directory import open_reader
 
@@ -51,11 +51,11 @@ class Converted:
     opened: Checkpoint
 
     @cached_property
-    def _parts(self) -> dict[str, dict[int, tuple[Rule, Part]]]:
+    def _blocks_of(self) -> dict[str, dict[int, tuple[Rule, ExportBlock]]]:
         """By name and first row."""
-        parts: dict[str, dict[int, tuple[Rule, Part]]] = {}
+        parts: dict[str, dict[int, tuple[Rule, ExportBlock]]] = {}
         for rule in self.opened.description.rules:
-            for part in rule.parts(self.opened.store.dtype(rule.key).itemsize, BLOCK_BYTES):
+            for part in rule.export_blocks(self.opened.store.dtype(rule.key).itemsize, BLOCK_BYTES):
                 parts.setdefault(part.name, {})[part.start] = rule, part
         return parts
 
@@ -70,16 +70,16 @@ class Converted:
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        rule, _ = next(iter(self._parts[name].values()))
+        rule, _ = next(iter(self._blocks_of[name].values()))
         return self.opened.store.dtype(rule.key)
 
     def blocks(self, name: str) -> Iterator[slice]:
-        starts = sorted(self._parts[name])
+        starts = sorted(self._blocks_of[name])
         for start, stop in zip(starts, [*starts[1:], self.shape(name)[0]], strict=True):
             yield slice(start, stop)
 
     def rows(self, name: str, rows: slice) -> Tensor:
-        rule, part = self._parts[name][rows.start]
+        rule, part = self._blocks_of[name][rows.start]
         return part.lay_out(self.opened.store.read(rule.key, part.index))
 
 
@@ -158,7 +158,7 @@ def _open(path: Path, convert: bool) -> Side:
         return Converted(open_checkpoint(path)) if convert else Plain(StoreReader(path / STATE))
     if (path / ".metadata").exists():
         if convert:
-            raise ValueError(f"{path} says of no model: give the step directory in which it lies")
+            raise ValueError(f"{path} does not say which model it holds: give the step directory that it lies in")
         return Plain(StoreReader(path))
     reader = HFReader(path)
-    return Plain(open_reader(path, describe(path)) if packed_names(reader) else reader)
+    return Plain(open_reader(path, describe(path)) if mxfp4_names(reader) else reader)

@@ -3,11 +3,12 @@
 python checkpoint_tools/hf_to_mcore.py --hf HF --output CKPT [--num-workers N]
 """
 
+import sys
 from pathlib import Path
 
 import torch
 
-from checkpoint_tools.common import bar, manifest, run, total_bytes
+from checkpoint_tools.common import bar, manifest, run_script, total_bytes
 from engine.checkpointing.directory import HF, STATE, complete_or_absent, write_manifest
 from engine.checkpointing.hf_export import dtype_name, open_checkpoint
 from engine.checkpointing.store_writer import Spec, write_store
@@ -16,8 +17,8 @@ from models.conversion.extents import Extent
 from models.conversion.hf_reader import HFReader, copy_side_files
 from models.conversion.rules import Rule, TensorReader
 from models.conversion.runs import runs_of
-from models.hf_config import check_directory, describe
-from models.model_directory import open_reader, source_dtype
+from models.hf_config import describe
+from models.model_directory import check_directory, open_reader, weights_dtype
 
 
 def main(hf: Path, output: Path, num_workers: int | None = None) -> None:
@@ -32,7 +33,7 @@ def main(hf: Path, output: Path, num_workers: int | None = None) -> None:
     description = describe(hf)
     reader = open_reader(hf, description)
     left_out = check_directory(description, reader)
-    dtype = source_dtype(hf)
+    dtype = weights_dtype(hf, reader)
     with complete_or_absent(output) as partial:
         specs = [_spec(rule, reader) for rule in description.rules]
         progress = bar("converting", total_bytes(description, dtype))
@@ -65,4 +66,4 @@ def _extent(reader: HFReader, name: str | None, skip: int, length: int) -> Exten
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run_script(main, sys.argv[1:]))

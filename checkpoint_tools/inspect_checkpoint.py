@@ -5,19 +5,26 @@ python checkpoint_tools/inspect_checkpoint.py PATH [OTHER] [--match PATTERN] [--
 Like diff, it ends with status 0 where nothing differs, 1 where something does, and 2 where it could not compare.
 """
 
-import fnmatch
-from pathlib import Path
+from __future__ import annotations
 
-import torch
+import fnmatch
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import tyro
 
-from checkpoint_tools.common import bar, run
-from checkpoint_tools.compare import Difference, compare, open_sides
+from checkpoint_tools.common import bar, run_script
 from engine.checkpointing.directory import MANIFEST, STATE, read_manifest
-from engine.checkpointing.hf_export import dtype_name
-from engine.checkpointing.store_reader import StoreReader
 from engine.checkpointing.workers import Advance, run_workers, share_of, worker_count
-from models.conversion.hf_reader import HFReader
+
+if TYPE_CHECKING:
+    import torch
+
+    from checkpoint_tools.compare import Difference
+    from engine.checkpointing.store_reader import StoreReader
+    from models.conversion.hf_reader import HFReader
 
 
 def main(
@@ -38,6 +45,8 @@ def main(
     """
     if other is not None:
         return show_differences(path, other, match, worker_count(num_workers))
+    from engine.checkpointing.hf_export import dtype_name
+
     tensors = list_tensors(path)
     shown = {name: entry for name, entry in tensors.items() if fnmatch.fnmatchcase(name, match)}
     width = max((len(name) for name in shown), default=0)
@@ -46,8 +55,8 @@ def main(
     optimizer = {name for name in shown if name.startswith("optimizer.")}
     for title, names in (("model", shown.keys() - optimizer), ("optimizer", optimizer)):
         if names or title == "model":
-            numel = sum(torch.Size(shown[name][0]).numel() for name in names)
-            size = sum(torch.Size(shown[name][0]).numel() * shown[name][1].itemsize for name in names)
+            numel = sum(math.prod(shown[name][0]) for name in names)
+            size = sum(math.prod(shown[name][0]) * shown[name][1].itemsize for name in names)
             what = "parameters, vocabulary padding included" if title == "model" else "numbers"
             print(f"{title}: {len(names)} tensors, {numel:,} {what}, {size:,} bytes")
     return 0
@@ -55,6 +64,9 @@ def main(
 
 def list_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """(shape, dtype) by name. Raises ValueError for a directory of no known kind."""
+    from engine.checkpointing.store_reader import StoreReader
+    from models.conversion.hf_reader import HFReader
+
     reader: StoreReader | HFReader
     if (path / MANIFEST).exists():
         meta = read_manifest(path)
@@ -70,13 +82,15 @@ def list_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
 def show_differences(path: Path, other: Path, match: str, workers: int) -> int:
     """Print a line for each tensor that differs, and a last one that sums up; returns the exit status."""
+    from checkpoint_tools.compare import compare, open_sides
+
     sides = open_sides(path, other)
     one, two = ({name for name in side.names() if fnmatch.fnmatchcase(name, match)} for side in sides)
     for place, names in ((path, one - two), (other, two - one)):
         for name in sorted(names):
             print(f"only in {place}: {name}")
     common = sorted(one & two)
-    sizes = [torch.Size(sides[0].shape(name)).numel() * sides[0].dtype(name).itemsize for name in common]
+    sizes = [math.prod(sides[0].shape(name)) * sides[0].dtype(name).itemsize for name in common]
 
     def compare_share(rank: int, advance: Advance) -> list[Difference]:
         return [compare(sides, common[number], advance) for number in share_of(sizes, rank, workers)]
@@ -101,4 +115,4 @@ def _summary(common: list[str], different: list[Difference], lonely: set[str]) -
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run_script(main, sys.argv[1:]))

@@ -4,14 +4,12 @@ python checkpoint_tools/mcore_to_hf.py --checkpoint CKPT --output HF [--dtype so
     [--max-sequence-length N] [--num-workers N]
 """
 
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from checkpoint_tools.common import bar, run
+from checkpoint_tools.common import bar, run_script
 from engine.checkpointing.directory import HF, complete_or_absent
-from engine.checkpointing.hf_export import Export, dtype_name, dtype_of, export, open_checkpoint
 from engine.checkpointing.workers import worker_count
 
 
@@ -35,6 +33,10 @@ def main(
     if max_sequence_length is not None and max_sequence_length < 1:
         raise ValueError(f"--max-sequence-length {max_sequence_length}: give a positive number of tokens")
     workers = worker_count(num_workers)
+    import torch
+
+    from engine.checkpointing.hf_export import Export, dtype_name, dtype_of, export, open_checkpoint
+
     opened = open_checkpoint(checkpoint)
     packed = opened.description.mxfp4 if dtype == "mxfp4" else ()
     if dtype == "mxfp4" and not packed:
@@ -59,4 +61,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run_script(main, sys.argv[1:]))

@@ -1,1 +1,1 @@
-"""Rows to supervised tokens, the index, bins and the global order of documents."""
+"""Rows to supervised tokens, the index, packed sequences and the global order of documents."""

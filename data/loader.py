@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.order import Counts, GlobalOrder
-
-if TYPE_CHECKING:
-    from data.index import DocumentIndex
 
 # Free space is cut into padding documents of about this many tokens: attention over one filler bin
 # as a single document would cost more than any bin of real ones.
@@ -34,7 +29,7 @@ class Microbatch:
     cu_seqlens: np.ndarray  # int32 [documents + 1], padded boundaries from 0 to n
     document_lengths: np.ndarray  # int32 [documents], tokens before padding; 0 where all is padding
     max_seqlen: int  # the longest stretch between two boundaries
-    sample_ids: list[tuple[int, int]]  # (source, document) of the real documents, as they lie
+    sample_ids: list[tuple[int, int]]  # (data set, document) of the real documents, as they lie
     real_tokens: int
     supervised_tokens: int  # the sum of loss_mask
     padding_tokens: int  # n - real_tokens
@@ -44,46 +39,26 @@ class Microbatch:
 class Loader:
     """The steps of a run in the global order, as lists of this rank's microbatches.
 
-    A step's documents depend on the sources, the settings, the seed and the step, never on the
+    A step's documents depend on the data sets, the settings, the seed and the step, never on the
     layout: ranks share out the bins of one batch. Every rank gets the same number of microbatches, a
     multiple of `microbatch_multiple`; empty bins make up the count. The next step is prepared in a
-    thread while the current one trains.
-
-    sources: (index, weight), where weight is how often an epoch sees each document; with
-    `shuffle=False` documents and bins stay in the order of the sources, as held-out data wants it.
-    Lengths are in tokens; `global_batch_size` counts what `batch_unit` says. Raises ValueError.
+    thread while the current one trains. Raises ValueError.
     """
 
     def __init__(
         self,
-        sources: Sequence[tuple[DocumentIndex, float]],
+        order: GlobalOrder,
         *,
-        seq_len: int,
         micro_batch_size: int,
-        global_batch_size: int,
-        batch_unit: str,
-        pad_documents_to: int,
-        too_long: str,
-        seed: int,
         dp_rank: int,
         dp_size: int,
         microbatch_multiple: int = 1,
         pad_token: int = 0,
-        shuffle: bool = True,
     ):
         if micro_batch_size < 1:
             raise ValueError(f"--micro-batch-size is {micro_batch_size}; it must be at least 1.")
         assert 0 <= dp_rank < dp_size and microbatch_multiple >= 1
-        self._order = GlobalOrder(
-            sources,
-            seq_len=seq_len,
-            global_batch_size=global_batch_size,
-            batch_unit=batch_unit,
-            pad_documents_to=pad_documents_to,
-            too_long=too_long,
-            seed=seed,
-            shuffle=shuffle,
-        )
+        self._order = order
         self._micro_batch_size, self._microbatch_multiple = micro_batch_size, microbatch_multiple
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._pad_token = pad_token
@@ -138,22 +113,8 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue where the state was taken, under this or another layout.
-
-        Raises ValueError naming everything that differs and would change the order of the data.
-        """
-        was = {**state["fingerprint"], "--seed": state["seed"]}
-        now = {**self._order.fingerprint(), "--seed": self._order.seed}
-        changed = [
-            f"{name} (was {was.get(name)}, is {now.get(name)})"
-            for name in {**was, **now}
-            if was.get(name) != now.get(name)
-        ]
-        if changed:
-            raise ValueError(
-                "The run cannot continue in the order of its data because of a changed "
-                f"{', '.join(changed)}: put it back, or start a new run with another --output."
-            )
+        """Continue where the state was taken, under this or another layout; see `GlobalOrder.check_state`."""
+        self._order.check_state(state)
         self.epoch, self.consumed = state["epoch"], state["consumed"]
 
     def _skip_finished_epochs(self) -> None:
@@ -213,11 +174,11 @@ def assemble(order: GlobalOrder, bins: list[np.ndarray], pad_token: int) -> Micr
     starts, cu_seqlens = _boundaries(order, bins)
     tokens = np.full(size, pad_token, np.int64)
     spans = [np.zeros((0, 2), np.int64)]
-    sources, numbers = order.locate(documents)
-    sample_ids = list(zip(sources.tolist(), numbers.tolist(), strict=True))
-    for (source, number), start, length in zip(sample_ids, starts.tolist(), lengths.tolist(), strict=True):
-        stored = order.indexes[source].tokens(number)
-        spans.append(order.indexes[source].spans(number))
+    datasets, numbers = order.locate(documents)
+    sample_ids = list(zip(datasets.tolist(), numbers.tolist(), strict=True))
+    for (dataset, number), start, length in zip(sample_ids, starts.tolist(), lengths.tolist(), strict=True):
+        stored = order.indexes[dataset].tokens(number)
+        spans.append(order.indexes[dataset].spans(number))
         tokens[start : start + length] = stored[:length]
         if len(stored) > length:  # truncated: it still has to end, or a model learns never to stop
             end = int(spans[-1][-1, 1]) if len(spans[-1]) else len(stored)

@@ -21,7 +21,7 @@ _DOCUMENTS, _EPOCH, _BINS = 1, 2, 3
 
 @dataclass(frozen=True)
 class Counts:
-    """What becomes of the documents of all sources, each counted once whatever its weight."""
+    """What becomes of the documents of all data sets, each counted once whatever its weight."""
 
     documents: int
     dropped: int
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     """One epoch: its documents in order and, where batches are counted in sequences, its bins."""
 
     epoch: int
-    documents: np.ndarray  # [documents of the epoch], ordinals over all sources
+    documents: np.ndarray  # [documents of the epoch], ordinals over all data sets
     bins: Bins | None  # items are positions in `documents`
     bin_order: np.ndarray | None  # [bins]
 
@@ -54,18 +54,20 @@ def permutation(size: int, *entropy: int) -> np.ndarray:
 
 
 class GlobalOrder:
-    """The batches of every epoch as a pure function of (sources, weights, settings, seed, epoch).
+    """The batches of every epoch as a pure function of (data sets, weights, settings, seed, epoch).
 
-    A source of weight w is a stream of permutations of its documents, of which each epoch takes the
-    next w times as many as there are documents: a fraction visits all before it repeats one.
-    Documents are named by ordinals that count through the sources in their order.
+    blend: (index, weight) of each data set. One of weight w is a stream of permutations of its documents, of
+    which each epoch takes the next w times as many as there are documents: a fraction visits all before it
+    repeats one. Documents are named by ordinals that count through the data sets in their order. With
+    `shuffle=False` documents and packed sequences stay in that order, as held-out data wants it. Lengths are in
+    tokens; `global_batch_size` counts what `batch_unit` says.
 
     Raises ValueError where no order can be made of what the user gave.
     """
 
     def __init__(
         self,
-        sources: Sequence[tuple[DocumentIndex, float]],
+        blend: Sequence[tuple[DocumentIndex, float]],
         *,
         seq_len: int,
         global_batch_size: int,
@@ -73,13 +75,13 @@ class GlobalOrder:
         pad_documents_to: int,
         too_long: str,
         seed: int,
-        shuffle: bool,
+        shuffle: bool = True,
     ):
         _check_settings(seq_len, global_batch_size, batch_unit, pad_documents_to, too_long, seed)
-        _check_sources(sources)
-        self.indexes = [index for index, _ in sources]
+        _check_blend(blend)
+        self.indexes = [index for index, _ in blend]
         # Through its decimal form, so that a weight of 0.3 is three tenths and epochs come out even.
-        self._weights = [Fraction(repr(float(weight))) for _, weight in sources]
+        self._weights = [Fraction(repr(float(weight))) for _, weight in blend]
         self._settings = {
             "--data": [index.fingerprint for index in self.indexes],
             "the weights of --data": [float(weight) for weight in self._weights],
@@ -93,7 +95,7 @@ class GlobalOrder:
         self.seq_len, self.pad_documents_to, self.seed = seq_len, pad_documents_to, seed
         self._batch_size, self._shuffle = global_batch_size, shuffle
         self._by_conversation = batch_unit == "conversations"
-        self._bounds = np.cumsum([0, *map(len, self.indexes)])  # [sources + 1], in ordinals
+        self._bounds = np.cumsum([0, *map(len, self.indexes)])  # [data sets + 1], in ordinals
         self._read_lengths(too_long)
         # Packing an epoch takes seconds at millions of documents, so one plan is kept; a loader
         # asks from two threads.
@@ -102,7 +104,7 @@ class GlobalOrder:
         self._bins_in_epoch: dict[int, int] = {}
 
     def _read_lengths(self, too_long: str) -> None:
-        """Set `lengths` (int32, as trained), the documents each source offers, and `counts`."""
+        """Set `lengths` (int32, as trained), the documents each data set offers, and `counts`."""
         lengths = np.concatenate([np.zeros(0, np.int32), *(index.lengths for index in self.indexes)])
         long = np.flatnonzero(lengths > self.seq_len)
         if len(long) and too_long == "error":
@@ -127,7 +129,7 @@ class GlobalOrder:
                 "data or a larger --seq-len."
             )
         self.lengths = np.minimum(lengths, np.int32(self.seq_len))
-        # [documents offered] for each source, ordinals within the source; None: all of them.
+        # [documents offered] for each data set, ordinals within it; None: all of them.
         self._offered: list[np.ndarray | None] = [
             np.flatnonzero(index.lengths <= self.seq_len) if drops else None for index in self.indexes
         ]
@@ -141,14 +143,14 @@ class GlobalOrder:
         return -(-self.lengths[documents] // self.pad_documents_to) * self.pad_documents_to
 
     def locate(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (source, document within the source) of each ordinal."""
-        source = np.searchsorted(self._bounds, documents, side="right") - 1
-        return source, documents - self._bounds[source]
+        """Return (data set, document within it) of each ordinal."""
+        dataset = np.searchsorted(self._bounds, documents, side="right") - 1
+        return dataset, documents - self._bounds[dataset]
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Return the number of batches in the epoch, the last of which may be smaller."""
         if self._by_conversation:
-            ranges = (self._stream(source, epoch) for source in range(len(self._sizes)))
+            ranges = (self._stream(dataset, epoch) for dataset in range(len(self._sizes)))
             count = sum(end - begin for begin, end in ranges)
         else:
             # With whole weights every epoch holds the same lengths, hence as many bins.
@@ -175,9 +177,24 @@ class GlobalOrder:
         """Return all that the order depends on apart from the seed, under the names users know."""
         return dict(self._settings)
 
-    def _stream(self, source: int, epoch: int) -> tuple[int, int]:
-        """Return the half-open range of the source's stream that the epoch takes."""
-        share = self._weights[source] * self._sizes[source]
+    def check_state(self, state: dict) -> None:
+        """Raise ValueError naming everything in which a loader's state differs and would change the order."""
+        was = {**state["fingerprint"], "--seed": state["seed"]}
+        now = {**self.fingerprint(), "--seed": self.seed}
+        changed = [
+            f"{name} (was {was.get(name)}, is {now.get(name)})"
+            for name in {**was, **now}
+            if was.get(name) != now.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                "The run cannot continue in the order of its data because of a changed "
+                f"{', '.join(changed)}: put it back, or start a new run with another --output."
+            )
+
+    def _stream(self, dataset: int, epoch: int) -> tuple[int, int]:
+        """Return the half-open range of the data set's stream that the epoch takes."""
+        share = self._weights[dataset] * self._sizes[dataset]
         return int(share * epoch), int(share * (epoch + 1))
 
     def _planned(self, epoch: int) -> Plan:
@@ -188,30 +205,30 @@ class GlobalOrder:
             return self._plan
 
     def _make_plan(self, epoch: int) -> Plan:
-        documents = np.concatenate([self._take(source, epoch) for source in range(len(self._sizes))])
+        documents = np.concatenate([self._take(dataset, epoch) for dataset in range(len(self._sizes))])
         documents = documents[self._permutation(len(documents), _EPOCH, epoch)]
         if self._by_conversation:
             return Plan(epoch, documents, None, None)
         bins = pack(self.padded(documents), self.seq_len)
         return Plan(epoch, documents, bins, self._permutation(len(bins), _BINS, epoch))
 
-    def _take(self, source: int, epoch: int) -> np.ndarray:
-        """Return the ordinals that the source gives to the epoch, in the order of its stream."""
-        begin, end = self._stream(source, epoch)
-        size, parts = self._sizes[source], [np.zeros(0, np.int64)]
+    def _take(self, dataset: int, epoch: int) -> np.ndarray:
+        """Return the ordinals that the data set gives to the epoch, in the order of its stream."""
+        begin, end = self._stream(dataset, epoch)
+        size, pieces = self._sizes[dataset], [np.zeros(0, np.int64)]
         for turn in range(begin // size, -(-end // size)) if end > begin else ():
-            part = self._permutation(size, _DOCUMENTS, turn, source)
-            parts.append(part[max(begin - turn * size, 0) : end - turn * size])
-        taken, offered = np.concatenate(parts), self._offered[source]
-        taken = (taken if offered is None else offered[taken]) + self._bounds[source]
+            drawn = self._permutation(size, _DOCUMENTS, turn, dataset)
+            pieces.append(drawn[max(begin - turn * size, 0) : end - turn * size])
+        taken, offered = np.concatenate(pieces), self._offered[dataset]
+        taken = (taken if offered is None else offered[taken]) + self._bounds[dataset]
         return taken.astype(np.int32 if self._bounds[-1] < 2**31 else np.int64)
 
-    def _permutation(self, size: int, use: int, turn: int, source: int = 0) -> np.ndarray:
-        return permutation(size, self.seed, use, turn, source) if self._shuffle else np.arange(size)
+    def _permutation(self, size: int, use: int, turn: int, dataset: int = 0) -> np.ndarray:
+        return permutation(size, self.seed, use, turn, dataset) if self._shuffle else np.arange(size)
 
 
-def _check_sources(sources: Sequence[tuple[DocumentIndex, float]]) -> None:
-    for index, weight in sources:
+def _check_blend(blend: Sequence[tuple[DocumentIndex, float]]) -> None:
+    for index, weight in blend:
         if not 0 < weight < float("inf"):
             raise ValueError(f"--data {index.path} has weight {weight}; give one above 0, or leave it out.")
         if len(index) and int(index.lengths.min()) < 1:

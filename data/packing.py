@@ -1,4 +1,4 @@
-"""Bins: documents laid into sequences of fixed capacity with almost nothing left over."""
+"""Packed sequences, here called bins: documents laid into sequences of fixed capacity with almost nothing left over."""
 
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ def pack(lengths: np.ndarray, capacity: int) -> Bins:
     This is best-fit for each bin in turn: it takes the longest document that still fits until none
     does, which yields the bins of first-fit decreasing (never more than 11/9 of the fewest possible,
     plus one; Dosa, "The tight bound of first fit decreasing bin-packing algorithm", 2007). The search
-    runs over the histogram of lengths, so its cost hardly grows with the number of documents; they
+    goes over the histogram of lengths, so its cost hardly grows with the number of documents; they
     are dealt into the finished pattern of lengths afterwards, equal lengths in the order given.
 
     Raises ValueError for a length that is not between 1 and `capacity`.
@@ -47,7 +47,7 @@ def pack(lengths: np.ndarray, capacity: int) -> Bins:
     shortest, longest = int(lengths.min()), int(lengths.max())
     if shortest < 1 or longest > capacity:
         wrong = shortest if shortest < 1 else longest
-        raise ValueError(f"a document of {wrong} tokens cannot be packed into bins of 1 to {capacity} tokens")
+        raise ValueError(f"a document of {wrong} tokens cannot be packed into sequences of 1 to {capacity} tokens")
 
     by_length = _stable_argsort(lengths, longest)
     ascending = lengths[by_length]
@@ -74,12 +74,12 @@ def _patterns(
     """Choose the contents of all bins by length alone; equal bins that follow each other are one pattern.
 
     lengths: distinct, rising; counts: how many documents have each (used up here).
-    Returns (which length, how many of it) for each run of equal lengths, then
-    (runs in the pattern, bins that repeat it) for each pattern.
+    Returns (which length, how many of it) for each stretch of equal lengths, then
+    (stretches in the pattern, bins that repeat it) for each pattern.
     """
-    run_length: list[int] = []
-    run_times: list[int] = []
-    pattern_runs: list[int] = []
+    stretch_length: list[int] = []
+    stretch_times: list[int] = []
+    pattern_stretches: list[int] = []
     pattern_bins: list[int] = []
     # below[i + 1] leads to the nearest length at or below i of which documents are left; 0: none.
     # A length only ever disappears, so this is a disjoint-set forest with path halving.
@@ -93,40 +93,41 @@ def _patterns(
 
     chosen = available(len(lengths))
     while chosen >= 0:
-        runs: list[tuple[int, int]] = []
+        stretches: list[tuple[int, int]] = []
         room = capacity
         bins = counts[chosen]
         while chosen >= 0:
             times = min(counts[chosen], room // lengths[chosen])
-            runs.append((chosen, times))
+            stretches.append((chosen, times))
             room -= times * lengths[chosen]
             bins = min(bins, counts[chosen] // times)
             chosen = available(bisect_right(lengths, room, 0, chosen))
-        for index, times in runs:
+        for index, times in stretches:
             counts[index] -= bins * times
             if counts[index] == 0:
                 below[index + 1] = index
-            run_length.append(index)
-            run_times.append(times)
-        pattern_runs.append(len(runs))
+            stretch_length.append(index)
+            stretch_times.append(times)
+        pattern_stretches.append(len(stretches))
         pattern_bins.append(bins)
-        chosen = available(runs[0][0] + 1)
-    return run_length, run_times, pattern_runs, pattern_bins
+        chosen = available(stretches[0][0] + 1)
+    return stretch_length, stretch_times, pattern_stretches, pattern_bins
 
 
 def _expand(
-    run_length: list[int], run_times: list[int], pattern_runs: list[int], pattern_bins: list[int]
+    stretch_length: list[int], stretch_times: list[int], pattern_stretches: list[int], pattern_bins: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Write the patterns out: bin offsets [bins + 1] and the length index of every slot [documents]."""
-    runs_in = np.asarray(pattern_runs, np.int64)
-    times = np.asarray(run_times, np.int64)
-    first_run = np.cumsum(runs_in) - runs_in  # [patterns]
-    size = np.add.reduceat(times, first_run)  # documents in a bin of the pattern
-    pattern = np.repeat(np.arange(len(runs_in)), pattern_bins)  # [bins]
+    stretches_in = np.asarray(pattern_stretches, np.int64)
+    times = np.asarray(stretch_times, np.int64)
+    first_stretch = np.cumsum(stretches_in) - stretches_in  # [patterns]
+    size = np.add.reduceat(times, first_stretch)  # documents in a bin of the pattern
+    pattern = np.repeat(np.arange(len(stretches_in)), pattern_bins)  # [bins]
     offsets = np.concatenate(([0], np.cumsum(size[pattern])))
 
-    runs = runs_in[pattern]  # [bins]
-    # The runs of a bin are consecutive: its pattern's first run plus 0, 1, 2, ...
-    run = np.arange(runs.sum()) + np.repeat(first_run[pattern] - (np.cumsum(runs) - runs), runs)
-    index = np.asarray(run_length, np.uint16 if max(run_length) < 2**16 else np.int64)
-    return offsets, np.repeat(index[run], times[run])
+    stretches = stretches_in[pattern]  # [bins]
+    # The stretches of a bin are consecutive: its pattern's first stretch plus 0, 1, 2, ...
+    before = np.cumsum(stretches) - stretches  # stretches of all earlier bins
+    stretch = np.arange(stretches.sum()) + np.repeat(first_stretch[pattern] - before, stretches)
+    index = np.asarray(stretch_length, np.uint16 if max(stretch_length) < 2**16 else np.int64)
+    return offsets, np.repeat(index[stretch], times[stretch])

@@ -1,9 +1,10 @@
-"""Where a run's weights come from: a Hugging Face directory, a hub name, a checkpoint of ours, or a resume."""
+"""The base model of a run, opened once: a Hugging Face directory, a hub name, a checkpoint of ours, or a resume."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +14,76 @@ from torch import Tensor
 from engine.checkpointing.checkpoint import ResumePoint
 from engine.checkpointing.directory import HF, STATE, read_manifest
 from engine.checkpointing.store_reader import StoreReader, box_of, master_key
-from engine.config import OverrideConfig, RunConfig
-from models.conversion.hf_reader import read_shard
-from models.conversion.resize import GrownReader
-from models.conversion.rules import Index
-from models.hf_config import ModelDescription, describe
-from models.model_directory import VOCABULARY_KEYS, open_reader, source_dtype
+from engine.config import OverrideConfig
+from models.conversion.resize import ResizedReader
+from models.conversion.rules import Index, TensorReader
+from models.description import ModelDescription
+from models.hf_config import describe
+from models.model_directory import VOCABULARY_KEYS, check_directory, open_reader, read_shard, weights_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where the base weights and the model's files come from: a Hugging Face directory or a checkpoint of ours."""
+class BaseModel:
+    """Where the first weights and the model's files come from, and what model a run makes of them."""
 
     weights: Path
     files: Path  # config, tokenizer and the rest, in Hugging Face's form
     is_checkpoint: bool
-    dtype: str  # of the source's weights, "bfloat16", "float32", ...
+    own_vocab_size: int  # of its own config.json
+    description: ModelDescription  # with the run's overrides
+    checkpoint_dtype: str | None = None  # what a checkpoint says of the dtype that its base model had
+
+    @cached_property
+    def reader(self) -> TensorReader:
+        """The tensors of a Hugging Face directory; its files are opened at the first use and stay open."""
+        assert not self.is_checkpoint
+        return open_reader(self.weights, self.description)
+
+    @cached_property
+    def dtype(self) -> str:
+        """Of the weights as Hugging Face files had them: "bfloat16", "float32", ..."""
+        if self.checkpoint_dtype is not None:
+            return self.checkpoint_dtype
+        return str(weights_dtype(self.weights, self.reader)).removeprefix("torch.")
+
+    def check(self) -> None:
+        """Refuses a directory whose tensors are not those of the model; a checkpoint is checked as it is read."""
+        if not self.is_checkpoint:
+            check_directory(self.description, self.reader)
+
+    def resized(self, override: OverrideConfig, data_vocab_size: int) -> BaseModel:
+        """This model under a run's overrides."""
+        changes = config_overrides(override, self.own_vocab_size, data_vocab_size)
+        return replace(self, description=describe(self.files, overrides=changes))
 
 
-def find_source(model: str) -> Source:
-    """Resolves --model: a directory of ours, a Hugging Face directory, or a hub name."""
+def find_base_model(model: str) -> BaseModel:
+    """Resolves --model: a checkpoint of ours, a Hugging Face directory, or a hub name."""
     path = Path(model)
     if (path / STATE).is_dir():
-        manifest = read_manifest(path)
-        return Source(weights=path / STATE, files=path / HF, is_checkpoint=True, dtype=manifest["source_dtype"])
+        return _checkpoint(path, read_manifest(path))
     if not path.is_dir():
         path = _from_hub(model)
-    dtype = str(source_dtype(path)).removeprefix("torch.")
-    return Source(weights=path, files=path, is_checkpoint=False, dtype=dtype)
+    description = describe(path)
+    return BaseModel(
+        weights=path,
+        files=path,
+        is_checkpoint=False,
+        own_vocab_size=description.vocab_size,
+        description=description,
+    )
+
+
+def _checkpoint(path: Path, manifest: Mapping[str, Any]) -> BaseModel:
+    description = describe(path / HF)
+    return BaseModel(
+        weights=path / STATE,
+        files=path / HF,
+        is_checkpoint=True,
+        own_vocab_size=description.vocab_size,
+        description=description,
+        checkpoint_dtype=manifest["source_dtype"],
+    )
 
 
 def _from_hub(model: str) -> Path:
@@ -52,64 +95,58 @@ def _from_hub(model: str) -> Path:
         return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
     except Exception as error:
         raise ValueError(
-            f"--model {model} is neither a directory here nor to be had from the hub ({type(error).__name__})"
+            f"--model {model} is no local directory and could not be downloaded from the hub ({type(error).__name__})"
         ) from None
 
 
-def config_overrides(override: OverrideConfig, files: Path, data_vocab_size: int) -> dict[str, Any]:
+def config_overrides(override: OverrideConfig, own_vocab_size: int, data_vocab_size: int) -> dict[str, Any]:
     """The fields of the model's config.json that a run changes; None leaves one alone.
 
-    files: the model's directory; data_vocab_size: tokens of the largest tokenizer that prepared data.
+    own_vocab_size: tokens of that config.json; data_vocab_size: of the largest tokenizer that prepared data.
     """
-    grows = override.resize_embeddings and data_vocab_size > describe(files).vocab_size
+    more = override.resize_embeddings and data_vocab_size > own_vocab_size
     return {
         "rope_theta": override.rope_theta,
         "max_position_embeddings": override.max_position_embeddings,
-        "vocab_size": data_vocab_size if grows else None,
+        "vocab_size": data_vocab_size if more else None,
     }
 
 
-def find_model(config: RunConfig, resume: ResumePoint | None, data_vocab_size: int) -> tuple[Source, ModelDescription]:
-    """The base model; on a resume what the checkpoint itself holds, which a --model still there must agree with."""
-    assert config.model is not None
-    if resume is None:
-        source = find_source(config.model)
-        return source, describe(
-            source.files, overrides=config_overrides(config.override, source.files, data_vocab_size)
-        )
-    files = resume.directory / HF
-    description = describe(files)
-    given = Path(config.model) / HF if (Path(config.model) / STATE).is_dir() else Path(config.model)
+def resumed_model(resume: ResumePoint, model: str, override: OverrideConfig, data_vocab_size: int) -> BaseModel:
+    """What a run's checkpoint itself holds, which a --model that is still there must agree with; else ValueError."""
+    held = _checkpoint(resume.directory, resume.manifest)
+    given = Path(model) / HF if (Path(model) / STATE).is_dir() else Path(model)
     if (given / "config.json").is_file():
-        asked = describe(given, overrides=config_overrides(config.override, given, data_vocab_size))
+        own = describe(given).vocab_size
+        asked = describe(given, overrides=config_overrides(override, own, data_vocab_size))
         names = ("family", "transformer", "vocab_size", "tied", "max_position_embeddings", "rope")
-        changed = [name for name in names if getattr(asked, name) != getattr(description, name)]
+        changed = [name for name in names if getattr(asked, name) != getattr(held.description, name)]
         if changed:
             raise ValueError(
-                f"--model {config.model} with its overrides differs from the model of the run in {config.output} in "
+                f"--model {model} with its overrides differs from the model of the run in {resume.run} in "
                 f"{', '.join(changed)}; give what the run was started with, or another --output"
             )
-    weights, dtype = resume.directory / STATE, resume.manifest["source_dtype"]
-    return Source(weights=weights, files=files, is_checkpoint=True, dtype=dtype), description
+    return held
 
 
-def weight_reader(source: Source, description: ModelDescription, *, wide: bool) -> Callable[..., Tensor]:
-    """Returns read(key, global offset, local shape) over a run's source; `wide` asks for master weights.
+def weight_reader(base: BaseModel, *, master: bool) -> Callable[..., Tensor]:
+    """Returns read(key, global offset, local shape) over the base model; `master` asks for fp32 master weights.
 
-    Rows that the source has not are the mean of those that it has; below them come zeros up to the padded vocabulary.
+    Rows that the base model has not are the mean of those that it has; below them come zeros up to the padded
+    vocabulary.
     """
-    if not source.is_checkpoint:
-        reader = open_reader(source.weights, description)
-        return lambda key, offset, shape: read_shard(description, reader, key, offset, shape)
-    store = StoreReader(source.weights)
+    description = base.description
+    if not base.is_checkpoint:
+        return lambda key, offset, shape: read_shard(description, base.reader, key, offset, shape)
+    store = StoreReader(base.weights)
     missing = [key for key in description.rule if key not in store]
     if missing:
-        raise ValueError(f"{source.weights} lacks {len(missing)} tensor(s): {', '.join(missing[:5])}")
+        raise ValueError(f"{base.weights} lacks {len(missing)} tensor(s): {', '.join(missing[:5])}")
 
-    stored = {key: (master_key(store, key) or key) if wide else key for key in description.rule}
+    stored = {key: (master_key(store, key) or key) if master else key for key in description.rule}
     tables = [stored[key] for key in VOCABULARY_KEYS if key in stored]
-    held = UnpaddedReader(store, dict.fromkeys(tables, describe(source.files).vocab_size))
-    grown = GrownReader(held, dict.fromkeys(tables, description.vocab_size))
+    held = UnpaddedReader(store, dict.fromkeys(tables, base.own_vocab_size))
+    resized = ResizedReader(held, dict.fromkeys(tables, description.vocab_size))
 
     def read(key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         name, index = stored[key], tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
@@ -117,14 +154,14 @@ def weight_reader(source: Source, description: ModelDescription, *, wide: bool) 
             return store.read(name, index)
         result = torch.zeros(shape, dtype=store.dtype(name))
         rows = max(0, min(shape[0], description.vocab_size - offset[0]))
-        grown.read(name, (slice(offset[0], offset[0] + rows), *index[1:]), result[:rows])
+        resized.read(name, (slice(offset[0], offset[0] + rows), *index[1:]), result[:rows])
         return result
 
     return read
 
 
 class UnpaddedReader:
-    """A checkpoint's tensors for `GrownReader`, some of them, `{name: rows}`, without the zeros below those rows."""
+    """A checkpoint's tensors for `ResizedReader`, some of them, `{name: rows}`, without the zeros below those rows."""
 
     def __init__(self, store: StoreReader, rows: Mapping[str, int]):
         self._store = store

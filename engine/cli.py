@@ -48,9 +48,9 @@ _NOT_BY_LATHE = """
 _REASONS = {
     "moe_token_dispatcher_type": "is given as --moe.dispatcher",
     "moe_aux_loss_coeff": "is given as --moe.aux-loss",
-    **dict.fromkeys(_OF_MODEL.split(), "belongs to the model, whose config.json sets it; it cannot be given by hand"),
-    **dict.fromkeys(_OWNED.split(), "is set by Lathe's own flags and checks; it cannot be given by hand"),
-    **dict.fromkeys(_NOT_BY_LATHE.split(), "is nothing that Lathe's layers do as megatron-core's would; leave it out"),
+    **dict.fromkeys(_OF_MODEL.split(), "is set by the model's config.json and cannot be given by hand"),
+    **dict.fromkeys(_OWNED.split(), "is set by Lathe's own flags and cannot be given by hand"),
+    **dict.fromkeys(_NOT_BY_LATHE.split(), "has no effect, or a wrong one, in Lathe's layers; leave it out"),
 }
 
 
@@ -67,6 +67,14 @@ def parse_run(arguments: list[str], defaults: RunConfig | None = None) -> RunCon
     config = dataclasses.replace(config, mcore={**config.mcore, **extra})
     parsed = tyro.cli(RunConfig, args=arguments, default=config, prog=Path(sys.argv[0]).name)
     return dataclasses.replace(parsed, mcore=config.mcore)
+
+
+def dump_run(config: RunConfig) -> str:
+    """The YAML that starts the same run again."""
+    plain = dataclasses.asdict(config)
+    plain["output"] = str(config.output)
+    plain["data"], plain["valid"] = list(config.data), list(config.valid)
+    return yaml.safe_dump(plain, sort_keys=False)
 
 
 def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from engine.mesh import Layout
+from engine.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class OptimConfig:
     min_lr: float = 0.0
     """Where cosine, linear and wsd end."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """Course of the learning rate after warmup."""
+    """Learning rate after warmup."""
     warmup_steps: int = 0
     """Steps of linear warmup."""
     warmup_init: float = 0.0
@@ -39,7 +39,7 @@ class OptimConfig:
     clip_grad: float = 1.0
     """Gradient norm above which gradients are scaled down; 0 never clips."""
     moments: Literal["fp32", "bf16"] = "fp32"
-    """How AdamW keeps its two moments; bf16 (rounded at random, so without a bias) saves 4 bytes a parameter."""
+    """How AdamW keeps its two moments; bf16 (rounded stochastically, so without a bias) saves 4 bytes a parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class CheckpointConfig:
     export_hf: bool = False
     """Also write each checkpoint as a Hugging Face directory, RUN/hf/step_NNNNNN."""
     minutes_before_end: float | None = None
-    """Save and stop this long before a SLURM job's time limit; left out, 10 or a tenth of a short job; 0 never."""
+    """Save and stop so many minutes before a SLURM job's end; by default 10, or a tenth of a short job; 0 never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class OverrideConfig:
     rope_theta: float | None = None
     max_position_embeddings: int | None = None
     resize_embeddings: bool = False
-    """Give the vocabulary rows for tokens that the data's tokenizer has and the model has not: the rows' mean."""
+    """Add a row, the mean of the others, for each token that the data's tokenizer has and the model lacks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ class RunConfig:
     valid_every: int = 0
     """Steps between held-out losses; 0 measures after the last step only."""
     valid_batches: int = 0
-    """Batches of 64 bins of each held-out measurement; 0 takes all."""
+    """Batches of 64 packed sequences in each held-out measurement; 0 takes all."""
     output: Path = Path("runs/default")
     """RUN: where config, metrics, checkpoints and the report go."""
 
@@ -119,7 +119,7 @@ class RunConfig:
     vpp: int = 1
     """Interleaved stages a pipeline rank holds."""
     pp_layout: str | None = None
-    """Layers of each of the pp*vpp stages where they are not equal, in the order of the model, e.g. 7,9,9,7."""
+    """Layers of each of the pp*vpp stages, in the order of the model, if they are not equal, e.g. 7,9,9,7."""
     ep: int = 1
     """Expert parallelism."""
     etp: int = 1
@@ -128,17 +128,17 @@ class RunConfig:
     """Sequence parallelism; auto is on with --tp above 1."""
 
     seq_len: int = 4096
-    """Tokens of a bin."""
+    """Tokens of a packed sequence."""
     micro_batch_size: int = 1
-    """Bins a microbatch."""
+    """Packed sequences of a microbatch."""
     global_batch_size: int = 128
-    """Batch of a step, in --batch-unit."""
+    """Size of a step's batch, counted in --batch-unit."""
     batch_unit: Literal["sequences", "conversations"] = "conversations"
     """Whether a batch is counted in packed sequences or in conversations."""
     pad_documents_to: int | None = None
     """Each document is padded to a multiple of this; 2*cp unless given, and kept on resume."""
     too_long: Literal["error", "drop", "truncate"] = "error"
-    """What happens to documents longer than --seq-len."""
+    """What to do with documents longer than --seq-len."""
     steps: int | None = None
     """Length of the run in steps."""
     epochs: float | None = None

@@ -1,4 +1,4 @@
-"""AdamW that shards and resumes, its learning-rate schedules, and one checked update."""
+"""AdamW that shards and resumes, and one checked update."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Place:
+class ShardRange:
     """Where a parameter of the optimizer, often a shard, lies in a whole parameter of the model's rank."""
 
     name: str
@@ -30,7 +30,7 @@ class Place:
     numel: int  # of the whole
 
 
-def round_at_random(values: Tensor, noise: Tensor) -> Tensor:
+def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
     """Rounds fp32 `values` in place to neighbours that bf16 knows, so that the expected result is the value.
 
     `noise` is 16 random bits a value, int16. Added to the bits that bf16 lacks, they carry into those that bf16
@@ -45,7 +45,7 @@ class AdamW(torch.optim.AdamW):
 
     One step count a parameter group, and a state of `exp_avg` and `exp_avg_sq` alone: what megatron-core's
     distributed optimizer needs in order to reshard (torch's own keeps a step a parameter). `moments` is the
-    state's dtype. In bf16 it is rounded at random: with beta2 = 0.999 a step moves `exp_avg_sq` by a thousandth,
+    state's dtype. In bf16 it is rounded stochastically: with beta2 = 0.999 a step moves `exp_avg_sq` by a thousandth,
     which rounding to the nearest, 1 in 256 apart, would undo every time. The update itself is always fp32.
     """
 
@@ -62,7 +62,7 @@ class AdamW(torch.optim.AdamW):
         # Past torch's AdamW, whose class is there for megatron-core's type check alone.
         torch.optim.Optimizer.__init__(self, params, defaults)
         self.moments = moments
-        self.places: dict[Tensor, Place] = {}
+        self.shard_ranges: dict[Tensor, ShardRange] = {}
 
     def initialize(self) -> None:
         """Creates zero moments for parameters that have none."""
@@ -72,7 +72,7 @@ class AdamW(torch.optim.AdamW):
             if not state:
                 state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments)
-            self.places.setdefault(parameter, Place(str(number), 0, parameter.numel()))
+            self.shard_ranges.setdefault(parameter, ShardRange(str(number), 0, parameter.numel()))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # it takes no closure
@@ -92,28 +92,28 @@ class AdamW(torch.optim.AdamW):
     def _update_in_blocks(self, group: dict, parameter: Tensor) -> None:
         """Updates one parameter whose moments are narrow, a block of its fp32 moments at a time.
 
-        The noise of an element is a function of the step and of its place in the whole parameter: a resumed run
+        The noise of an element is a function of the step and of where it lies in the whole parameter: a resumed run
         repeats it, and ranks that hold the same parameter, cut up as they may, round it alike.
         """
-        place, state = self.places[parameter], self.state[parameter]
+        shard, state = self.shard_ranges[parameter], self.state[parameter]
         assert parameter.grad is not None
         tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         weights, gradients, *stored = (tensor.view(-1) for tensor in tensors)
         generator = torch.Generator(parameter.device)
-        end = place.start + parameter.numel()
-        for first in range(place.start // BLOCK * BLOCK, end, BLOCK):
-            last = min(first + BLOCK, place.numel)
-            own = slice(max(first, place.start), min(last, end))
-            local = slice(own.start - place.start, own.stop - place.start)
+        end = shard.start + parameter.numel()
+        for first in range(shard.start // BLOCK * BLOCK, end, BLOCK):
+            last = min(first + BLOCK, shard.numel)
+            own = slice(max(first, shard.start), min(last, end))
+            local = slice(own.start - shard.start, own.stop - shard.start)
             moments = [moment[local].float() for moment in stored]
             _update(group, [weights[local]], [gradients[local]], [moments[0]], [moments[1]])
             # Drawn for the whole block, wherever it is cut: 16 bits an element and moment.
-            digest = hashlib.sha256(f"{group['step']} {place.name} {first}".encode()).digest()
+            digest = hashlib.sha256(f"{group['step']} {shard.name} {first}".encode()).digest()
             generator.manual_seed(int.from_bytes(digest[:8], "big"))
             drawn = torch.empty((last - first + 1) // 2, dtype=torch.int64, device=parameter.device)
             bits = drawn.random_(-(1 << 63), None, generator=generator).view(torch.int16).view(2, -1)
             for narrow, moment, noise in zip(stored, moments, bits, strict=True):
-                narrow[local].copy_(round_at_random(moment, noise[own.start - first : own.stop - first]))
+                narrow[local].copy_(round_stochastically(moment, noise[own.start - first : own.stop - first]))
 
 
 def _update(
@@ -157,7 +157,7 @@ class ShardedAdamW(DistributedOptimizer):
                 start = self._get_model_param_range_map(parameter)["param"].start
                 group, order = self.model_param_group_index_map[parameter]
                 shard = self.optimizer.param_groups[group]["params"][order]
-                self.optimizer.places[shard] = Place(name, start, parameter.numel())
+                self.optimizer.shard_ranges[shard] = ShardRange(name, start, parameter.numel())
 
     def state_dict(self) -> dict:
         """Returns the step and the groups' settings; tensors are `sharded_state_dict`'s business."""
@@ -174,23 +174,6 @@ class ShardedAdamW(DistributedOptimizer):
                 group["step"] = next(iter(steps))
         if "param_state" in state:
             self.load_parameter_state_from_fully_reshardable(state["param_state"])
-
-
-def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
-    """The rate of `step` (from 1): the schedule's value after step - 1 updates, as Megatron and transformers.
-
-    Warmup runs linearly from `warmup_init`; "cosine" and "linear" then decay to `min_lr` at `total_steps`;
-    "wsd" stays at `lr` and decays linearly over the last `decay_steps`.
-    """
-    done = step - 1
-    if done < optim.warmup_steps:
-        return optim.warmup_init + (optim.lr - optim.warmup_init) * done / optim.warmup_steps
-    if optim.schedule == "constant":
-        return optim.lr
-    start = total_steps - optim.decay_steps if optim.schedule == "wsd" else optim.warmup_steps
-    progress = min(max((done - start) / max(1, total_steps - start), 0.0), 1.0)
-    share = 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1 - progress
-    return optim.min_lr + (optim.lr - optim.min_lr) * share
 
 
 def _is_one_dimensional(parameter: torch.nn.Parameter) -> bool:

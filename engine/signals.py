@@ -9,29 +9,17 @@ import signal
 import time
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
-from pathlib import Path
 from types import FrameType
 
 import torch
 from torch import distributed
 
-# A file in RUN, there until the last step is done, which says how the run stands: running (or killed without a word),
-# stopped, or failed by what follows this word.
-UNFINISHED, FAILED = "unfinished", "failed: "
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Seconds since the epoch, which newer releases of SLURM set for their jobs.
 JOB_START, JOB_END = "SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"
 # How long before its end a job stops by default: so many minutes, or this share of a shorter job.
 MINUTES, SHARE = 10.0, 0.1
 _TIME_LIMIT = signal.NSIG  # no signal has this number
-
-
-def why_unfinished(run: Path) -> str:
-    """What the file of a run says; empty for one that is done or was never begun."""
-    path = run / UNFINISHED
-    if not path.exists():
-        return ""
-    return path.read_text(encoding="utf-8").strip() or "ended while this was written"
 
 
 def deadline(minutes_before_end: float | None) -> float:
@@ -45,13 +33,13 @@ def deadline(minutes_before_end: float | None) -> float:
     flag = f"--checkpoint.minutes-before-end {minutes_before_end or MINUTES:g}"
     if end is None:
         if minutes_before_end:
-            raise ValueError(f"{flag} needs the time limit of a SLURM job, and {JOB_END} does not say it")
+            raise ValueError(f"{flag} needs the time limit of a SLURM job, but the variable {JOB_END} is not set")
         return math.inf
     length = end - (time.time() if start is None else start)
     if minutes_before_end is None:
         return end - min(MINUTES * 60, SHARE * max(length, 0.0))
     if minutes_before_end * 60 >= length:
-        raise ValueError(f"{flag} leaves nothing of a job of {length / 60:.0f} minutes")
+        raise ValueError(f"{flag} is not shorter than the job itself, which has {length / 60:.0f} minutes")
     return end - minutes_before_end * 60
 
 

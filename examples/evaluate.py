@@ -7,14 +7,16 @@ import sys
 
 import tyro
 
-from examples.evaluation.options import EvaluationError, EvaluationOptions
-from examples.evaluation.run import evaluate
+from examples.evaluation.options import EvaluationError, EvaluationOptions, check_options
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Read the command line and evaluate; a user's mistake gives one sentence and the exit status 2."""
-    options = tyro.cli(EvaluationOptions, description=__doc__)
+    options = tyro.cli(EvaluationOptions, args=arguments, description=__doc__)
     try:
+        check_options(options)
+        from examples.evaluation.run import evaluate  # torch and transformers, after all that needs neither
+
         evaluate(options)
     except EvaluationError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -23,4 +25,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

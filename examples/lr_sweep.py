@@ -24,7 +24,7 @@ from rich.table import Table
 
 from engine.cli import parse_run
 from engine.reporting.metrics import read_metrics
-from engine.signals import FAILED, why_unfinished
+from engine.run_folder import FAILED, RunFolder
 
 SCRIPT = Path(__file__).with_name("pretrain_sft.py")
 LAST = 0.1  # the share of steps, at the end, over which the training loss is taken
@@ -108,8 +108,9 @@ def run_to_the_end(command: list[str]) -> int:
 
 def result(options: Options, rate: float) -> Result:
     """How the run of a rate stands, and what its metrics say."""
-    path, why = options.run(rate) / "metrics.jsonl", why_unfinished(options.run(rate))
-    lines = read_metrics(path) if path.exists() else []
+    run = RunFolder(options.run(rate))
+    why = run.why_unfinished()
+    lines = read_metrics(run.metrics) if run.metrics.exists() else []
     losses = [line["loss"] for line in lines[-max(1, round(LAST * len(lines))) :] if line["loss"] is not None]
     held_out = [line["valid_loss"] for line in lines if line.get("valid_loss") is not None]
     state = "done" if lines else "missing"
@@ -158,7 +159,7 @@ def sweep(options: Options, flags: list[str]) -> list[Result]:
     for rate in options.rates if flags else []:
         before = result(options, rate)
         if before.state == "failed":
-            why = why_unfinished(options.run(rate))
+            why = RunFolder(options.run(rate)).why_unfinished()
             print(f"--optim.lr {rate:g} is not tried again, having {why}", flush=True)
         elif before.state != "done" or (wanted is not None and before.steps < wanted):
             train(options, rate, flags)

@@ -5,6 +5,7 @@ python examples/plan_run.py [recipe.yaml ...] --ranks 64 [--model DIR] [any flag
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ def find_config(model: str | None) -> Path:
         return Path(hf_hub_download(model, "config.json")).parent
     except Exception as error:
         raise ValueError(
-            f"--model {model} is neither a directory here nor to be had from the hub ({type(error).__name__})"
+            f"--model {model} is no local directory and could not be downloaded from the hub ({type(error).__name__})"
         ) from None
 
 
@@ -41,17 +42,28 @@ def take_ranks(arguments: list[str]) -> tuple[int, list[str]]:
     raise ValueError("--ranks is missing: give how many processes the run will have")
 
 
-def main(arguments: list[str]) -> None:
+def plan(arguments: list[str]) -> None:
     """Checks the run and prints a line a pipeline stage."""
-    from engine.base_model import config_overrides
     from engine.cli import parse_run
+    from engine.config import check_values
+    from engine.layout import check_ranks
+
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        parse_run(["--help"])
+    ranks, arguments = take_ranks(arguments)
+    config = parse_run(arguments)
+    check_values(dataclasses.replace(config, model=config.model or "MODEL", data=config.data or ("DATA",)))
+    check_ranks(config.layout, ranks)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is computed; torch reads it when it is imported
+    from engine.quiet import silence_libraries
+
+    silence_libraries()
+    from engine.base_model import config_overrides
     from engine.rehearsal.memory import plan_memory
     from models.hf_config import describe
 
-    ranks, arguments = take_ranks(arguments)
-    config = parse_run(arguments)
-    files = find_config(config.model)
-    description = describe(files, overrides=config_overrides(config.override, files, data_vocab_size=0))
+    description = describe(find_config(config.model), overrides=config_overrides(config.override, 0, 0))
     stages = plan_memory(config, description, ranks)
     print(f"{config.model}: {config.layout.product(ranks)}, GiB per rank")
     print("stage  layers  parameters  gradients  optimizer     sum")
@@ -62,13 +74,15 @@ def main(arguments: list[str]) -> None:
     print("Activations come on top: --recompute full keeps a layer's input alone.")
 
 
-if __name__ == "__main__":
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is computed; torch reads it when it is imported
-    from engine.quiet import silence_libraries
-
-    silence_libraries()
+def main(arguments: list[str]) -> int:
+    """Plans a run; returns the exit status. A user's mistake is one sentence."""
     try:
-        main(sys.argv[1:])
+        plan(arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -4,19 +4,26 @@ import sys
 
 import tyro
 
-from data.preparation.prepare import PrepareOptions, prepare
+from data.preparation.options import PrepareOptions
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
+    """Reads the command line and prepares; returns the exit status. A user's mistake is one sentence."""
     try:
-        prepare(tyro.cli(PrepareOptions))
+        options = tyro.cli(PrepareOptions, args=arguments)
+        from data.preparation.prepare import (
+            prepare,  # the tokenizer's libraries, which no mistyped flag should wait for
+        )
+
+        prepare(options)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         print("interrupted: run the same command again, it will continue", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

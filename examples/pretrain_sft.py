@@ -29,12 +29,22 @@ def built_in(arguments: list[str], *, epochs: bool, first: bool) -> RunConfig:
     return dataclasses.replace(config, model=str(model), data=(str(data),))
 
 
-def configure(arguments: list[str], *, first: bool) -> RunConfig:
-    """Parses the arguments; processes other than the first keep the parser's message to themselves."""
+def parse(arguments: list[str], *, world_size: int, first: bool) -> RunConfig:
+    """Parses and checks the arguments; processes other than the first keep the parser's message to themselves."""
     from engine.cli import parse_run
+    from engine.config import check_values
+    from engine.layout import check_ranks
 
     with contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO()):
         config = parse_run(arguments)
+    check_values(config)
+    check_ranks(config.layout, world_size)
+    return config
+
+
+def configure(arguments: list[str], *, world_size: int, first: bool) -> RunConfig:
+    """The run that the arguments ask for, or the built-in demo where they name neither model nor data."""
+    config = parse(arguments, world_size=world_size, first=first)
     if config.model is None and not config.data:
         return built_in(arguments, epochs=config.epochs is not None, first=first)
     return config
@@ -42,21 +52,21 @@ def configure(arguments: list[str], *, first: bool) -> RunConfig:
 
 def main(arguments: list[str]) -> int:
     """Parses, checks, trains; returns the exit status. A user's mistake is one sentence from one process."""
+    from engine.layout import world_from_environment
     from engine.quiet import silence_libraries
-
-    silence_libraries()  # some read the environment when they are imported, so all imports come after it
-    import torch
-
-    from engine.checkpointing.checkpoint import CheckpointFailed
-    from engine.mesh import world_from_environment
-    from engine.prepare import prepare_run
-    from engine.train import train
 
     rank, world_size, _ = world_from_environment()
     try:
-        prepared = prepare_run(
-            configure(arguments, first=rank == 0), world_size=world_size, cuda=torch.cuda.is_available()
-        )
+        config = configure(arguments, world_size=world_size, first=rank == 0)
+        # What answers a mistyped flag ends here; torch and megatron-core take seconds to import.
+        silence_libraries()  # some read the environment when they are imported
+        import torch
+
+        from engine.checkpointing.checkpoint import CheckpointFailed
+        from engine.prepare import prepare_run
+        from engine.train import train
+
+        prepared = prepare_run(config, world_size=world_size, cuda=torch.cuda.is_available())
     except (ValueError, OSError) as error:  # the same on every rank
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -82,8 +92,7 @@ def leave_at_once() -> None:
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    from torch import distributed
-
-    if distributed.is_initialized():
+    distributed = sys.modules.get("torch.distributed")  # not there where the arguments were refused
+    if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()
     sys.exit(status)

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from transformers import AutoModelForCausalLM
 
 from data.preparation.formats import Fields, RowError, to_conversation
-from examples.demo.model import train_tokenizer, write_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +43,12 @@ def texts(sources: tuple[Path, ...]):
                 yield "\n".join(f"{turn['role']}\n{turn.get('content') or ''}" for turn in conversation.messages)
 
 
-def main(options: RehearsalOptions) -> None:
+def make_model(options: RehearsalOptions) -> None:
     """Trains the tokenizer, draws the weights, writes the directory."""
+    from transformers import AutoModelForCausalLM
+
+    from examples.demo.model import train_tokenizer, write_model
+
     fields = json.loads((Path(__file__).parent / "demo" / "model.json").read_text(encoding="utf-8"))
     tokenizer = train_tokenizer(texts(options.sources), options.vocab_size)
     fields |= {
@@ -64,9 +66,15 @@ def main(options: RehearsalOptions) -> None:
     print(f"{options.output}: {parameters / 1e6:.1f} M parameters, vocabulary {len(tokenizer):,}")
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    """Reads the command line and makes the model; returns the exit status."""
     try:
-        main(tyro.cli(RehearsalOptions))
+        make_model(tyro.cli(RehearsalOptions, args=arguments, description=__doc__))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from models.hf_config import ModelDescription
+from models.description import ModelDescription
 from models.layer_spec import block_spec, parameter_dtype
 from models.layers.gated import quick_gelu
 from models.layers.loss import loss_sum

@@ -1,24 +1,23 @@
-"""From a Hugging Face config to a `ModelDescription`: what the engine needs to know of a model.
+"""A config.json read strictly: into a `ModelDescription`, or an error that names the field.
 
 transformers' own config classes read the file, so defaults and renamed fields mean here what they mean
 there. Every field must be understood: one that could change the mathematics and is not is an error.
 """
 
 import copy
+import fnmatch
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from models.conversion.check import check_tensors
-from models.conversion.mxfp4 import packed_tensors
-from models.conversion.rules import Family, Rule, TensorReader, expand
+from models.conversion.rules import Rule, expand
+from models.description import ModelDescription
 from models.families import FAMILIES
+from models.families.family import Family
 
 VOCAB_MULTIPLE = 128  # the same whatever tp is, so that a checkpoint's shapes never depend on the layout
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -32,30 +31,6 @@ ROPE_FIELDS = {"rope_parameters", "rope_theta", "rope_scaling"}
 WINDOW_FIELDS = {"layer_types", "sliding_window", "use_sliding_window", "max_window_layers"}
 # About files, tokens, generation or labels: never about what the model computes from tokens in training.
 BOOKKEEPING = {"torch_dtype", "tokenizer_class", "num_labels", "model_max_length", "use_cache"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelDescription:
-    """A model without its weights; `rules` say where these lie, one rule per global megatron tensor."""
-
-    family: str
-    hf_config: dict[str, Any]  # every field, defaults included, after overrides
-    transformer: dict[str, Any]  # fields for megatron's TransformerConfig; functions are given by name
-    vocab_size: int  # as the tokenizer and the exports know it
-    padded_vocab_size: int  # the next multiple of 128
-    tied: bool
-    max_position_embeddings: int
-    rope: tuple[dict[str, Any], ...]  # one dict of transformers' rope_parameters per layer
-    post_norm: bool  # norms after attention and feed-forward, before the residual
-    wide_norm: bool  # norms multiply by their gain before they round
-    qk_norm: str  # "none", "head" or "projection"
-    mxfp4: tuple[str, ...]  # tensors that files hold as `_blocks` and `_scales`, empty for plain files
-    rules: tuple[Rule, ...]
-
-    @cached_property
-    def rule(self) -> dict[str, Rule]:
-        """Rules by megatron key."""
-        return {rule.key: rule for rule in self.rules}
 
 
 def describe(source: str | Path | dict, *, overrides: dict | None = None) -> ModelDescription:
@@ -88,9 +63,9 @@ def describe(source: str | Path | dict, *, overrides: dict | None = None) -> Mod
         max_position_embeddings=config["max_position_embeddings"],
         rope=ropes,
         post_norm=family.post_norm,
-        wide_norm=family.wide_norm,
+        gain_in_fp32=family.gain_in_fp32,
         qk_norm=family.qk_norm,
-        mxfp4=packed_tensors(config, family, rules),
+        mxfp4=_mxfp4_tensors(config, family, rules),
         rules=rules,
     )
 
@@ -148,16 +123,6 @@ def _dims(config: Mapping[str, Any], transformer: Mapping[str, Any]) -> dict[str
         "expert_ffn": expert_ffn,
         "2*expert_ffn": 2 * expert_ffn,
     }
-
-
-def check_directory(description: ModelDescription, reader: TensorReader) -> tuple[str, ...]:
-    """Check a directory's tensors against the rules; see `models.conversion.check.check_tensors`."""
-    return check_tensors(description.rules, reader, family_named(description.family), description.tied)
-
-
-def family_named(name: str) -> Family:
-    """The family of a description."""
-    return next(family for family in FAMILIES.values() if family.name == name)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -291,3 +256,15 @@ def _check_theta(ropes: tuple[dict[str, Any], ...], theta: float | None) -> None
                 f"the override rope_theta = {theta} does not reach layer {layer}, which keeps {rope['rope_theta']}: "
                 "write rope_parameters in config.json with a table and its rope_theta for each kind of layer"
             )
+
+
+def _mxfp4_tensors(config: Mapping[str, Any], family: Family, rules: tuple[Rule, ...]) -> tuple[str, ...]:
+    """The tensors that a quantised model's files hold in MXFP4; ValueError for any other quantisation."""
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return ()
+    method = quantization.get("quant_method")
+    if method != "mxfp4":
+        raise ValueError(f"config.json: quantization_config of {method!r} is not supported for {family.name}")
+    names = [name for rule in rules for name, _ in rule.files]
+    return tuple(n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in family.mxfp4))

@@ -24,10 +24,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from models.hf_config import ModelDescription
+from models.description import ModelDescription
 from models.layers.attention import PackedAttention
 from models.layers.experts import GroupedExperts
-from models.layers.norm import PostNormLinear, ProjectionNorm, RMSNorm, WideRMSNorm
+from models.layers.norm import FP32GainRMSNorm, PostNormLinear, ProjectionNorm, RMSNorm
 from models.layers.rope import Rope, rotate
 from models.layers.router import PackedMoELayer, PackedRouter
 
@@ -133,7 +133,7 @@ def native_layer_spec(description: ModelDescription, ropes: tuple[Rope, ...], gr
 
 
 def _norm(description: ModelDescription) -> type:
-    return WideRMSNorm if description.wide_norm else RMSNorm
+    return FP32GainRMSNorm if description.gain_in_fp32 else RMSNorm
 
 
 def _qk_norms(description: ModelDescription, groups: Any) -> tuple[Any, Any]:

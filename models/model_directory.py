@@ -1,15 +1,20 @@
 """A model directory opened as its description asks: MXFP4 as bf16, and rows for tokens that were added."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from models.conversion.check import check_tensors
 from models.conversion.hf_reader import HFReader
-from models.conversion.mxfp4 import BLOCKS, Mxfp4Reader, packed_names
-from models.conversion.resize import GrownReader
+from models.conversion.mxfp4 import BLOCKS, Mxfp4Reader, mxfp4_names
+from models.conversion.resize import ResizedReader
 from models.conversion.rules import TensorReader
-from models.hf_config import ModelDescription, describe, family_named
+from models.description import ModelDescription
+from models.families import family_named
+from models.hf_config import describe
 
 VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
@@ -17,25 +22,57 @@ VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
 def open_reader(path: str | Path, description: ModelDescription) -> TensorReader:
     """A directory's tensors as the rules of `description` take them up.
 
-    A tensor per row of the vocabulary grows where the description has more tokens than the directory's config.json.
-    Raises ValueError for a damaged directory, and where files and config.json differ on MXFP4.
+    A tensor with a row for each token is resized where the description has more tokens than the directory's
+    config.json. Raises ValueError for a damaged directory, and where files and config.json differ on MXFP4.
     """
     reader: TensorReader = HFReader(path)
     if description.mxfp4:
         reader = Mxfp4Reader(reader, description.mxfp4)
-    elif packed := packed_names(reader):
+    elif names := mxfp4_names(reader):
         raise ValueError(
-            f"{path} holds {packed[0]}{BLOCKS} in MXFP4, but its config.json has no quantization_config: restore the "
+            f"{path} holds {names[0]}{BLOCKS} in MXFP4, but its config.json has no quantization_config: restore the "
             "config.json that belongs to these files"
         )
-    grown = _grown(path, description, reader)
-    return GrownReader(reader, grown) if grown else reader
+    rows = _new_rows(path, description, reader)
+    return ResizedReader(reader, rows) if rows else reader
 
 
-def source_dtype(path: str | Path) -> torch.dtype:
-    """The dtype of a directory's weights, where MXFP4 counts as bf16; ValueError where there are several."""
-    files = HFReader(path)
-    reader = Mxfp4Reader(files, packed_names(files))
+def check_directory(description: ModelDescription, reader: TensorReader) -> tuple[str, ...]:
+    """Check a directory's tensors against the rules; see `models.conversion.check.check_tensors`."""
+    family = family_named(description.family)
+    tied_copy = family.tied_copy if description.tied else None
+    return check_tensors(description.rules, reader, family.name, family.buffers, tied_copy)
+
+
+def read_shard(
+    description: ModelDescription,
+    reader: TensorReader,
+    key: str,
+    global_offset: Sequence[int],
+    local_shape: Sequence[int],
+) -> Tensor:
+    """The part of a global megatron tensor that one rank holds, straight from Hugging Face files.
+
+    `global_offset` and `local_shape` have one number per dimension, rows first. Raises ValueError for a key
+    that no rule of the family makes, and for a part that reaches over the tensor's end.
+    """
+    rule = description.rule.get(key)
+    if rule is None:
+        raise ValueError(f"no rule of {description.family} makes the tensor {key}")
+    ends = [offset + length for offset, length in zip(global_offset, local_shape, strict=True)]
+    if len(ends) != len(rule.shape) or any(e > n for e, n in zip(ends, rule.shape, strict=True)):
+        raise ValueError(f"{key} {list(rule.shape)} has no part {list(local_shape)} at {list(global_offset)}")
+    return rule.read(reader, tuple(slice(offset, end) for offset, end in zip(global_offset, ends, strict=True)))
+
+
+def weights_dtype(path: str | Path, reader: TensorReader | None = None) -> torch.dtype:
+    """The dtype of a directory's weights, where MXFP4 counts as bf16; ValueError where there are several.
+
+    reader: what `open_reader` gave, if the directory is open already.
+    """
+    if reader is None:
+        files = HFReader(path)
+        reader = Mxfp4Reader(files, mxfp4_names(files))
     counts = Counter(reader.dtype(name) for name in reader.names())
     if len(counts) != 1:
         shown = ", ".join(f"{n} x {dtype}" for dtype, n in counts.items()) or "none"
@@ -43,8 +80,8 @@ def source_dtype(path: str | Path) -> torch.dtype:
     return next(iter(counts))
 
 
-def _grown(path: str | Path, description: ModelDescription, reader: TensorReader) -> dict[str, int]:
-    """The tensors to grow and their new rows: those that have a row for each token that config.json counts.
+def _new_rows(path: str | Path, description: ModelDescription, reader: TensorReader) -> dict[str, int]:
+    """The tensors to resize and their new rows: those that have a row for each token that config.json counts.
 
     Any other with too few rows is damaged; it stays as it is, and the check of the directory refuses it.
     """

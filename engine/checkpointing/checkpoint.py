@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 from engine.checkpointing.directory import (
     HF,
     STATE,
+    ResumePoint,
     read_manifest,
-    step_directories,
     sync_directory,
     sync_tree,
     write_manifest,
 )
 from engine.checkpointing.hf_export import Export, open_checkpoint
 from engine.mesh import Mesh
+from engine.run_folder import BEING_WRITTEN, RunFolder, replace_text
 from models.build import SHARDING_METADATA
-
-LATEST = "latest"
 
 
 class CheckpointFailed(OSError):
     """A checkpoint that could not be written; every rank knows, and nothing of it is left."""
-
-
-def step_directory(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands."""
-    return Path(run) / "checkpoints" / f"step_{step:06d}"
 
 
 def sharding_metadata(mesh: Mesh) -> dict[str, Any]:
@@ -46,34 +39,6 @@ def sharding_metadata(mesh: Mesh) -> dict[str, Any]:
         "dp_cp_group": mesh.groups.dp_cp,
         "distrib_optim_fully_reshardable_mem_efficient": True,
     }
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """A checkpoint to continue from, with its manifest."""
-
-    directory: Path
-    manifest: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        """The last step whose update the checkpoint holds."""
-        return self.manifest["step"]
-
-
-def find_latest(run: Path) -> ResumePoint | None:
-    """Finds the checkpoint that `latest` names; None for a run without one, ValueError for one that is not whole."""
-    pointer = Path(run) / "checkpoints" / LATEST
-    if not pointer.exists():
-        return None
-    directory = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-    try:
-        return ResumePoint(directory, read_manifest(directory))
-    except ValueError as error:
-        raise ValueError(
-            f"{error}; write the name of a whole checkpoint into {pointer}, or start with another --output "
-            "or --checkpoint.no-resume"
-        ) from None
 
 
 def _model_state(chunks: list, metadata: dict) -> dict[str, Any]:
@@ -87,7 +52,7 @@ def _model_state(chunks: list, metadata: dict) -> dict[str, Any]:
 
 
 def save(
-    run: Path,
+    run: RunFolder,
     step: int,
     chunks: list,
     optimizer: Any,
@@ -103,8 +68,8 @@ def save(
     beyond `keep` go. `model_files` is copied to `hf/`. A rank that cannot write raises OSError: the other
     ranks are inside collectives then, so the caller must end the process.
     """
-    target = step_directory(run, step)
-    partial = target.with_name(target.name + ".tmp")
+    target = run.checkpoint(step)
+    partial = target.with_name(target.name + BEING_WRITTEN)
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
     try:
         if mesh.rank == 0:
@@ -123,8 +88,8 @@ def save(
             read_manifest(partial)
             shutil.rmtree(target, ignore_errors=True)  # the same step of a run that did not resume
             os.rename(partial, target)
-            point_latest(target)
-            _remove_old(target.parent, keep)
+            point_latest(run, target)
+            run.remove_checkpoints(keep)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -145,12 +110,10 @@ def _write_state(state: dict[str, Any], folder: Path) -> None:
         ) from None
 
 
-def point_latest(target: Path) -> None:
+def point_latest(run: RunFolder, target: Path) -> None:
     """Moves `latest` to a checkpoint in one step."""
-    beside = target.parent / (LATEST + ".tmp")
-    beside.write_text(target.name + "\n", encoding="utf-8")
-    os.replace(beside, target.parent / LATEST)
-    sync_directory(target.parent)
+    replace_text(run.latest, target.name + "\n")
+    sync_directory(run.checkpoints)
 
 
 def _check_space(folder: Path, chunks: list, mesh: Mesh) -> None:
@@ -169,27 +132,14 @@ def _check_space(folder: Path, chunks: list, mesh: Mesh) -> None:
         )
 
 
-def _remove_old(folder: Path, keep: int) -> None:
-    """Removes the checkpoints of the lowest steps beyond `keep`, and their exports; 0 keeps all."""
-    steps = sorted(step_directories(folder).items())
-    for _, path in steps[: -keep if keep else 0]:
-        shutil.rmtree(path)
-        shutil.rmtree(exported_directory(path), ignore_errors=True)
-
-
-def exported_directory(checkpoint: Path) -> Path:
-    """Where a checkpoint of a run is exported to: RUN/hf/step_NNNNNN."""
-    return checkpoint.parent.parent / HF / checkpoint.name
-
-
-def export_hf(checkpoint: Path, mesh: Mesh) -> Path:
+def export_hf(run: RunFolder, step: int, mesh: Mesh) -> Path:
     """Writes a checkpoint as a Hugging Face directory beside it, every rank its share; returns the directory.
 
     In the dtype of the model's source, complete or absent. Raises CheckpointFailed on every rank where one fails.
     """
+    checkpoint, target = run.checkpoint(step), run.export(step)
     opened = open_checkpoint(checkpoint)
-    target = exported_directory(checkpoint)
-    partial = target.with_name(target.name + ".tmp")
+    partial = target.with_name(target.name + BEING_WRITTEN)
     job = Export(output=partial, description=opened.description, dtype=opened.source_dtype, side_files=checkpoint / HF)
 
     def begin() -> None:
@@ -225,25 +175,6 @@ def _together(work: Callable[[], Any] | None, partial: Path) -> list[Any]:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointFailed(f"{partial.with_suffix('')} could not be written ({'; '.join(failures)})")
     return [result for result, _ in answers]
-
-
-def set_aside(run: Path) -> list[Path]:
-    """Moves what a run that is started anew had saved to `checkpoints.N` and `hf.N`; returns where, if anywhere."""
-    names, number = ("checkpoints", HF), 1
-    while any((Path(run) / f"{name}.{number}").exists() for name in names):
-        number += 1
-    moved = []
-    for name in names:
-        if (folder := Path(run) / name).exists():
-            moved.append(folder.rename(folder.with_name(f"{name}.{number}")))
-    return moved
-
-
-def remove_unfinished(run: Path) -> None:
-    """Removes what interrupted saves and exports left behind."""
-    for name in ("checkpoints", HF):
-        for path in (Path(run) / name).glob("step_*.tmp"):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def load(point: ResumePoint, chunks: list, optimizer: Any, mesh: Mesh) -> None:

@@ -9,12 +9,14 @@ step_000300/
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from engine.run_folder import RunFolder
 
 FORMAT = 1
 MANIFEST = "lathe.json"
@@ -83,11 +85,37 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     return meta
 
 
-def step_directories(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a run's folder by step, those that are still being written left out."""
-    paths = folder.iterdir() if folder.is_dir() else ()
-    named = ((re.fullmatch(r"step_(\d{6,})", path.name), path) for path in paths)
-    return {int(match[1]): path for match, path in named if match}
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint to continue from, with its manifest."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    @property
+    def run(self) -> Path:
+        """The run that it belongs to."""
+        return self.directory.parent.parent
+
+    @property
+    def step(self) -> int:
+        """The last step whose update the checkpoint holds."""
+        return self.manifest["step"]
+
+
+def find_latest(run: Path) -> ResumePoint | None:
+    """Finds the checkpoint that `latest` names; None for a run without one, ValueError for one that is not whole."""
+    pointer = RunFolder(Path(run)).latest
+    if not pointer.exists():
+        return None
+    directory = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    try:
+        return ResumePoint(directory, read_manifest(directory))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; write the name of a whole checkpoint into {pointer}, or start with another --output "
+            "or --checkpoint.no-resume"
+        ) from None
 
 
 def sync_tree(directory: Path) -> None:

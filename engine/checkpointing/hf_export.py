@@ -18,9 +18,10 @@ from models.conversion.extents import Extent
 from models.conversion.hf_reader import copy_side_files
 from models.conversion.hf_writer import HFWriter
 from models.conversion.mxfp4 import Mxfp4Writer, mxfp4_plan
-from models.conversion.rules import Index, Part, Rule
-from models.hf_config import ModelDescription, apply_overrides, check_directory, describe, read_config
-from models.model_directory import open_reader
+from models.conversion.rules import ExportBlock, Index, Rule
+from models.description import ModelDescription
+from models.hf_config import apply_overrides, describe, read_config
+from models.model_directory import check_directory, open_reader
 
 BLOCK_BYTES = 16 * 2**20
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -142,7 +143,7 @@ class Export:
 
         What `copy` finds to be runs of bytes of other files is copied from there, the rest comes from `read`.
         """
-        parts = [(rule, part) for rule in self.description.rules for part in self._parts(rule)]
+        parts = [(rule, part) for rule in self.description.rules for part in self._blocks_of(rule)]
         sizes = [_numel(rule, part) for rule, part in parts]
         with self._writer() as files:
             writer = Mxfp4Writer(files, self.mxfp4)
@@ -164,8 +165,8 @@ class Export:
         description = describe(self.output)
         check_directory(description, open_reader(self.output, description))
 
-    def _parts(self, rule: Rule) -> Iterable[Part]:
-        return rule.parts(self.dtype.itemsize, self.block_bytes)
+    def _blocks_of(self, rule: Rule) -> Iterable[ExportBlock]:
+        return rule.export_blocks(self.dtype.itemsize, self.block_bytes)
 
     def _writer(self) -> HFWriter:
         return HFWriter(self.output, self.plan, like=self.side_files, shared=True)
@@ -198,5 +199,5 @@ def change_config(directory: Path, changes: Mapping[str, Any], remove: Iterable[
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _numel(rule: Rule, part: Part) -> int:
+def _numel(rule: Rule, part: ExportBlock) -> int:
     return math.prod(len(side) for side in box_of(rule.shape, part.index))

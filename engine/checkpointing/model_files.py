@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from data.index import DocumentIndex
 from data.preparation.encoder import template_of, tokenizer_fingerprint
 from models.conversion.hf_reader import copy_side_files
 from models.hf_config import apply_overrides, read_config
@@ -34,20 +36,23 @@ def write_model_files(source: Path, target: Path, *, overrides: dict[str, Any], 
     _add_end_tokens(target, data.get("end_token_ids") or [])
 
 
-def check_tokenizer(model: Path, data: Path, meta: dict[str, Any], *, grown: bool = False) -> None:
+def check_tokenizers(model: Path, indexes: Iterable[DocumentIndex], *, resized: bool = False) -> None:
     """Refuses data whose tokens mean other text to this model; a model without a tokenizer takes the data's.
 
-    grown: the data's tokenizer may have tokens that the model's has not, as long as the others stay what they are.
+    resized: the data's tokenizer may have tokens that the model's has not, as long as the others stay what they are.
     """
-    wanted = meta.get("tokenizer_fingerprint")
-    if wanted is None or not any(model.glob("tokenizer*")):
+    wanted = {index.path: index.meta.get("tokenizer_fingerprint") for index in indexes}
+    if not any(wanted.values()) or not any(model.glob("tokenizer*")):
         return
     from transformers import AutoTokenizer
 
     own = AutoTokenizer.from_pretrained(model)
-    if grown and own.get_vocab().items() <= AutoTokenizer.from_pretrained(data / "tokenizer").get_vocab().items():
-        return
-    if tokenizer_fingerprint(own) != wanted:
+    fingerprint = tokenizer_fingerprint(own)
+    for data, expected in wanted.items():
+        if expected in (None, fingerprint):
+            continue
+        if resized and own.get_vocab().items() <= AutoTokenizer.from_pretrained(data / "tokenizer").get_vocab().items():
+            continue
         raise ValueError(
             f"--data {data} was prepared with another tokenizer than that of --model {model}; prepare the data "
             f"again with prepare_data.py --model {model}"

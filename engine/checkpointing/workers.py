@@ -12,8 +12,6 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn, TypeVar
 
-import torch
-
 MOST_WORKERS = 8  # by default; more do not help where all of them wait for one disk
 
 Advance = Callable[[int], None]  # takes the number of bytes that were done
@@ -87,6 +85,8 @@ def _start(function: Callable, share: Any, workers: list[BaseProcess], connectio
 
 def _work(function: Callable, share: Any, sender: Connection, inherited: Sequence[Connection]) -> None:
     """A child's life: sends byte counts, and last (result, None) or (None, error)."""
+    import torch
+
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its children
     for connection in inherited:

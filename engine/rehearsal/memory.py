@@ -6,24 +6,21 @@ the copies that FP8 layers keep of their weights, and what a checkpoint gathers 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import distributed
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from engine import host
 from engine.config import RunConfig, check_values
-from engine.mesh import build_mesh, destroy_mesh
+from engine.mesh import build_mesh
 from engine.optim import build_optimizer
-from engine.prepare import check_model, model_config
+from engine.prepare import check_model, megatron_config
+from engine.rehearsal.fake_world import fake_world
 from engine.step import wrap_chunks
 from models.build import build_chunks
-from models.hf_config import ModelDescription
+from models.description import ModelDescription
 from models.layers.router import set_routers
 
 
@@ -69,11 +66,12 @@ def _stage_memory(
     narrow = config.precision != "fp32"
     native = dataclasses.replace(config, precision="bf16" if narrow else "fp32")
     host.enable()
-    with _fake_world(rank, world_size):
+    with fake_world(rank, world_size):
         mesh = build_mesh(config.layout)
         assert mesh.pp_rank == stage
         with host.on_meta():
-            chunks = build_chunks(description, model_config(native, description), backend="native", groups=mesh.groups)
+            transformer = megatron_config(native, description)
+            chunks = build_chunks(description, transformer, backend="native", groups=mesh.groups)
             set_routers(chunks, aux_loss=config.moe.aux_loss, frozen=config.moe.freeze_router)
             wrapped = wrap_chunks(chunks, mesh)
             optimizer = build_optimizer(config.optim, wrapped, mesh, bf16=narrow)
@@ -97,16 +95,3 @@ def measure(stage: int, chunks: list, wrapped: list, optimizer: Any) -> StageMem
         gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
         optimizer=sum(tensor.nbytes for tensor in state),
     )
-
-
-@contextlib.contextmanager
-def _fake_world(rank: int, world_size: int) -> Iterator[None]:
-    """A world whose other ranks do not exist and whose collectives do nothing; this process is `rank` in it."""
-    assert not torch.cuda.is_available(), "a plan is made where no GPU is visible"
-    assert not distributed.is_initialized(), "a plan is made outside of any run"
-    distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        yield
-    finally:
-        destroy_mesh()
-        distributed.destroy_process_group()

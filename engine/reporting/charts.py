@@ -110,19 +110,19 @@ def log_ticks(low: float, high: float) -> list[float]:
     return ticks if len(ticks) <= 9 else ticks[:: math.ceil(len(ticks) / 9)]
 
 
-def _runs(curve: Curve) -> list[list[_Bucket]]:
+def _stretches(curve: Curve) -> list[list[_Bucket]]:
     """The curve between its gaps, each stretch downsampled; together about `MOST_POINTS` buckets."""
     size = math.ceil(len(curve.points) / MOST_POINTS)
-    runs: list[list[_Bucket]] = [[]]
+    stretches: list[list[_Bucket]] = [[]]
     for start in range(0, len(curve.points), size):
         chunk = [(x, y) for x, y in curve.points[start : start + size] if y is not None]
         if not chunk:
-            runs.append([])
+            stretches.append([])
             continue
         values = [y for _, y in chunk]
         middle = sum(x for x, _ in chunk) / len(chunk)
-        runs[-1].append(_Bucket(middle, sum(values) / len(values), min(values), max(values)))
-    return [run for run in runs if run]
+        stretches[-1].append(_Bucket(middle, sum(values) / len(values), min(values), max(values)))
+    return [stretch for stretch in stretches if stretch]
 
 
 def _domain(values: list[float], log: bool) -> tuple[float, float]:
@@ -144,11 +144,11 @@ def _path(places: Sequence[tuple[float, float]]) -> str:
 def _draw_curve(curve: Curve, x_axis: _Axis, y_axis: _Axis) -> list[str]:
     """Band, line and dots of one curve, and a red mark at the foot of every step without a finite value."""
     parts = []
-    for run in _runs(curve):
-        places = [(x_axis.at(bucket.x), y_axis.at(bucket.mean)) for bucket in run]
+    for stretch in _stretches(curve):
+        places = [(x_axis.at(bucket.x), y_axis.at(bucket.mean)) for bucket in stretch]
         if len(curve.points) > MOST_POINTS:
-            upper = [(x_axis.at(bucket.x), y_axis.at(bucket.high)) for bucket in run]
-            lower = [(x_axis.at(bucket.x), y_axis.at(bucket.low)) for bucket in reversed(run)]
+            upper = [(x_axis.at(bucket.x), y_axis.at(bucket.high)) for bucket in stretch]
+            lower = [(x_axis.at(bucket.x), y_axis.at(bucket.low)) for bucket in reversed(stretch)]
             parts.append(f'<path d="{_path(upper + lower)}Z" fill="{curve.colour}" opacity=".18"/>')
         if len(places) > 1:
             parts.append(f'<path d="{_path(places)}" class="line" stroke="{curve.colour}"/>')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.hf_config import ModelDescription
+from models.description import ModelDescription
 
 # Dense bf16 peaks in TFLOP/s from the vendors' data sheets, by a part of the device's name.
 PEAKS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}

@@ -7,13 +7,13 @@ file of a run that was never interrupted.
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 from engine.reporting.progress import ProgressLine
+from engine.run_folder import RunFolder, replace_text
 
 # What every line holds, in this order; a caller may add fields after them.
 FIELDS = (
@@ -60,9 +60,7 @@ def rewind(path: str | Path, step: int) -> int:
             raise ValueError(f"{path}, line {number} is not a step's JSON object: {line[:80]!r}") from None
         if line_step <= step:
             kept.append(line)
-    beside = path.with_name(path.name + ".rewound")
-    beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(beside, path)
+    replace_text(path, "".join(line + "\n" for line in kept))
     return len(kept)
 
 
@@ -92,7 +90,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _start_wandb(run_dir: Path, project: str, config: dict[str, Any] | None) -> Any:
+def _start_wandb(folder: RunFolder, project: str, config: dict[str, Any] | None) -> Any:
     """A Weights & Biases run; a resumed job goes on in the run whose id stands in `RUN/wandb_id`."""
     try:
         import wandb
@@ -101,10 +99,10 @@ def _start_wandb(run_dir: Path, project: str, config: dict[str, Any] | None) -> 
             f"Weights & Biases was asked for (project {project!r}) but is not installed: "
             "run `pip install wandb`, or leave it out"
         ) from None
-    id_file = run_dir / "wandb_id"
-    run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
-    run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), id=run_id, resume="allow", config=config)
-    id_file.write_text(run.id, encoding="utf-8")
+    kept = folder.wandb_id.read_text(encoding="utf-8").strip() if folder.wandb_id.exists() else None
+    name, place = folder.path.name, str(folder.path)
+    run = wandb.init(project=project, name=name, dir=place, id=kept, resume="allow", config=config)
+    folder.wandb_id.write_text(run.id, encoding="utf-8")
     # Its own counter only goes up; over our step, the repeated steps of a resume lie where they belong.
     run.define_metric("*", step_metric="step")
     return run
@@ -132,19 +130,19 @@ class MetricsLog:
         progress_every: int = 10,
         stream: TextIO | None = None,
     ) -> None:
-        run_dir = Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self.path = run_dir / "metrics.jsonl"
+        run = RunFolder(Path(run_dir))
+        run.path.mkdir(parents=True, exist_ok=True)
+        self.path = run.metrics
         self.last_step = start_step
         rewind(self.path, start_step)
-        self.wandb = _start_wandb(run_dir, wandb, config) if wandb else None
+        self.wandb = _start_wandb(run, wandb, config) if wandb else None
         self.tensorboard = None
         if tensorboard:
             # Takes seconds to import, which a run without it should not pay.
             from torch.utils.tensorboard import SummaryWriter
 
             # TensorBoard hides what earlier event files hold from this step on: the rewinding of its mirror.
-            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+            self.tensorboard = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
         self.file = self.path.open("a", encoding="utf-8")
         self.progress = ProgressLine(start_step, total_steps, max(1, progress_every), stream or sys.stderr)
 
@@ -167,7 +165,7 @@ class MetricsLog:
 
         `tokens` are the documents' own, without the `padding_tokens`; `seconds` is the whole step's time;
         `tflops` the model's rate per device in 1e12 operations a second; `mfu` a fraction of 1. Further
-        fields (`valid_loss`, `bins`, ...) follow as they are. Raises `ValueError` where `step` does not
+        fields (`valid_loss`, `bin_fill`, ...) follow as they are. Raises `ValueError` where `step` does not
         follow the last one.
         """
         if step != self.last_step + 1:

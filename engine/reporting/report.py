@@ -4,7 +4,6 @@ Everything is in the file: styles, charts drawn as SVG, one sample with its loss
 `metrics.jsonl` and `config.yaml`, so it can be written again for any run folder, finished or not.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -29,7 +28,7 @@ from engine.reporting.report_parts import (
     last_value,
     total,
 )
-from engine.signals import why_unfinished
+from engine.run_folder import RunFolder, replace_text
 
 TRAINED, MASKED = "#c9efd6", "#e9ecf1"
 # Tokens of a sample that are shown; a longer one is cut, and the page says so.
@@ -53,7 +52,7 @@ FACTS = (
     ("seq_len", "Sequence length"),
     ("global_batch_size", "Global batch"),
     ("batch_unit", "Batch counted in"),
-    ("micro_batch_size", "Bins a microbatch"),
+    ("micro_batch_size", "Packed sequences a microbatch"),
     ("lr", "Learning rate"),
     ("min_lr", "Lowest learning rate"),
     ("schedule", "Schedule"),
@@ -73,21 +72,19 @@ def write_report(
 ) -> Path:
     """Write `RUN/report.html` and return its path.
 
-    `sample` is one document as (token's text, whether it bears loss); `fill` says how full each bin was, as
+    `sample` is one document as (token's text, whether it bears loss); `fill` says how full each packed sequence was, as
     fractions of 1, and is computed per step from the metrics where it is not given; `title` defaults to the
     folder's name. Raises `ValueError` where the run has no `metrics.jsonl` or nothing stands in it.
     """
-    run_dir = Path(run_dir)
-    path = run_dir / "metrics.jsonl"
-    metrics = read_metrics(path) if path.exists() else []
+    run = RunFolder(Path(run_dir))
+    metrics = read_metrics(run.metrics) if run.metrics.exists() else []
     if not metrics:
-        raise ValueError(f"{path} holds no steps: there is nothing to report yet")
-    config_path = run_dir / "config.yaml"
-    config_text = config_path.read_text(encoding="utf-8") if config_path.exists() else ""
-    shares, unit = (list(fill), "bin") if fill else (_fill_per_step(metrics), "step")
-    name = title or run_dir.resolve().name
+        raise ValueError(f"{run.metrics} holds no steps: there is nothing to report yet")
+    config_text = run.config.read_text(encoding="utf-8") if run.config.exists() else ""
+    shares, unit = (list(fill), "packed sequence") if fill else (_fill_per_step(metrics), "step")
+    name = title or run.path.resolve().name
     body = [
-        _header(name, metrics, why_unfinished(run_dir)),
+        _header(name, metrics, run.why_unfinished()),
         _tiles(metrics),
         '<div class="cards">',
         *_charts(metrics),
@@ -105,10 +102,8 @@ def write_report(
         f"<title>{escape(name)} - training report</title><style>\n{style}</style></head>\n"
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
-    report, beside = run_dir / "report.html", run_dir / "report.html.new"
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, report)
-    return report
+    replace_text(run.report, page)
+    return run.report
 
 
 def _median(values: list[float]) -> float:
@@ -117,7 +112,7 @@ def _median(values: list[float]) -> float:
 
 
 def _fill_per_step(metrics: Metrics) -> list[float]:
-    """The share of each step's bins that documents fill; without it, of the tokens that went through the model."""
+    """The share of each step's packed sequences that documents fill; without it, of the model's tokens."""
     if "bin_fill" in metrics[0]:
         return [line["bin_fill"] for line in metrics if line.get("bin_fill") is not None]
     pairs = [(line["tokens"] or 0, line["padding_tokens"] or 0) for line in metrics]
@@ -125,7 +120,7 @@ def _fill_per_step(metrics: Metrics) -> list[float]:
 
 
 def _filled(metrics: Metrics) -> float:
-    """The share of all bins together that documents fill; without it, of the tokens that went through the model."""
+    """The share of all packed sequences that documents fill; without it, of the model's tokens."""
     tokens, padding = total(metrics, "tokens"), total(metrics, "padding_tokens")
     room = [line["tokens"] / line["bin_fill"] for line in metrics if line.get("bin_fill")]
     return tokens / max(1, sum(room) if room else tokens + padding)
@@ -152,7 +147,7 @@ def _tiles(metrics: Metrics) -> str:
     tiles.append(("tokens trained on", number(tokens)))
     tiles.append(("of them supervised", f"{total(metrics, 'supervised_tokens') / max(1, tokens):.1%}"))
     tiles.append(("tokens/s, median step", number(_median(rates)) if rates else "unknown"))
-    tiles.append(("of the bins is filled", f"{_filled(metrics):.2%}"))
+    tiles.append(("of the packed sequences is filled", f"{_filled(metrics):.2%}"))
     if mfu is not None:
         tiles.append(("model FLOPs utilisation", f"{mfu:.1%}"))
     drawn = (f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in tiles)
@@ -177,14 +172,16 @@ def _charts(metrics: Metrics) -> Iterator[str]:
 
 
 def _fill_card(shares: list[float], unit: str) -> str:
-    """How full the bins were, as a histogram."""
+    """How full the packed sequences were, as a histogram."""
     if not shares:
-        return card("How full the bins are", "", '<p class="nothing">No tokens were recorded.</p>')
+        return card("How full the packed sequences are", "", '<p class="nothing">No tokens were recorded.</p>')
     mean = sum(shares) / len(shares)
     units = f"{unit}s" if len(shares) > 1 else unit
     note = f"{len(shares):,} {units}: mean {mean:.2%}, least {min(shares):.2%} filled with tokens"
-    drawn = histogram(shares, label="Fill of the bins", colour=TEAL, x_label=f"percent filled, count of {unit}s")
-    return card("How full the bins are", note, drawn)
+    drawn = histogram(
+        shares, label="Fill of the packed sequences", colour=TEAL, x_label=f"percent filled, count of {unit}s"
+    )
+    return card("How full the packed sequences are", note, drawn)
 
 
 def _counts_card(metrics: Metrics) -> str:
@@ -195,7 +192,7 @@ def _counts_card(metrics: Metrics) -> str:
     parts = [
         ("supervised", supervised, BLUE, "bear loss"),
         ("masked", tokens - supervised, "#9fb4e8", "context without loss"),
-        ("padding", padding, "#d4d9e2", "fill documents and bins"),
+        ("padding", padding, "#d4d9e2", "fill documents and sequences"),
     ]
     bar = "".join(
         f'<i title="{name}: {count:,.0f}" style="width:{100 * count / slots:.3f}%;background:{colour}"></i>'

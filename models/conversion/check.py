@@ -5,12 +5,19 @@ from collections.abc import Iterable
 
 import torch
 
-from models.conversion.rules import Family, Rule, TensorReader
+from models.conversion.rules import Rule, TensorReader
 
 
-def check_tensors(rules: Iterable[Rule], reader: TensorReader, family: Family, tied: bool) -> tuple[str, ...]:
+def check_tensors(
+    rules: Iterable[Rule],
+    reader: TensorReader,
+    family: str,
+    buffers: Iterable[str] = (),
+    tied_copy: tuple[str, str] | None = None,
+) -> tuple[str, ...]:
     """Check that every tensor of a directory belongs to one rule, and every rule finds its tensors.
 
+    buffers: patterns of tensors that are computed, not learned; tied_copy: (copy, original) of a tied model.
     Returns the names that are rightly left out: computed buffers, and a tied model's second copy of its
     embeddings. Raises ValueError naming missing, extra or misshapen tensors and how many there are.
     """
@@ -21,10 +28,10 @@ def check_tensors(rules: Iterable[Rule], reader: TensorReader, family: Family, t
             expected[name] = shape
     present = set(reader.names())
     extra = present - expected.keys()
-    left_out = {n for n in extra if any(fnmatch.fnmatchcase(n, pattern) for pattern in family.buffers)}
-    if tied and family.tied_copy and family.tied_copy[0] in extra and family.tied_copy[1] in present:
-        _check_tied_copy(reader, *family.tied_copy)
-        left_out.add(family.tied_copy[0])
+    left_out = {n for n in extra if any(fnmatch.fnmatchcase(n, pattern) for pattern in buffers)}
+    if tied_copy and tied_copy[0] in extra and tied_copy[1] in present:
+        _check_tied_copy(reader, *tied_copy)
+        left_out.add(tied_copy[0])
     _refuse("lacks", sorted(expected.keys() - present), family)
     _refuse("has", sorted(extra - left_out), family)
     wrong = [
@@ -36,10 +43,10 @@ def check_tensors(rules: Iterable[Rule], reader: TensorReader, family: Family, t
     return tuple(sorted(left_out))
 
 
-def _refuse(verb: str, names: list[str], family: Family) -> None:
+def _refuse(verb: str, names: list[str], family: str) -> None:
     if names:
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        tail = f" that no rule of {family.name} matches" if verb == "has" else ""
+        tail = f" that no rule of {family} matches" if verb == "has" else ""
         raise ValueError(f"the model directory {verb} {len(names)} tensor(s){tail}: {shown}")
 
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.conversion.rules import Index, TensorReader
-
-if TYPE_CHECKING:
-    from models.hf_config import ModelDescription
+from models.conversion.rules import Index
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -146,27 +142,6 @@ def read_index(path: Path) -> dict | None:
     if strangers:
         raise ValueError(f"{path / INDEX} names a file outside its directory: {strangers[0]}")
     return {"metadata": {}, **index, "bytes": content}
-
-
-def read_shard(
-    description: ModelDescription,
-    reader: TensorReader,
-    key: str,
-    global_offset: Sequence[int],
-    local_shape: Sequence[int],
-) -> Tensor:
-    """The part of a global megatron tensor that one rank holds, straight from Hugging Face files.
-
-    `global_offset` and `local_shape` have one number per dimension, rows first. Raises ValueError for a key
-    that no rule of the family makes, and for a part that reaches over the tensor's end.
-    """
-    rule = description.rule.get(key)
-    if rule is None:
-        raise ValueError(f"no rule of {description.family} makes the tensor {key}")
-    ends = [offset + length for offset, length in zip(global_offset, local_shape, strict=True)]
-    if len(ends) != len(rule.shape) or any(e > n for e, n in zip(ends, rule.shape, strict=True)):
-        raise ValueError(f"{key} {list(rule.shape)} has no part {list(local_shape)} at {list(global_offset)}")
-    return rule.read(reader, tuple(slice(offset, end) for offset, end in zip(global_offset, ends, strict=True)))
 
 
 def copy_side_files(src: str | Path, dst: str | Path, *, with_index: bool = False) -> list[str]:

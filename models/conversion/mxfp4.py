@@ -6,19 +6,17 @@ uint8 [experts, rows, groups, 16] with the first of a byte's two values in its l
 [experts, rows, groups]. A group is 32 columns of a row. Plain files hold bf16 [experts, columns, rows].
 """
 
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.conversion.hf_writer import HFWriter
-from models.conversion.rules import Family, Index, Rule, TensorReader
+from models.conversion.rules import Index, TensorReader
 
 BLOCKS, SCALES = "_blocks", "_scales"
 GROUP = 32
-CHUNK_VALUES = 2**19  # turned at a time, so that what is in between stays in a core's cache
+CHUNK_VALUES = 2**19  # converted at a time, so that what is in between stays in a core's cache
 MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # of codes 0 to 7; codes 8 to 15 are negative
 
 
@@ -84,14 +82,14 @@ def _encode(groups: Tensor) -> tuple[Tensor, Tensor]:
     return codes[:, 0::2] | codes[:, 1::2] << 4, scales.to(torch.uint8)
 
 
-def packed_names(reader: TensorReader) -> list[str]:
+def mxfp4_names(reader: TensorReader) -> list[str]:
     """The tensors of which a directory holds bytes named as blocks or scales."""
     bytes_ = [name for name in reader.names() if reader.dtype(name) == torch.uint8]
     return sorted({name.removesuffix(end) for end in (BLOCKS, SCALES) for name in bytes_ if name.endswith(end)})
 
 
 class Mxfp4Reader:
-    """A reader that shows those of `names` that files hold in MXFP4 as bf16 tensors, turned round as plain files are.
+    """A reader that shows those of `names` that files hold in MXFP4 as bf16 tensors, transposed as plain files are.
 
     Values are bit for bit those of transformers' convert_moe_packed_tensors. Raises ValueError where blocks or scales
     are missing or do not fit, and where files hold some or all of `names` plain.
@@ -102,36 +100,36 @@ class Mxfp4Reader:
         present = set(reader.names())
         wanted = sorted(names)
         plain = [name for name in wanted if name in present]
-        self._packed = {name for name in wanted if present & {name + BLOCKS, name + SCALES}}
-        if plain and self._packed:
+        self._quantized = {name for name in wanted if present & {name + BLOCKS, name + SCALES}}
+        if plain and self._quantized:
             raise ValueError(
-                f"the model directory holds {plain[0]} plain and {min(self._packed)} in MXFP4: all such tensors must "
-                "be held in one way"
+                f"the model directory holds {plain[0]} plain and {min(self._quantized)} in MXFP4: all such tensors "
+                "must be held in one way"
             )
         if plain:
             raise ValueError(
                 f"config.json has a quantization_config, but the model directory holds {plain[0]} plain: remove "
                 "quantization_config from config.json"
             )
-        for name in sorted(self._packed):
+        for name in sorted(self._quantized):
             self._check(name, present)
 
     def names(self) -> list[str]:
-        hidden = {name + end for name in self._packed for end in (BLOCKS, SCALES)}
-        return sorted(self._packed.union(self._reader.names()) - hidden)
+        hidden = {name + end for name in self._quantized for end in (BLOCKS, SCALES)}
+        return sorted(self._quantized.union(self._reader.names()) - hidden)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self._packed:
+        if name not in self._quantized:
             return self._reader.shape(name)
         experts, rows, groups = self._reader.shape(name + SCALES)
         return experts, groups * GROUP, rows
 
     def dtype(self, name: str) -> torch.dtype:
-        return torch.bfloat16 if name in self._packed else self._reader.dtype(name)
+        return torch.bfloat16 if name in self._quantized else self._reader.dtype(name)
 
     def read(self, name: str, index: Index = (), out: Tensor | None = None) -> Tensor:
         """A tensor or a slice of it; of MXFP4 only the slice's rows are read, and its columns to whole groups."""
-        if name not in self._packed:
+        if name not in self._quantized:
             return self._reader.read(name, index, out)
         shape = self.shape(name)
         wanted = [range(size)[part] for size, part in zip(shape, index, strict=False)]
@@ -167,26 +165,14 @@ class Mxfp4Reader:
             )
 
 
-def packed_tensors(config: Mapping[str, Any], family: Family, rules: tuple[Rule, ...]) -> tuple[str, ...]:
-    """The tensors that a quantised model's files hold in MXFP4; ValueError for any other quantisation."""
-    quantization = config.get("quantization_config")
-    if not quantization:
-        return ()
-    method = quantization.get("quant_method")
-    if method != "mxfp4":
-        raise ValueError(f"config.json: quantization_config of {method!r} is not supported for {family.name}")
-    names = [name for rule in rules for name, _ in rule.files]
-    return tuple(n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in family.mxfp4))
-
-
 Plan = dict[str, tuple[Sequence[int], torch.dtype]]
 
 
 def mxfp4_plan(plan: Mapping[str, tuple[Sequence[int], torch.dtype]], names: Iterable[str]) -> Plan:
     """An export's plan {name: (shape, dtype)} with blocks and scales in place of each of `names`."""
-    packed, result = set(names), Plan()
+    quantized, result = set(names), Plan()
     for name, (shape, dtype) in plan.items():
-        if name not in packed:
+        if name not in quantized:
             result[name] = (shape, dtype)
             continue
         experts, columns, rows = shape
@@ -201,11 +187,11 @@ class Mxfp4Writer:
 
     def __init__(self, writer: HFWriter, names: Iterable[str]):
         self._writer = writer
-        self._packed = frozenset(names)
+        self._quantized = frozenset(names)
 
     def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
         """Write a whole tensor, or some of its experts [experts, columns, rows] from expert `start` on."""
-        if name not in self._packed:
+        if name not in self._quantized:
             self._writer.write(name, tensor, start)
             return
         blocks, scales = encode(tensor.mT, name)

@@ -10,7 +10,7 @@ from models.conversion.rules import Index, TensorReader
 BLOCK_ROWS = 1024  # read at a time for a mean
 
 
-class GrownReader:
+class ResizedReader:
     """A reader that shows some tensors, `{name: rows}`, with more rows than files hold: each the mean of those held.
 
     The mean is taken in fp64, then rounded to the tensor's dtype; it is computed when it is first asked for. With it

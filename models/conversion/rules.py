@@ -8,10 +8,10 @@ directory without reading more than that slice, and the same blocks read backwar
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class TensorReader(Protocol):
 
 
 @dataclass(frozen=True)
-class Segment:
+class RowRange:
     """Rows `start:stop:step` of the Hugging Face tensor `name`, or of matrix `expert` in a stack of them."""
 
     name: str
@@ -44,7 +44,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Part:
+class ExportBlock:
     """A block of a Hugging Face tensor for export: made of the megatron tensor's `index` by `lay_out`."""
 
     name: str
@@ -56,17 +56,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Rule:
-    """One global megatron tensor: its segments one below the other, then zero rows up to its height.
+    """One global megatron tensor: its row_ranges one below the other, then zero rows up to its height.
 
-    Of stacked experts [experts, rows, ...] the segments are every expert's rows, expert after expert.
+    Of stacked experts [experts, rows, ...] the row_ranges are every expert's rows, expert after expert.
     """
 
     key: str
     shape: tuple[int, ...]
-    segments: tuple[Segment, ...]
+    row_ranges: tuple[RowRange, ...]
     files: tuple[tuple[str, tuple[int, ...]], ...]  # Hugging Face tensors and their shapes, in table order
     stacked: bool = False  # whether the first dimension counts experts
-    swapped: bool = False  # whether files hold the last two dimensions the other way round
+    transposed: bool = False  # whether files hold the last two dimensions transposed
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the Hugging Face tensors that this rule takes up, in the table's order."""
@@ -92,38 +92,39 @@ class Rule:
             self._fill(matrix, reader, expert * self.shape[1] + bounds[1][0], rest)
         return result
 
-    def parts(self, itemsize: int, block_bytes: int) -> Iterator[Part]:
+    def export_blocks(self, itemsize: int, block_bytes: int) -> Iterator[ExportBlock]:
         """Cut the Hugging Face tensors into blocks of about `block_bytes`, or of one expert's matrix, for export."""
-        keyed = groupby(zip(self.segments, self._offsets, strict=True), key=lambda pair: _matrix(pair[0]))
-        for (name, expert), run in keyed:
-            pairs = list(run)
+        keyed = groupby(zip(self.row_ranges, self._offsets, strict=True), key=lambda pair: _matrix(pair[0]))
+        for (name, expert), group in keyed:
+            pairs = list(group)
             if expert is not None:
-                yield Part(name, expert, (slice(expert, expert + 1),), self._assemble(pairs))
+                yield ExportBlock(name, expert, (slice(expert, expert + 1),), self._assemble(pairs))
                 continue
-            for segment, offset in pairs:
+            for row_range, offset in pairs:
                 width = math.prod(self.shape[2 if self.stacked else 1 :])
                 step = max(1, block_bytes // max(1, width * itemsize))
-                for first in range(0, len(segment), step):
-                    count = min(step, len(segment) - first)
-                    yield Part(name, segment.start + first, self._index(offset + first, count), self._unstack, True)
+                for first in range(0, len(row_range), step):
+                    count = min(step, len(row_range) - first)
+                    index = self._index(offset + first, count)
+                    yield ExportBlock(name, row_range.start + first, index, self._unstack, plain=True)
 
     def split(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield `(Hugging Face name, tensor)` from the whole megatron tensor; padding rows are left out."""
         if tuple(tensor.shape) != self.shape:
             raise ValueError(f"{self.key} has shape {list(tensor.shape)}, expected {list(self.shape)}")
         result = {name: tensor.new_empty(shape) for name, shape in self.files}
-        for part in self.parts(tensor.element_size(), 2**62):
-            block = part.lay_out(tensor[part.index])
-            result[part.name][part.start : part.start + len(block)] = block
+        for block in self.export_blocks(tensor.element_size(), 2**62):
+            rows = block.lay_out(tensor[block.index])
+            result[block.name][block.start : block.start + len(rows)] = rows
         yield from result.items()
 
     @cached_property
     def _offsets(self) -> list[int]:
-        """The first row of each segment."""
+        """The first row of each row_range."""
         offsets, total = [], 0
-        for segment in self.segments:
+        for row_range in self.row_ranges:
             offsets.append(total)
-            total += len(segment)
+            total += len(row_range)
         return offsets
 
     def _index(self, row: int, count: int) -> Index:
@@ -136,15 +137,15 @@ class Rule:
     def _unstack(self, tensor: Tensor) -> Tensor:
         return tensor.flatten(0, 1) if self.stacked else tensor
 
-    def _assemble(self, pairs: list[tuple[Segment, int]]) -> Callable[[Tensor], Tensor]:
+    def _assemble(self, pairs: list[tuple[RowRange, int]]) -> Callable[[Tensor], Tensor]:
         """Lays rows [1, rows, ...] of one expert out as the file holds them."""
 
         def lay_out(tensor: Tensor) -> Tensor:
             matrix = torch.empty_like(tensor[0])
-            for segment, offset in pairs:
+            for row_range, offset in pairs:
                 first = offset % self.shape[1]
-                matrix[segment.start : segment.stop : segment.step] = tensor[0, first : first + len(segment)]
-            return (matrix.t() if self.swapped else matrix)[None]
+                matrix[row_range.start : row_range.stop : row_range.step] = tensor[0, first : first + len(row_range)]
+            return (matrix.t() if self.transposed else matrix)[None]
 
         return lay_out
 
@@ -153,61 +154,61 @@ class Rule:
         whole = tuple(slice(0, size) for size in self.shape)
         return [part.indices(size)[:2] for part, size in zip(index + whole[len(index) :], self.shape, strict=True)]
 
-    def walk(self, first: int, count: int) -> Iterator[tuple[Segment | None, int, int]]:
-        """(segment, rows of it to skip, rows) of `count` rows from `first` on; zero rows have no segment."""
+    def walk(self, first: int, count: int) -> Iterator[tuple[RowRange | None, int, int]]:
+        """(row_range, rows of it to skip, rows) of `count` rows from `first` on; zero rows have no row_range."""
         while count > 0:
             number = bisect_right(self._offsets, first) - 1
-            segment, skip = self.segments[number], first - self._offsets[number]
-            here = min(len(segment) - skip, count)
+            row_range, skip = self.row_ranges[number], first - self._offsets[number]
+            here = min(len(row_range) - skip, count)
             if here <= 0:
                 yield None, 0, count
                 return
-            yield segment, skip, here
+            yield row_range, skip, here
             first, count = first + here, count - here
 
     def _fill(self, out: Tensor, reader: TensorReader, first: int, rest: Index) -> None:
-        """Put rows from `first` on, counted over all segments, into `out`; rows after the last are zero."""
+        """Put rows from `first` on, counted over all row_ranges, into `out`; rows after the last are zero."""
         done = 0
-        for segment, skip, count in self.walk(first, len(out)):
+        for row_range, skip, count in self.walk(first, len(out)):
             rows = out[done : done + count]
-            if segment is None:
+            if row_range is None:
                 rows.zero_()
             else:
-                self._read_segment(rows, reader, segment, skip, rest)
+                self._read_segment(rows, reader, row_range, skip, rest)
             done += count
 
-    def _read_segment(self, out: Tensor, reader: TensorReader, segment: Segment, skip: int, rest: Index) -> None:
-        start = segment.start + skip * segment.step
-        rows = slice(start, start + (len(out) - 1) * segment.step + 1, segment.step)
-        index, target = ((*rest, rows), out.mT) if self.swapped else ((rows, *rest), out)
-        if segment.expert is not None:
-            index, target = (slice(segment.expert, segment.expert + 1), *index), target[None]
-        reader.read(segment.name, index, target)
+    def _read_segment(self, out: Tensor, reader: TensorReader, row_range: RowRange, skip: int, rest: Index) -> None:
+        start = row_range.start + skip * row_range.step
+        rows = slice(start, start + (len(out) - 1) * row_range.step + 1, row_range.step)
+        index, target = ((*rest, rows), out.mT) if self.transposed else ((rows, *rest), out)
+        if row_range.expert is not None:
+            index, target = (slice(row_range.expert, row_range.expert + 1), *index), target[None]
+        reader.read(row_range.name, index, target)
 
 
-def _matrix(segment: Segment) -> tuple[str, int | None]:
-    return segment.name, segment.expert
+def _matrix(row_range: RowRange) -> tuple[str, int | None]:
+    return row_range.name, row_range.expert
 
 
-# A kind lays the rows of some matrices, given as {name: rows}, out as segments of one megatron matrix.
-Kind = Callable[[Mapping[str, int], Dims], tuple[Segment, ...]]
+# A kind lays the rows of some matrices, given as {name: rows}, out as row_ranges of one megatron matrix.
+Kind = Callable[[Mapping[str, int], Dims], tuple[RowRange, ...]]
 
 
-def stacked(rows: Mapping[str, int], dims: Dims) -> tuple[Segment, ...]:
+def stacked(rows: Mapping[str, int], dims: Dims) -> tuple[RowRange, ...]:
     """Whole tensors one below the other: a plain copy where there is one, gate above up where two."""
-    return tuple(Segment(name, 0, count) for name, count in rows.items())
+    return tuple(RowRange(name, 0, count) for name, count in rows.items())
 
 
-def by_group(rows: Mapping[str, int], dims: Dims) -> tuple[Segment, ...]:
+def by_group(rows: Mapping[str, int], dims: Dims) -> tuple[RowRange, ...]:
     """For each query group its share of every tensor: the group's q heads, then its k, then its v."""
     groups = dims["groups"]
     share = {name: count // groups for name, count in rows.items()}
-    return tuple(Segment(n, g * share[n], (g + 1) * share[n]) for g in range(groups) for n in rows)
+    return tuple(RowRange(n, g * share[n], (g + 1) * share[n]) for g in range(groups) for n in rows)
 
 
-def alternating(rows: Mapping[str, int], dims: Dims) -> tuple[Segment, ...]:
-    """One tensor whose rows are gate and up by turns: all gates above all ups."""
-    return tuple(Segment(name, first, count, 2) for name, count in rows.items() for first in (0, 1))
+def interleaved(rows: Mapping[str, int], dims: Dims) -> tuple[RowRange, ...]:
+    """One tensor whose rows interleave gate and up: all gates above all ups."""
+    return tuple(RowRange(name, first, count, 2) for name, count in rows.items() for first in (0, 1))
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,8 @@ class Entry:
     that files have, in the words of `Dims`, e.g. `"ffn hidden"`. Experts are stacked in the megatron tensor's
     first dimension where a name contains `{e}` (a file tensor per expert) or a shape begins with "experts".
     `rows` names the megatron tensor's rows where these are more than the sum of the parts. `only` names a
-    condition of the model, e.g. `"untied"`. `swapped` says that files hold the last two dimensions the other
-    way round, `whole` that "experts" counts a plain tensor's rows, as in a router.
+    condition of the model, e.g. `"untied"`. `transposed` says that files hold the last two dimensions
+    transposed, `whole` that "experts" counts a plain tensor's rows, as in a router.
     """
 
     key: str
@@ -227,7 +228,7 @@ class Entry:
     tensors: Mapping[str, str]
     rows: str | None = None
     only: str | None = None
-    swapped: bool = False
+    transposed: bool = False
     whole: bool = False
 
     def rule(self, dims: Dims, layer: int | None) -> Rule:
@@ -237,56 +238,34 @@ class Entry:
         per_file = any("{e}" in name for name in names)
         in_file = not self.whole and any(words[0] == "experts" for words in names.values())
         matrices = {name: shape[1:] if in_file else shape for name, shape in shapes.items()}
-        if self.swapped:
+        if self.transposed:
             matrices = {name: shape[::-1] for name, shape in matrices.items()}
-        segments = self.kind({name: shape[0] for name, shape in matrices.items()}, dims)
-        height = dims[self.rows] if self.rows else sum(map(len, segments))
+        row_ranges = self.kind({name: shape[0] for name, shape in matrices.items()}, dims)
+        height = dims[self.rows] if self.rows else sum(map(len, row_ranges))
         shape = (height, *next(iter(matrices.values()))[1:])
         files = tuple(shapes.items())
         if per_file or in_file:
             experts = range(dims["experts"])
             shape = (len(experts), *shape)
             if per_file:
-                segments = tuple(replace(s, name=_numbered(s.name, e)) for e in experts for s in segments)
+                row_ranges = tuple(replace(s, name=_numbered(s.name, e)) for e in experts for s in row_ranges)
                 files = tuple((_numbered(name, e), size) for e in experts for name, size in files)
             else:
-                segments = tuple(replace(s, expert=e) for e in experts for s in segments)
+                row_ranges = tuple(replace(s, expert=e) for e in experts for s in row_ranges)
         key = self.key.replace("{i}", str(layer))
-        return Rule(key, shape, segments, files, per_file or in_file, self.swapped)
+        return Rule(key, shape, row_ranges, files, per_file or in_file, self.transposed)
 
 
 def _numbered(name: str, expert: int) -> str:
     return name.replace("{e}", str(expert))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """All that is particular to one model family; every file in `models/families/` makes one."""
-
-    name: str  # transformers' model_type
-    architecture: str  # the class named in config.json
-    table: tuple[Entry, ...]
-    # megatron TransformerConfig field -> config.json field, or that and what turns its value into megatron's
-    fields: Mapping[str, str | tuple[str, Callable[[Any], Any]]]
-    constants: Mapping[str, Any]  # megatron TransformerConfig field -> value
-    requires: Mapping[str, Any]  # config.json field -> the only value that is understood
-    harmless: tuple[str, ...] = ()  # config.json fields that never change the mathematics
-    repeats: Mapping[str, str] = field(default_factory=dict)  # config.json field -> the field that it says again
-    buffers: tuple[str, ...] = ()  # patterns of tensors in old files that are computed, not learned
-    tied_copy: tuple[str, str] | None = None  # (copy, original): a tied model's files may hold both
-    post_norm: bool = False  # norms after attention and feed-forward, before the residual, in place of before them
-    wide_norm: bool = False  # norms multiply by their gain in fp32 and round then; else they round before
-    windows: bool = False  # whether config.json may give layers a sliding window
-    qk_norm: str = "none"  # of queries and keys before rope: "head" by head, "projection" over all heads at once
-    mxfp4: tuple[str, ...] = ()  # patterns of tensors that files may hold as `_blocks` and `_scales`
-
-
 def expand(table: Iterable[Entry], dims: Dims, num_layers: int, conditions: set[str]) -> tuple[Rule, ...]:
     """One rule per global megatron tensor, layer by layer."""
     rules: list[Rule] = []
     wanted = [entry for entry in table if entry.only is None or entry.only in conditions]
-    for layered, run in groupby(wanted, key=lambda entry: "{i}" in entry.key):
-        entries = list(run)
+    for layered, group in groupby(wanted, key=lambda entry: "{i}" in entry.key):
+        entries = list(group)
         for layer in range(num_layers) if layered else (None,):
             rules.extend(entry.rule(dims, layer) for entry in entries)
     return tuple(rules)

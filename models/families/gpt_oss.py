@@ -1,10 +1,10 @@
 """gpt-oss: attention sinks, windows in every other layer, biases everywhere, experts with a clamped SwiGLU.
 
 Files hold each layer's experts in one tensor, [experts, in, out] in bf16 and [experts, out, in] in MXFP4 (which
-the reader turns round), with the rows of gate and up by turns.
+the reader transposes), with the rows of gate and up interleaved.
 """
 
-from models.conversion.rules import Entry, Family, alternating, stacked
+from models.conversion.rules import Entry, interleaved, stacked
 from models.families.common import (
     ATTENTION,
     DENSE_CONSTANTS,
@@ -19,6 +19,7 @@ from models.families.common import (
     QKV_BIAS,
     TIED_COPY,
 )
+from models.families.family import Family
 
 EXPERTS = HF + "mlp.experts."
 FC1, FC2 = MEGATRON + "mlp.experts.linear_fc1.", MEGATRON + "mlp.experts.linear_fc2."
@@ -29,9 +30,9 @@ TABLE = (
     PRE_EXPERTS_NORM,
     Entry(MEGATRON + "mlp.router.weight", stacked, {HF + "mlp.router.weight": "experts hidden"}, whole=True),
     Entry(MEGATRON + "mlp.router.bias", stacked, {HF + "mlp.router.bias": "experts"}, whole=True),
-    Entry(FC1 + "weight", alternating, {EXPERTS + "gate_up_proj": "experts hidden 2*expert_ffn"}, swapped=True),
-    Entry(FC1 + "bias", alternating, {EXPERTS + "gate_up_proj_bias": "experts 2*expert_ffn"}),
-    Entry(FC2 + "weight", stacked, {EXPERTS + "down_proj": "experts expert_ffn hidden"}, swapped=True),
+    Entry(FC1 + "weight", interleaved, {EXPERTS + "gate_up_proj": "experts hidden 2*expert_ffn"}, transposed=True),
+    Entry(FC1 + "bias", interleaved, {EXPERTS + "gate_up_proj_bias": "experts 2*expert_ffn"}),
+    Entry(FC2 + "weight", stacked, {EXPERTS + "down_proj": "experts expert_ffn hidden"}, transposed=True),
     Entry(FC2 + "bias", stacked, {EXPERTS + "down_proj_bias": "experts hidden"}),
 )
 
@@ -61,6 +62,6 @@ FAMILY = Family(
     },
     tied_copy=TIED_COPY,
     windows=True,
-    wide_norm=True,
+    gain_in_fp32=True,
     mxfp4=("model.layers.*.mlp.experts.gate_up_proj", "model.layers.*.mlp.experts.down_proj"),
 )

@@ -1,6 +1,5 @@
 """Llama 3.x: pre-norm RMSNorm, grouped-query attention, SwiGLU, no biases, rope with llama3 scaling."""
 
-from models.conversion.rules import Family
 from models.families.common import (
     ATTENTION,
     DENSE_CONSTANTS,
@@ -11,6 +10,7 @@ from models.families.common import (
     ROTARY_BUFFERS,
     TIED_COPY,
 )
+from models.families.family import Family
 
 FAMILY = Family(
     name="llama",

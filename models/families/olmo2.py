@@ -1,6 +1,5 @@
 """OLMo 2: norms after attention and feed-forward, queries and keys normed over the whole projection."""
 
-from models.conversion.rules import Family
 from models.families.common import (
     DENSE_CONSTANTS,
     DENSE_FIELDS,
@@ -16,6 +15,7 @@ from models.families.common import (
     ROTARY_BUFFERS,
     TIED_COPY,
 )
+from models.families.family import Family
 
 FAMILY = Family(
     name="olmo2",
@@ -27,6 +27,6 @@ FAMILY = Family(
     buffers=ROTARY_BUFFERS,
     tied_copy=TIED_COPY,
     post_norm=True,
-    wide_norm=True,
+    gain_in_fp32=True,
     qk_norm="projection",
 )

@@ -1,6 +1,5 @@
 """Qwen2 and Qwen2.5 (Math included): pre-norm RMSNorm, biases on q, k and v only, often tied embeddings."""
 
-from models.conversion.rules import Family
 from models.families.common import (
     ATTENTION,
     DENSE_CONSTANTS,
@@ -12,6 +11,7 @@ from models.families.common import (
     ROTARY_BUFFERS,
     TIED_COPY,
 )
+from models.families.family import Family
 
 FAMILY = Family(
     name="qwen2",

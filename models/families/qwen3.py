@@ -1,6 +1,5 @@
 """Qwen3, dense: pre-norm RMSNorm, queries and keys normed head by head, no biases."""
 
-from models.conversion.rules import Family
 from models.families.common import (
     ATTENTION,
     DENSE_CONSTANTS,
@@ -12,6 +11,7 @@ from models.families.common import (
     ROTARY_BUFFERS,
     TIED_COPY,
 )
+from models.families.family import Family
 
 FAMILY = Family(
     name="qwen3",

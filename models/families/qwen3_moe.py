@@ -2,7 +2,7 @@
 
 import operator
 
-from models.conversion.rules import Entry, Family, stacked
+from models.conversion.rules import Entry, stacked
 from models.families.common import (
     ATTENTION,
     DENSE_CONSTANTS,
@@ -18,6 +18,7 @@ from models.families.common import (
     ROTARY_BUFFERS,
     TIED_COPY,
 )
+from models.families.family import Family
 
 EXPERTS = (
     PRE_EXPERTS_NORM,

@@ -10,18 +10,18 @@ from torch import Tensor, distributed
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = weight * (x / rms(x)), statistics in fp32, rounded before the gain or, if `late`, after it.
+    """y = weight * (x / rms(x)), statistics in fp32, rounded before the gain or, if `gain_in_fp32`, after it.
 
     With a group, its ranks share out the last dimension, and each keeps its part.
     """
 
     @staticmethod
-    def forward(ctx, states: Tensor, weight: Tensor, eps: float, late: bool, group=None) -> Tensor:
+    def forward(ctx, states: Tensor, weight: Tensor, eps: float, gain_in_fp32: bool, group=None) -> Tensor:
         wide = states.float()
         scale = torch.rsqrt(_mean(wide.pow(2), group) + eps)  # [..., 1]
         ctx.group = group
         ctx.save_for_backward(states, weight, scale)
-        if late:
+        if gain_in_fp32:
             return (wide * scale * weight.float()).to(states.dtype)
         return (wide * scale).to(states.dtype) * weight
 
@@ -53,7 +53,7 @@ class RMSNorm(torch.nn.Module):
     the weight tells megatron-core to sum its gradient over tensor-parallel ranks.
     """
 
-    rounds_late = False  # as transformers rounds most models' norms
+    gain_in_fp32 = False  # as transformers rounds most models' norms
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_unused):
         super().__init__()
@@ -65,13 +65,13 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """states [..., hidden_size]; returns the same shape and dtype."""
-        return _RMSNorm.apply(states, self.weight, self.eps, self.rounds_late)
+        return _RMSNorm.apply(states, self.weight, self.eps, self.gain_in_fp32)
 
 
-class WideRMSNorm(RMSNorm):
+class FP32GainRMSNorm(RMSNorm):
     """RMSNorm that multiplies by its gain in fp32, as some models do; the same in fp32."""
 
-    rounds_late = True
+    gain_in_fp32 = True
 
 
 class ProjectionNorm(MegatronModule):
@@ -108,7 +108,7 @@ class ProjectionNorm(MegatronModule):
 class PostNormLinear(RowParallelLinear):
     """A block's output projection and the norm of its output, which the residual is added to."""
 
-    norm = WideRMSNorm  # of all models that norm after a block
+    norm = FP32GainRMSNorm  # of all models that norm after a block
 
     def __init__(self, input_size: int, output_size: int, *, config, **options):
         super().__init__(input_size, output_size, config=config, **options)

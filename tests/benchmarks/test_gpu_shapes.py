@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.mesh import Layout
+from engine.layout import Layout
 from engine.step import to_device
 from tests.models.layers.test_attention import flash_written_down
 from tests.support.tiny import MemoryIndex, save_model

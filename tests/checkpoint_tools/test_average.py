@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint_tools import average_steps, hf_to_mcore
-from checkpoint_tools.average_steps import find_steps, mean_of_two, round_once
+from checkpoint_tools.average_steps import find_steps
+from checkpoint_tools.mean import mean_of_two, round_once
 from engine.checkpointing.directory import read_manifest, write_manifest
 from engine.checkpointing.store_reader import StoreReader
 from engine.checkpointing.store_writer import write_store

@@ -352,12 +352,13 @@ def test_a_full_disk_leaves_nothing_and_says_so(small, tmp_path):
 
 # A worker that has written something and then waits for ever.
 STUCK = """
+import sys
 import time
 from checkpoint_tools import hf_to_mcore
-from checkpoint_tools.common import run
+from checkpoint_tools.common import run_script
 from engine.checkpointing import store_writer
 store_writer._Archives._finished = lambda *_: time.sleep(600)  # each worker, after its first tensor
-run(hf_to_mcore.main)
+sys.exit(run_script(hf_to_mcore.main, sys.argv[1:]))
 """
 
 

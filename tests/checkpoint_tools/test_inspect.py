@@ -48,7 +48,7 @@ def test_equal_things_are_equal_in_either_format(pair, capsys, workers):
     assert inspect_checkpoint.main(checkpoint, checkpoint / "state", num_workers=workers) == 0
     keys = len(StoreReader(checkpoint / "state").keys())
     assert capsys.readouterr().out == f"equal: {keys} of {keys} common tensors are bit-equal\n"
-    with pytest.raises(ValueError, match="says of no model"):
+    with pytest.raises(ValueError, match="does not say which model it holds"):
         inspect_checkpoint.main(checkpoint / "state", source)
 
 

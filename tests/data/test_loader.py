@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.loader import Loader, deal
+from data.loader import deal
+from tests.support.loading import make_loader
 
 
 class FakeIndex:
@@ -40,7 +41,7 @@ def _loader(*sources, **changes):
     sources = [source if isinstance(source, tuple) else (source, 1.0) for source in sources]
     settings = dict(seq_len=16, micro_batch_size=1, global_batch_size=4, batch_unit="conversations")
     settings |= dict(pad_documents_to=4, too_long="error", seed=7, dp_rank=0, dp_size=1)
-    return Loader(sources, **{**settings, **changes})
+    return make_loader(sources, **{**settings, **changes})
 
 
 def _flat(lists):
@@ -285,7 +286,7 @@ def test_truncation_outside_a_supervised_span_adds_no_supervision():
         ([FakeIndex([[1] * 17])], {"too_long": "drop"}, "nothing to train on: it has 1 documents"),
         ([], {}, "nothing to train on"),
         ([LONG], {"batch_unit": "bins"}, "--batch-unit is 'bins'; choose one of sequences, conversations"),
-        ([LONG], {"micro_batch_size": 0}, "--micro-batch-size is 0; it must be at least 1"),
+        ([FakeIndex([[1]])], {"micro_batch_size": 0}, "--micro-batch-size is 0; it must be at least 1"),
         ([LONG], {"seed": -1}, "--seed is -1; it must be at least 0"),
     ],
 )

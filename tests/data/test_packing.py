@@ -70,7 +70,7 @@ def test_long_tailed_lengths_fill_32k_bins():
 
 @pytest.mark.parametrize("lengths", [[4, 9], [4, 0]])
 def test_a_length_that_fits_no_bin_is_refused(lengths):
-    with pytest.raises(ValueError, match=f"a document of {lengths[1]} tokens .* bins of 1 to 8 tokens"):
+    with pytest.raises(ValueError, match=f"a document of {lengths[1]} tokens .* sequences of 1 to 8 tokens"):
         pack(np.array(lengths), 8)
 
 

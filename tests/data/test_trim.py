@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data.loader import Loader, without_padding_documents
+from data.loader import without_padding_documents
+from tests.support.loading import make_loader
 from tests.support.tiny import conversations
 
 
 def first_step(documents: int, dp_rank: int, micro_batch_size: int) -> list:
     """One of two ranks' microbatches of a step that takes all documents, in bins of 640 tokens."""
-    loader = Loader(
+    loader = make_loader(
         [(conversations(documents), 1)],
         seq_len=640,
         micro_batch_size=micro_batch_size,

@@ -11,9 +11,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from engine.cli import _REASONS, check_mcore, parse_run
 from engine.config import OptimConfig, RunConfig, check_values
-from engine.mesh import Layout, check_layout, check_sequence
-from engine.optim import learning_rate
+from engine.layout import Layout, check_layout, check_sequence
 from engine.prepare import check_experts
+from engine.schedule import learning_rate
 from models.hf_config import describe
 from models.layer_spec import choose_backend
 from tests.support.tiny import MODELS, save_model
@@ -98,9 +98,9 @@ def test_flags_of_experts_and_stages_are_checked(flags, sentence):
 
 def test_flags_of_experts_need_experts(description, experts):
     config = parse_run(["--moe.aux-loss", "0.1", "--moe.dispatcher", "allgather"])
-    check_experts(config, experts, None)
+    check_experts(config.moe, experts)
     with pytest.raises(ValueError, match="--moe.aux-loss, --moe.dispatcher: this model has no experts"):
-        check_experts(config, description, None)
+        check_experts(config.moe, description)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "olmo3", "qwen3_moe"])
@@ -185,7 +185,7 @@ def test_later_wins(tmp_path):
         ("a: [", "is not YAML"),
         ("valid:", "recipe key valid has no value"),
         ("mcore: {bf16: true}", "--mcore.bf16 is set by Lathe's own flags"),
-        ("mcore: {layernorm_epsilon: 1e-6}", "--mcore.layernorm_epsilon belongs to the model"),
+        ("mcore: {layernorm_epsilon: 1e-6}", "--mcore.layernorm_epsilon is set by the model"),
     ],
 )
 def test_recipe_is_refused(tmp_path, text, sentence):
@@ -206,19 +206,19 @@ def test_unknown_flag_names_the_nearest(capsys):
 @pytest.mark.parametrize("name", MODELS)
 def test_no_flag_changes_what_the_description_of_a_model_sets(name):
     for field in describe(MODELS[name]).transformer:
-        with pytest.raises(ValueError, match=rf"^--mcore\.{field} (belongs to the model|is set by|is nothing that)"):
+        with pytest.raises(ValueError, match=rf"^--mcore\.{field} (is set by|has no effect, or a wrong one)"):
             check_mcore(field, None)
 
 
 @pytest.mark.parametrize(
     ("field", "sentence"),
     [
-        ("activation_func", "belongs to the model, whose config.json sets it"),
-        ("moe_shared_expert_gate", "belongs to the model, whose config.json sets it"),
-        ("mtp_num_layers", "belongs to the model, whose config.json sets it"),
-        ("softmax_scale", "belongs to the model, whose config.json sets it"),
-        ("moe_expert_capacity_factor", "is nothing that Lathe's layers do"),
-        ("moe_input_jitter_eps", "is nothing that Lathe's layers do"),
+        ("activation_func", "is set by the model's config.json"),
+        ("moe_shared_expert_gate", "is set by the model's config.json"),
+        ("mtp_num_layers", "is set by the model's config.json"),
+        ("softmax_scale", "is set by the model's config.json"),
+        ("moe_expert_capacity_factor", "has no effect, or a wrong one, in Lathe's layers"),
+        ("moe_input_jitter_eps", "has no effect, or a wrong one, in Lathe's layers"),
         ("grad_scale_func", "is set by Lathe's own flags"),
         ("moe_token_dispatcher_type", "is given as --moe.dispatcher"),
         ("moe_aux_loss_coeff", "is given as --moe.aux-loss"),

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from data.index import DocumentIndex, write_index
-from engine import train as training
-from engine.checkpointing.checkpoint import find_latest, set_aside, step_directory
+from engine import trainer as training
+from engine.checkpointing.directory import find_latest
 from engine.cli import parse_run
 from engine.optim import Update, update
 from engine.prepare import prepare_run
+from engine.run_folder import RunFolder
 from tests.engine.checkpointing.test_resume import metrics
 from tests.engine.test_failures import arguments, outcome, refusal
 from tests.support.tiny import VOCABULARY, conversations, save_model
@@ -72,12 +73,12 @@ def test_a_new_start_sets_old_checkpoints_aside(pool, inputs):
 
 def test_what_was_set_aside_before_is_kept(tmp_path):
     """One number for both; a run without exports, or without checkpoints, moves what there is."""
-    assert set_aside(tmp_path) == []
+    assert RunFolder(tmp_path).set_aside() == []
     for name in ("checkpoints", "hf", "hf.1"):
         (tmp_path / name / "step_000001").mkdir(parents=True)
-    assert set_aside(tmp_path) == [tmp_path / "checkpoints.2", tmp_path / "hf.2"]
+    assert RunFolder(tmp_path).set_aside() == [tmp_path / "checkpoints.2", tmp_path / "hf.2"]
     (tmp_path / "hf").mkdir()
-    assert set_aside(tmp_path) == [tmp_path / "hf.3"]
+    assert RunFolder(tmp_path).set_aside() == [tmp_path / "hf.3"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints.2", "hf.1", "hf.2", "hf.3"]
 
 
@@ -134,11 +135,11 @@ def test_a_checkpoint_as_base_model_brings_its_master_weights(pool, inputs):
     first = inputs / "first"
     bf16 = arguments(inputs, first, "--precision", "bf16", "--optim.schedule", "constant", "--steps", "1")
     assert pool.run(outcome, 1, bf16) == [""]
-    again = [*arguments(inputs, inputs / "second"), "--model", str(step_directory(first, 1)), "--optim.lr", "0"]
+    again = [*arguments(inputs, inputs / "second"), "--model", str(RunFolder(first).checkpoint(1)), "--optim.lr", "0"]
     assert pool.run(outcome, 1, [*again, "--steps", "1"]) == [""]
     from engine.checkpointing.store_reader import StoreReader
 
-    stores = [StoreReader(step_directory(inputs / name, 1) / "state") for name in ("first", "second")]
+    stores = [StoreReader(RunFolder(inputs / name).checkpoint(1) / "state") for name in ("first", "second")]
     for key in ("decoder.final_layernorm.weight", "decoder.layers.1.mlp.linear_fc1.weight"):
         master = stores[0].read(f"optimizer.state.param.{key}")
         assert torch.equal(stores[1].read(key), master)

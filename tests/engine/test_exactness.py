@@ -12,11 +12,18 @@ from tests.support.parity import INDEX, LAYOUTS, OPTIM, STEPS, References, error
 from tests.support.tiny import MODELS
 from tests.support.training import train
 
-CELLS = [(name, layout) for name in MODELS for layout in layouts_of(name)]
+# All layouts of two models and some of all: `make test` runs these, the whole matrix runs with the slow tests.
+SOME_LAYOUTS = ("dp1", "tp2 cp2", "pp2 vpp2", "ep2 etp2 tp2")
+WHOLE = ("llama", "gpt_oss")
+CELLS = [
+    pytest.param(name, layout, marks=() if name in WHOLE or layout in SOME_LAYOUTS else pytest.mark.slow)
+    for name in MODELS
+    for layout in layouts_of(name)
+]
 BATCHING = {
-    "two bins a microbatch": {"micro_batch_size": 2},
-    "eight bins a microbatch": {"micro_batch_size": 8, "seq_len": 48},
-    "batches of bins": {
+    "two sequences a microbatch": {"micro_batch_size": 2},
+    "eight sequences a microbatch": {"micro_batch_size": 8, "seq_len": 48},
+    "batches of sequences": {
         "batch_unit": "sequences",
         "global_batch_size": 3,
         "micro_batch_size": 2,

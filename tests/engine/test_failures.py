@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from data.index import write_index
 from engine.checkpointing import checkpoint
-from engine.checkpointing.checkpoint import find_latest
+from engine.checkpointing.directory import find_latest
 from engine.cli import parse_run
 from engine.prepare import check_model, prepare_run
 from engine.train import train
@@ -122,7 +122,7 @@ def test_experts_too_narrow_for_their_product(tmp_path):
 
 def outcome(arguments: list[str], file_limit: int | None = None) -> str:
     """Trains in a pool's process, with an upper limit on file sizes in bytes if asked; returns the error."""
-    from engine.mesh import world_from_environment
+    from engine.layout import world_from_environment
 
     config = parse_run(arguments)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -231,5 +231,5 @@ def test_tokenizer_that_does_not_match(inputs, tmp_path):
     write_index(tmp_path / "same", documents, vocab_size=VOCABULARY, meta=meta)
     config = parse_run(arguments(inputs, tmp_path / "run", "--data", str(tmp_path / "same"), model=model))
     assert np.array_equal(
-        prepare_run(config, world_size=1, cuda=False).data[0][0].lengths, [len(t) for t, _ in documents]
+        prepare_run(config, world_size=1, cuda=False).indexes[0].lengths, [len(t) for t, _ in documents]
     )

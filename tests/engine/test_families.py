@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from checkpoint_tools import average_steps, mcore_to_hf
 from data.index import write_index
-from engine.checkpointing.checkpoint import step_directory
+from engine.run_folder import RunFolder
 from models.conversion.hf_reader import SINGLE
 from tests.engine.checkpointing.test_resume import interrupt, metrics, run
 from tests.support.tiny import EXPERTS, MODELS, VOCABULARY, conversations, save_model
@@ -30,7 +30,7 @@ def test_a_family_resumes_and_averages(pool, tmp_path, name):
         np.testing.assert_allclose([f[key] for f in found], [w[key] for w in wanted], rtol=tolerance)
     exported = []
     for step in (2, 4):
-        mcore_to_hf.main(checkpoint=step_directory(tmp_path / "whole", step), output=tmp_path / f"step{step}")
+        mcore_to_hf.main(checkpoint=RunFolder(tmp_path / "whole").checkpoint(step), output=tmp_path / f"step{step}")
         exported.append(load_file(tmp_path / f"step{step}" / SINGLE))
     average_steps.main(run=tmp_path / "whole", steps="2,4", output=tmp_path / "mean", format="hf")
     mean = load_file(tmp_path / "mean" / SINGLE)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.config import OptimConfig
-from engine.mesh import Layout
+from engine.layout import Layout
 from tests.support.parity import EXPERT_LAYOUTS, LAYOUTS
 from tests.support.tiny import VOCABULARY, MemoryIndex, conversations, save_model
 from tests.support.training import logits, relative, train

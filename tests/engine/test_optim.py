@@ -16,8 +16,9 @@ from data.index import write_index
 from engine import optim
 from engine.checkpointing.checkpoint import sharding_metadata
 from engine.config import OptimConfig
-from engine.mesh import Layout, build_mesh
-from engine.optim import AdamW, Place, build_optimizer, round_at_random, update
+from engine.layout import Layout
+from engine.mesh import build_mesh
+from engine.optim import AdamW, ShardRange, build_optimizer, round_stochastically, update
 from engine.step import run_microbatches, wrap_chunks
 from tests.engine.checkpointing.test_resume import interrupt, metrics, run, tensors
 from tests.support.tiny import VOCABULARY, conversations, save_model
@@ -40,7 +41,7 @@ def test_roundings_have_the_value_as_their_mean():
     # Both signs, from far below the least normal number to near the largest one.
     values = torch.randn(500) * 10.0 ** torch.linspace(-41, 37, 500)
     many = 4096
-    rounded = round_at_random(values.repeat(many, 1), noise(many, 500))
+    rounded = round_stochastically(values.repeat(many, 1), noise(many, 500))
     assert torch.equal(rounded, rounded.bfloat16().float())
     cut = (values.view(torch.int32) & -(1 << 16)).view(torch.float32)
     unit = (cut.view(torch.int32) + (1 << 16)).view(torch.float32) - cut  # to the next number away from zero
@@ -50,7 +51,7 @@ def test_roundings_have_the_value_as_their_mean():
     error = (rounded.double().mean(0) - values.double()) / unit.double()
     assert error.abs().max() < 5 * 0.5 / many**0.5
     known = values.bfloat16().float()
-    assert torch.equal(round_at_random(known.repeat(16, 1), noise(16, 500)), known.expand(16, 500))
+    assert torch.equal(round_stochastically(known.repeat(16, 1), noise(16, 500)), known.expand(16, 500))
 
 
 def test_the_second_moment_decays_where_rounding_to_the_nearest_would_stop_it():
@@ -100,7 +101,7 @@ def test_roundings_do_not_depend_on_how_a_parameter_is_cut(monkeypatch, cuts):
     shards = [start.view(-1)[low:high].clone().requires_grad_() for low, high in pairwise(cuts)]
     optimizers = [adam(part, torch.bfloat16) for part in (whole, *shards)]
     for optimizer, part, low in zip(optimizers, (whole, *shards), (0, *cuts), strict=False):
-        optimizer.places[part] = Place("weight", low, 304)
+        optimizer.shard_ranges[part] = ShardRange("weight", low, 304)
     for gradient in gradients:
         whole.grad = gradient.view(19, 16).clone()
         for shard, low in zip(shards, cuts, strict=False):
@@ -112,10 +113,10 @@ def test_roundings_do_not_depend_on_how_a_parameter_is_cut(monkeypatch, cuts):
         found = torch.cat([one.state[part][name] for one, part in zip(optimizers[1:], shards, strict=True)])
         assert torch.equal(found, optimizers[0].state[whole][name].view(-1))
     other = adam(whole, torch.bfloat16)
-    other.places[whole] = Place("another weight", 0, 304)
+    other.shard_ranges[whole] = ShardRange("another weight", 0, 304)
     other.step()
     again = adam(whole, torch.bfloat16)
-    again.places[whole] = Place("weight", 0, 304)
+    again.shard_ranges[whole] = ShardRange("weight", 0, 304)
     again.step()
     assert not torch.equal(other.state[whole]["exp_avg"], again.state[whole]["exp_avg"])
 

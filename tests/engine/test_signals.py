@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpointing.checkpoint import find_latest
+from engine.checkpointing.directory import find_latest
 from engine.signals import StopRequest, deadline, shielded
-from engine.train import Trainer
+from engine.trainer import Trainer
 from tests.engine.checkpointing.test_resume import metrics, run
+from tests.support.marks import slow
 from tests.support.tiny import save_model, write_documents
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +58,7 @@ def run_with_a_signal(arguments: list[str], at_step: int, number: int, environme
     assert {number: signal.getsignal(number) for number in before} == before
 
 
-@pytest.mark.parametrize("layout", ["", "--tp 2", "--pp 2"])
+@pytest.mark.parametrize("layout", [slow(""), slow("--tp 2"), "--pp 2"])
 def test_a_signal_to_any_rank_saves_and_stops_all(pool, inputs, tmp_path, layout):
     extra = ("--steps", "6", *layout.split())
     pool.run(run, 2, arguments(inputs, tmp_path / "whole", *extra))
@@ -150,7 +151,7 @@ def test_an_ignored_signal_stays_ignored(listening):
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [slow(1), 2])
 def test_sigterm_from_a_scheduler(inputs, tmp_path, ranks):
     """To the script, or to torchrun, which passes it on to all processes of every rank; after other saves."""
     script = str(ROOT / "examples" / "pretrain_sft.py")

@@ -62,6 +62,7 @@ def test_rates_are_trained_and_compared(inputs, tmp_path, monkeypatch):
     assert status == 1 and "no rate is the best yet: 1e-06, 5 still to be trained to the end" in printed
 
 
+@pytest.mark.slow
 def test_an_interrupt_reaches_the_run_and_ends_the_sweep(inputs, tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "lr_sweep.py"), "--lrs", "1e-3,1e-6", "--output", str(tmp_path)]
     command += ["--", "--model", str(inputs / "model"), "--data", str(inputs / "data"), "--seq-len", "96"]

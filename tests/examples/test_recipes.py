@@ -129,7 +129,7 @@ def test_a_rank_of_every_stage_holds_what_the_docs_say_and_fits(name):
     worst = max(stages, key=lambda one: one.total)
     parts = (worst.parameters, worst.gradients, worst.optimizer, worst.total)
     cells = [f"`{name}`", str(expected.ranks), layout, *(f"{part / GIB:.1f}" for part in parts)]
-    assert f"| {' | '.join(cells)} |" in (ROOT / "docs" / "recipes.md").read_text()
+    assert f"| {' | '.join(cells)} |" in (ROOT / "docs" / "workflows.md").read_text()
 
 
 def test_batches_and_optimizers_are_those_of_the_published_runs():

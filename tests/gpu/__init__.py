@@ -59,11 +59,13 @@ def build(
 ) -> SimpleNamespace:
     """Builds and loads the model of a Hugging Face directory on this GPU; call it inside `one_rank`."""
     from engine.checkpointing.checkpoint import sharding_metadata
-    from engine.mesh import Layout, build_mesh
+    from engine.layout import Layout
+    from engine.mesh import build_mesh
     from models.build import build_chunks, load_weights, transformer_config
-    from models.conversion.hf_reader import HFReader, read_shard
+    from models.conversion.hf_reader import HFReader
     from models.hf_config import describe
     from models.layer_spec import attention_kernel
+    from models.model_directory import read_shard
 
     description, layout = describe(folder), Layout()
     mesh = build_mesh(layout)

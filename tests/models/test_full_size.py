@@ -12,8 +12,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from models.conversion.hf_reader import INDEX
 from models.conversion.hf_writer import HFWriter
-from models.conversion.rules import Segment
-from models.hf_config import ModelDescription, describe
+from models.conversion.rules import RowRange
+from models.description import ModelDescription
+from models.hf_config import describe
 from tests.support.full_size import CONFIGS, MXFP4, PARAMETERS
 
 WHOLE = 2**62  # block bytes that cut nothing
@@ -42,9 +43,9 @@ def size(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def covers(segments: list[Segment], height: int) -> bool:
-    """Whether segments read each of `height` rows once: one after the other, or by turns."""
-    bounds = sorted((segment.start, segment.stop, segment.step) for segment in segments)
+def covers(row_ranges: list[RowRange], height: int) -> bool:
+    """Whether row_ranges read each of `height` rows once: one after the other, or by turns."""
+    bounds = sorted((row_range.start, row_range.stop, row_range.step) for row_range in row_ranges)
     turns = [(start, height, len(bounds)) for start in range(len(bounds))]
     ends = [0, *(stop for _, stop, _ in bounds)]
     adjacent = [(start, stop, 1) for start, stop in pairwise(ends)]
@@ -69,11 +70,11 @@ def test_the_megatron_tensors_hold_every_row_once(model):
     name, description, shapes = model
     for rule in description.rules:
         read = defaultdict(list)
-        for segment in rule.segments:
-            read[segment.name, segment.expert].append(segment)
-        for (file, expert), segments in read.items():
+        for row_range in rule.row_ranges:
+            read[row_range.name, row_range.expert].append(row_range)
+        for (file, expert), row_ranges in read.items():
             matrix = shapes[file] if expert is None else shapes[file][1:]
-            assert covers(segments, matrix[-1] if rule.swapped else matrix[0]), (rule.key, file, expert)
+            assert covers(row_ranges, matrix[-1] if rule.transposed else matrix[0]), (rule.key, file, expert)
     padding = description.padded_vocab_size - description.vocab_size
     tables = 1 if description.tied else 2
     padded = tables * padding * description.transformer["hidden_size"]
@@ -85,7 +86,7 @@ def test_the_way_back_gives_the_same_names_and_shapes(model):
     rows: dict[str, int] = defaultdict(int)
     for rule in description.rules:
         tensor = torch.empty(rule.shape, dtype=torch.bfloat16, device="meta")
-        for part in sorted(rule.parts(itemsize=2, block_bytes=WHOLE), key=lambda part: (part.name, part.start)):
+        for part in sorted(rule.export_blocks(itemsize=2, block_bytes=WHOLE), key=lambda part: (part.name, part.start)):
             block = part.lay_out(tensor[part.index])
             assert block.shape[1:] == shapes[part.name][1:], part.name
             assert part.start == rows[part.name], part.name  # where the block before it ended

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from engine.config import OptimConfig
-from engine.mesh import Layout
+from engine.layout import Layout
 from tests.support.tiny import EXPERTS, MODELS, conversations, reference, save_model
 from tests.support.training import relative, step_batches, train
 from tests.support.world import Pool

@@ -13,14 +13,17 @@ from torch import distributed
 from data.loader import Loader
 from engine.checkpointing.checkpoint import sharding_metadata
 from engine.config import MoeConfig, OptimConfig
-from engine.mesh import Layout, build_mesh, check_layout
+from engine.layout import Layout, check_layout
+from engine.mesh import build_mesh
 from engine.optim import build_optimizer, update
 from engine.step import run_microbatches, take_router_statistics, to_device, wrap_chunks
 from models.build import build_chunks, load_weights, sharded_tensors, transformer_config
-from models.conversion.hf_reader import HFReader, read_shard
+from models.conversion.hf_reader import HFReader
 from models.hf_config import describe
 from models.layers.packed_documents import zigzag_indices
 from models.layers.router import set_routers
+from models.model_directory import read_shard
+from tests.support import loading
 from tests.support.tiny import MemoryIndex
 
 
@@ -59,7 +62,7 @@ def make_loader(index: MemoryIndex, mesh, options: dict) -> Loader:
         "seed": 5,
         "microbatch_multiple": mesh.layout.pp if mesh.layout.vpp > 1 else 1,
     }
-    return Loader([(index, 1)], dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, **(defaults | options))
+    return loading.make_loader([(index, 1)], dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, **(defaults | options))
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint_tools import mcore_to_hf
 from data.index import write_index
-from engine.checkpointing.checkpoint import exported_directory, step_directory
 from engine.checkpointing.directory import STATE
 from engine.checkpointing.model_files import write_model_files
 from engine.checkpointing.store_reader import StoreReader
+from engine.run_folder import RunFolder
 from models.hf_config import describe
 from tests.engine.checkpointing.test_resume import run
 from tests.support.chatting import small_tokenizer
@@ -41,7 +41,7 @@ def train(pool, ranks: int, model: Path, data: Path, output: Path, *extra: str) 
     fixed = ["--model", model, "--data", data, "--output", output]
     shape = ["--seq-len", "96", "--global-batch-size", "4", "--steps", "1"]
     pool.run(run, ranks, [*map(str, fixed), *shape, *extra])
-    return step_directory(output, 1)
+    return RunFolder(output).checkpoint(1)
 
 
 @pytest.mark.parametrize(("name", "dtype", "layout"), SHARDED)
@@ -56,7 +56,7 @@ def test_a_run_that_learns_nothing_exports_its_source(pool, data, tmp_path, name
     for file in source.iterdir():
         assert (target / file.name).read_bytes() == file.read_bytes(), file.name
     assert {file.name for file in target.iterdir()} == {file.name for file in source.iterdir()}
-    beside = exported_directory(checkpoint)  # written by the run's own ranks
+    beside = RunFolder(checkpoint.parent.parent).export(1)  # written by the run's own ranks
     assert {f.name: f.read_bytes() for f in beside.iterdir()} == {f.name: f.read_bytes() for f in source.iterdir()}
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=dtype) for path in (source, target)]
     tokens = torch.arange(40)[None] % VOCABULARY

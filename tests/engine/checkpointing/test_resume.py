@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from data.index import write_index
-from engine.checkpointing.checkpoint import find_latest, step_directory
-from engine.checkpointing.directory import STATE
+from engine.checkpointing.directory import STATE, find_latest
 from engine.checkpointing.store_reader import StoreReader
 from engine.cli import parse_run
-from engine.mesh import world_from_environment
+from engine.layout import world_from_environment
 from engine.prepare import prepare_run
+from engine.run_folder import RunFolder
 from engine.train import train
 from models.conversion.hf_reader import HFReader
+from tests.support.marks import slow
 from tests.support.tiny import VOCABULARY, conversations, save_model
 
 TIMINGS = ("seconds", "tokens_per_second", "supervised_tokens_per_second", "tflops", "mfu")
@@ -60,7 +61,7 @@ def metrics(output: Path) -> list[dict]:
 
 def tensors(output: Path, step: int) -> dict[str, torch.Tensor]:
     """Everything a checkpoint holds: weights and optimizer state by key."""
-    store = StoreReader(step_directory(output, step) / STATE)
+    store = StoreReader(RunFolder(output).checkpoint(step) / STATE)
     return {key: store.read(key) for key in store.keys()}  # noqa: SIM118  (no dict)
 
 
@@ -98,7 +99,15 @@ def test_resume_is_bitwise(pool, inputs, tmp_path, unit, precision):
 
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [(1, ""), (2, "--cp 2"), (2, "--pp 2"), (2, ""), (4, "--tp 4"), (4, "--tp 2 --sp off"), (2, "--pp 2 --vpp 2")],
+    [
+        (1, ""),
+        (2, "--cp 2"),
+        (2, "--pp 2 --vpp 2"),
+        slow(2, "--pp 2"),
+        slow(2, ""),
+        slow(4, "--tp 4"),
+        slow(4, "--tp 2 --sp off"),
+    ],
 )
 def test_resume_under_another_layout(pool, inputs, tmp_path, ranks, layout):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -126,7 +135,13 @@ def experts_run(pool, inputs, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [(2, "--ep 2"), (1, ""), (4, "--ep 4"), (4, "--ep 2 --pp 2 --pp-layout 3,1"), (4, "--ep 2 --etp 2 --tp 2")],
+    [
+        (2, "--ep 2"),
+        (4, "--ep 2 --etp 2 --tp 2"),
+        slow(1, ""),
+        slow(4, "--ep 4"),
+        slow(4, "--ep 2 --pp 2 --pp-layout 3,1"),
+    ],
 )
 def test_experts_resume_under_every_split(pool, inputs, experts_run, tmp_path, ranks, layout):
     cut = tmp_path / "cut"
@@ -181,6 +196,6 @@ def test_resume_refuses_what_it_cannot_continue(pool, inputs, tmp_path):
 
     assert "--pad-documents-to 2: the run" in refusal("--pad-documents-to", "2")
     assert "--seq-len (was 96, is 192)" in refusal("--seq-len", "192")
-    state = next((step_directory(output, 9) / STATE).glob("*.distcp"))
+    state = next((RunFolder(output).checkpoint(9) / STATE).glob("*.distcp"))
     state.write_bytes(state.read_bytes()[:-1])
     assert "is not a complete checkpoint" in refusal()

@@ -181,5 +181,5 @@ def test_ranks_must_be_said(arguments):
 def test_a_model_must_be_said():
     with pytest.raises(ValueError, match="--model is missing"):
         plan_run.main(["--ranks=2"])
-    with pytest.raises(ValueError, match="neither a directory here nor to be had from the hub"):
+    with pytest.raises(ValueError, match="no local directory and could not be downloaded from the hub"):
         plan_run.main(["--ranks=2", "--model", "nobody/nothing"])

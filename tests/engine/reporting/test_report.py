@@ -88,7 +88,7 @@ def test_the_numbers_add_up(tmp_path):
         assert wanted in page.words, wanted
     assert "10 steps: mean 90.00%" in page.words
     page = Page(write_report(tmp_path, fill=[0.5, 1.0, 0.75]).read_text())
-    assert "3 bins: mean 75.00%, least 50.00%" in page.words
+    assert "3 packed sequences: mean 75.00%, least 50.00%" in page.words
 
 
 def test_everything_foreign_is_escaped(tmp_path):
@@ -185,7 +185,7 @@ def test_the_page_says_how_full_bins_were_and_why_the_run_stopped(tmp_path):
     assert "stopped" not in write_report(tmp_path).read_text()
     (tmp_path / "unfinished").write_text("saved and stopped after step 2 of 9: SIGTERM was received\n")
     words = Page(write_report(tmp_path).read_text()).words
-    assert "50.00%of the bins is filled" in words and "mean 50.00%" in words
+    assert "50.00%of the packed sequences is filled" in words and "mean 50.00%" in words
     assert "steps 1 to 2" in words and "; saved and stopped after step 2 of 9: SIGTERM was received" in words
 
 

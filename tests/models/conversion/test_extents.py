@@ -33,7 +33,7 @@ def test_runs_are_the_bytes_of_a_slice(tmp_path, name):
             found = torch.frombuffer(read_extents(extents), dtype=torch.bfloat16)
             assert torch.equal(found, rule.read(reader, index).flatten()), (rule.key, index)
             plain += 1
-        turned = rule.swapped or any(segment.step > 1 for segment in rule.segments)
+        turned = rule.transposed or any(row_range.step > 1 for row_range in rule.row_ranges)
         assert (runs_of(rule) is None) == turned, rule.key
     assert plain > 2 * len(description.rules)
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from models.conversion.hf_reader import INDEX, SINGLE, HFReader, copy_side_files
 from models.conversion.hf_writer import HFWriter
-from models.model_directory import source_dtype
+from models.model_directory import weights_dtype
 from tests.support.tiny import save_model
 
 
@@ -49,7 +49,7 @@ def test_reads_whole_tensors_and_slices_from_sharded_files(sharded):
     # The part owns its memory: no mapped file stays behind it.
     assert part.untyped_storage().nbytes() == part.nbytes == 4 * 40 * 2
     assert torch.equal(reader.read(name, (slice(None), slice(0, 3))), expected[name][:, :3])
-    assert source_dtype(sharded) == torch.bfloat16
+    assert weights_dtype(sharded) == torch.bfloat16
 
 
 def test_writes_the_files_that_transformers_wrote_byte_for_byte(sharded, tmp_path):
@@ -161,7 +161,7 @@ def test_directories_without_safetensors_are_refused(tmp_path):
 def test_several_dtypes_have_no_source_dtype(tmp_path):
     save_file({"a": torch.zeros(2), "b": torch.zeros(2).bfloat16()}, tmp_path / SINGLE)
     with pytest.raises(ValueError, match="weights of one dtype are needed"):
-        source_dtype(tmp_path)
+        weights_dtype(tmp_path)
 
 
 def test_side_files_are_everything_but_weights(copied, tmp_path):

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from checkpoint_tools import mcore_to_hf
 from data.index import write_index
-from engine.checkpointing.checkpoint import step_directory
+from engine.run_folder import RunFolder
 from models.conversion.hf_reader import SINGLE, HFReader
 from models.conversion.hf_writer import HFWriter
 from models.conversion.mxfp4 import Mxfp4Reader, Mxfp4Writer, decode, encode, mxfp4_plan
-from models.hf_config import check_directory, describe
-from models.model_directory import open_reader, source_dtype
+from models.hf_config import describe
+from models.model_directory import check_directory, open_reader, weights_dtype
 from tests.engine.checkpointing.test_resume import run
 from tests.support.tiny import VOCABULARY, Memory, conversations, save_model
 
@@ -130,7 +130,7 @@ def test_a_model_read_by_its_rules_has_the_logits_that_transformers_gives_it(pac
     description = describe(packed)
     reader = open_reader(packed, description)
     assert check_directory(description, reader) == ()
-    assert source_dtype(packed) == torch.bfloat16
+    assert weights_dtype(packed) == torch.bfloat16
     # Said to dequantise, which it does by itself only where it finds no GPU or no kernels for one.
     theirs = AutoModelForCausalLM.from_pretrained(packed, quantization_config=Mxfp4Config(dequantize=True))
     assert theirs.model.layers[1].mlp.experts.down_proj.dtype == torch.bfloat16
@@ -230,11 +230,11 @@ def test_missing_and_misshapen_tensors_are_still_seen_through_the_reader(packed,
 
 def test_source_dtype_knows_mxfp4_by_its_names_and_other_bytes_not(packed, tmp_path):
     with pytest.raises(ValueError, match=f"{LAYER}down_proj_blocks without"):
-        source_dtype(copy(packed, tmp_path / "a", without("down_proj_scales")))
+        weights_dtype(copy(packed, tmp_path / "a", without("down_proj_scales")))
     with pytest.raises(ValueError, match="1 x torch.uint8"):
-        source_dtype(copy(packed, tmp_path / "b", lambda tensors: {"mask": torch.zeros(3, dtype=torch.uint8)}))
+        weights_dtype(copy(packed, tmp_path / "b", lambda tensors: {"mask": torch.zeros(3, dtype=torch.uint8)}))
     with pytest.raises(ValueError, match="1 x torch.float32"):
-        source_dtype(copy(packed, tmp_path / "c", lambda tensors: {"lm_head.weight": torch.zeros(131, HIDDEN)}))
+        weights_dtype(copy(packed, tmp_path / "c", lambda tensors: {"lm_head.weight": torch.zeros(131, HIDDEN)}))
 
 
 @settings(deadline=None, max_examples=100)
@@ -308,7 +308,7 @@ def test_an_export_writes_the_files_that_it_was_read_from(packed, tmp_path):
     with HFWriter(tmp_path, plan) as writer:
         out = Mxfp4Writer(writer, description.mxfp4)
         for rule in description.rules:
-            for part in rule.parts(2, 2**12):
+            for part in rule.export_blocks(2, 2**12):
                 out.write(part.name, part.lay_out(rule.read(reader, part.index)), part.start)
     before, after = load_file(packed / SINGLE), load_file(tmp_path / SINGLE)
     assert before.keys() == after.keys()
@@ -324,7 +324,7 @@ def test_a_run_that_learns_nothing_gives_back_its_mxfp4_files(pool, packed, tmp_
     fixed = ["--model", packed, "--data", tmp_path / "data", "--output", tmp_path / "run", "--optim.weight-decay", "0"]
     shape = "--seq-len 96 --global-batch-size 4 --steps 1 --precision bf16 --optim.lr 0 --ep 2 --pp 2"
     pool.run(run, 4, [*map(str, fixed), *shape.split()])
-    checkpoint = step_directory(tmp_path / "run", 1)
+    checkpoint = RunFolder(tmp_path / "run").checkpoint(1)
     mcore_to_hf.main(checkpoint=checkpoint, output=tmp_path / "again", dtype="mxfp4")
     found, wanted = load_file(tmp_path / "again" / SINGLE), load_file(packed / SINGLE)
     assert found.keys() == wanted.keys()

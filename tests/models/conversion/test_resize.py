@@ -1,6 +1,7 @@
 """Rows for tokens that were added: the mean of the rows that files hold, and only where they were asked for."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,15 +13,15 @@ from transformers import AutoModelForCausalLM
 
 from checkpoint_tools import mcore_to_hf
 from data.index import write_index
-from engine.base_model import find_source, weight_reader
-from engine.checkpointing.checkpoint import step_directory
+from engine.base_model import find_base_model, weight_reader
 from engine.checkpointing.directory import STATE
 from engine.checkpointing.hf_export import open_checkpoint
 from engine.checkpointing.store_reader import StoreReader
+from engine.run_folder import RunFolder
 from models.conversion.hf_reader import SINGLE, HFReader
-from models.conversion.resize import BLOCK_ROWS, GrownReader
-from models.hf_config import check_directory, describe
-from models.model_directory import VOCABULARY_KEYS, open_reader
+from models.conversion.resize import BLOCK_ROWS, ResizedReader
+from models.hf_config import describe
+from models.model_directory import VOCABULARY_KEYS, check_directory, open_reader
 from tests.engine.checkpointing.test_resume import run
 from tests.support.tiny import VOCABULARY, Memory, conversations, save_model
 
@@ -39,7 +40,7 @@ def test_new_rows_are_the_mean_of_all_rows_computed_once(dtype):
     # Large enough that sums in fp32 or of less than all rows would be seen.
     values = (torch.randn(count, 6, generator=torch.Generator().manual_seed(1)) + 1000 * torch.arange(6)).to(dtype)
     memory = Memory({"w": values, "other": torch.ones(2)})
-    reader = GrownReader(memory, {"w": count + 3})
+    reader = ResizedReader(memory, {"w": count + 3})
     assert (reader.names(), reader.shape("w"), reader.dtype("w")) == (["w", "other"], (count + 3, 6), dtype)
     assert reader.shape("other") == (2,)
     expected = (values.double().sum(0) / count).to(dtype)
@@ -55,7 +56,7 @@ def test_new_rows_are_the_mean_of_all_rows_computed_once(dtype):
 @given(data=st.data())
 def test_any_slice_is_that_slice_of_the_whole(data):
     memory = Memory({"w": torch.arange(35.0).view(7, 5)})
-    reader = GrownReader(memory, {"w": 12})
+    reader = ResizedReader(memory, {"w": 12})
     whole = reader.read("w")
     index = tuple(
         slice(
@@ -134,7 +135,7 @@ def test_a_run_gives_rows_to_new_tokens_and_exports_them(pool, tmp_path, name):
         pool.run(run, 2, [*flags, "--steps", "1"])
     pool.run(run, 2, [*flags, "--steps", "1", "--override.resize-embeddings"])
     pool.run(run, 2, [*flags, "--steps", "2", "--override.resize-embeddings"])
-    mcore_to_hf.main(checkpoint=step_directory(tmp_path / "run", 2), output=tmp_path / "export")
+    mcore_to_hf.main(checkpoint=RunFolder(tmp_path / "run").checkpoint(2), output=tmp_path / "export")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     assert model.config.vocab_size == VOCABULARY + 9
     plain = AutoModelForCausalLM.from_pretrained(source).state_dict()
@@ -158,16 +159,16 @@ def test_a_checkpoint_of_ours_grows_by_the_mean_of_its_rows(pool, tmp_path, name
 
     rates = ["--precision", "bf16", "--optim.lr", "1e-2", "--optim.schedule", "constant"]
     pool.run(run, 2, [*flags(tmp_path / "model", "data", "first"), *rates])
-    step = step_directory(tmp_path / "first", 1)
-    source, store = find_source(str(step)), StoreReader(step / STATE)
-    for key in VOCABULARY_KEYS[: 1 if describe(source.files).tied else 2]:
+    step = RunFolder(tmp_path / "first").checkpoint(1)
+    base, store = find_base_model(str(step)), StoreReader(step / STATE)
+    for key in VOCABULARY_KEYS[: 1 if describe(base.files).tied else 2]:
         for wide, stored in ((False, key), (True, f"optimizer.state.param.{key}")):
             own = store.read(stored)
             assert own.shape[0] == 256 and not own[VOCABULARY:].any()
             mean = own[:VOCABULARY].double().mean(0).to(own.dtype)
             for tokens, padded in ((GROWN, 256), (300, 384)):
-                grown = describe(source.files, overrides={"vocab_size": tokens})
-                read = weight_reader(source, grown, wide=wide)
+                more = describe(base.files, overrides={"vocab_size": tokens})
+                read = weight_reader(replace(base, description=more), master=wide)
                 parts = [read(key, (start, 0), (padded // 4, 64)) for start in range(0, padded, padded // 4)]
                 tensor = torch.cat(parts)
                 assert torch.equal(tensor[:VOCABULARY], own[:VOCABULARY])
@@ -178,7 +179,7 @@ def test_a_checkpoint_of_ours_grows_by_the_mean_of_its_rows(pool, tmp_path, name
     write_index(tmp_path / "large", documents, vocab_size=300)
     still = ["--precision", "fp32", "--optim.lr", "0", "--optim.weight-decay", "0", "--override.resize-embeddings"]
     pool.run(run, 2, [*flags(step, "large", "second"), *still])
-    mcore_to_hf.main(checkpoint=step_directory(tmp_path / "second", 1), output=tmp_path / "export", dtype="fp32")
+    mcore_to_hf.main(checkpoint=RunFolder(tmp_path / "second").checkpoint(1), output=tmp_path / "export", dtype="fp32")
     table = load_file(tmp_path / "export" / SINGLE)[EMBEDDING]
     own = store.read("optimizer.state.param.embedding.word_embeddings.weight")[:VOCABULARY]
     assert torch.equal(table, torch.cat([own, own.double().mean(0).float().expand(300 - VOCABULARY, -1)]))
@@ -194,7 +195,7 @@ def test_the_largest_of_several_data_sets_names_the_vocabulary(pool, tmp_path):
     paths = ["--model", source, "--data", tmp_path / "data", tmp_path / "large", "--valid", tmp_path / "valid"]
     shape = ["--seq-len", "96", "--global-batch-size", "8", "--steps", "1", "--precision", "fp32"]
     pool.run(run, 1, [*map(str, paths), "--output", str(tmp_path / "run"), *shape, "--override.resize-embeddings"])
-    step = step_directory(tmp_path / "run", 1)
+    step = RunFolder(tmp_path / "run").checkpoint(1)
     mcore_to_hf.main(checkpoint=step, output=tmp_path / "export")
     assert load_file(tmp_path / "export" / SINGLE)[EMBEDDING].shape == (GROWN, 64)
     assert describe(tmp_path / "export").vocab_size == GROWN

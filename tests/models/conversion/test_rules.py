@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from models.conversion.hf_reader import HFReader, read_shard
-from models.conversion.rules import Rule, Segment
-from models.hf_config import apply_overrides, check_directory, describe
+from models.conversion.hf_reader import HFReader
+from models.conversion.rules import RowRange, Rule
+from models.hf_config import apply_overrides, describe
+from models.model_directory import check_directory, read_shard
 from tests.support.tiny import VOCABULARY, Memory, save_model
 
 LLAMA = {
@@ -105,7 +106,7 @@ def test_any_slice_is_that_slice_of_the_whole_and_split_is_the_inverse(config):
 
 def test_a_rule_refuses_parts_of_different_dtypes_and_a_wrong_shape():
     files = (("a", (2, 2)), ("b", (2, 2)))
-    rule = Rule("key", (4, 2), (Segment("a", 0, 2), Segment("b", 0, 2)), files)
+    rule = Rule("key", (4, 2), (RowRange("a", 0, 2), RowRange("b", 0, 2)), files)
     mixed = Memory({"a": torch.zeros(2, 2), "b": torch.zeros(2, 2, dtype=torch.bfloat16)})
     with pytest.raises(ValueError, match="key have different dtypes"):
         rule.dtype(mixed)

@@ -11,7 +11,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from models.hf_config import describe
-from models.layers.norm import ProjectionNorm, RMSNorm, WideRMSNorm
+from models.layers.norm import FP32GainRMSNorm, ProjectionNorm, RMSNorm
 from tests.support.tiny import save_model
 
 WIDTH, EPS = 64, 1e-6
@@ -24,8 +24,8 @@ def config(dtype: torch.dtype) -> SimpleNamespace:
 
 def pairs(dtype: torch.dtype) -> list:
     """(our norm, transformers') with the same random gains."""
-    ours = [RMSNorm(config(dtype), WIDTH, EPS), WideRMSNorm(config(dtype), WIDTH, EPS)]
-    ours += [WideRMSNorm(config(dtype), WIDTH, EPS)]
+    ours = [RMSNorm(config(dtype), WIDTH, EPS), FP32GainRMSNorm(config(dtype), WIDTH, EPS)]
+    ours += [FP32GainRMSNorm(config(dtype), WIDTH, EPS)]
     theirs = [kind(WIDTH, EPS).to(dtype) for kind in (Qwen3RMSNorm, Olmo2RMSNorm, GptOssRMSNorm)]
     for one, other in zip(ours, theirs, strict=True):
         with torch.no_grad():
@@ -70,5 +70,5 @@ def test_a_projection_is_normed_over_all_heads():
 
 def test_families_say_where_their_norms_round(tmp_path):
     late = {name for name in ("llama", "qwen3_moe", "olmo2", "olmo3", "gpt_oss")
-            if describe(save_model(name, tmp_path / name, layers=1)).wide_norm}  # fmt: skip
+            if describe(save_model(name, tmp_path / name, layers=1)).gain_in_fp32}  # fmt: skip
     assert late == {"olmo2", "olmo3", "gpt_oss"}

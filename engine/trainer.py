@@ -1,0 +1,165 @@
+"""A rank's state in a run, one step of it, and its checkpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.loader import Loader
+from data.order import GlobalOrder
+from engine.base_model import weight_reader
+from engine.checkpointing import checkpoint
+from engine.mesh import Mesh
+from engine.optim import build_optimizer, update
+from engine.prepare import Prepared
+from engine.schedule import learning_rate
+from engine.signals import shielded
+from engine.step import (
+    RouterStatistics,
+    StepTotals,
+    gather_samples,
+    run_microbatches,
+    take_router_statistics,
+    wrap_chunks,
+)
+from models.build import build_chunks, load_weights
+from models.layer_spec import attention_kernel, parameter_dtype
+from models.layers.router import set_routers
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step did, the same on every rank but for the time."""
+
+    step: int  # counted from 1
+    totals: StepTotals
+    grad_norm: float  # before clipping
+    lr: float
+    seconds: float
+    routers: RouterStatistics | None  # of models with experts
+
+
+class Trainer:
+    """A run on this rank, ready to step: model, optimizer, data and where the run stands."""
+
+    def __init__(self, prepared: Prepared, mesh: Mesh):
+        config, description = prepared.config, prepared.description
+        self.prepared, self.config, self.mesh = prepared, config, mesh
+        self.loader = self._make_loader(prepared.order)
+        self.valid_loader = self._make_loader(prepared.valid_order) if prepared.valid_order else None
+        self.kernel = attention_kernel(prepared.backend, mesh.device, parameter_dtype(config.precision))
+        chunks = build_chunks(description, prepared.transformer, backend=prepared.backend, groups=mesh.groups)
+        set_routers(chunks, aux_loss=config.moe.aux_loss, frozen=config.moe.freeze_router)
+        if prepared.resume is None:
+            read = weight_reader(prepared.base_model, master=config.precision == "fp32")
+            load_weights(chunks, checkpoint.sharding_metadata(mesh), read)
+        self.chunks = wrap_chunks(chunks, mesh)
+        self.optimizer = build_optimizer(config.optim, self.chunks, mesh, bf16=config.precision != "fp32")
+        self.step = 0
+        if prepared.resume is not None:
+            checkpoint.load(prepared.resume, self.chunks, self.optimizer, mesh)
+            self.loader.load_state_dict(prepared.resume.manifest["data"])
+            self.step = prepared.resume.step
+        self.total_steps = prepared.total_steps
+        self.data_state = self.loader.state_dict()  # after the last good step, also when the next one fails
+        self.saved_step = self.step
+
+    def _make_loader(self, order: GlobalOrder) -> Loader:
+        config, mesh = self.config, self.mesh
+        return Loader(
+            order,
+            micro_batch_size=config.micro_batch_size,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size,
+            microbatch_multiple=config.pp if config.vpp > 1 else 1,
+        )
+
+    def train_step(self) -> StepResult:
+        """One step. FloatingPointError, naming the samples, before an update that would not be finite."""
+        started = time.perf_counter()
+        microbatches = self.loader.next_step()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        totals = run_microbatches(self.chunks, microbatches, self.mesh, kernel=self.kernel)
+        step = self.step + 1
+        if not math.isfinite(totals.loss_sum):
+            raise FloatingPointError(
+                f"step {step}: the loss is not finite, the update was not made; samples: "
+                f"{self._names(totals.bad_samples)}"
+            )
+        lr = learning_rate(self.config.optim, step, self.total_steps)
+        done = update(self.optimizer, lr=lr, clip_grad=self.config.optim.clip_grad)
+        if not done.applied:
+            samples = gather_samples({sample for batch in microbatches for sample in batch.sample_ids})
+            raise FloatingPointError(
+                f"step {step}: the gradient's norm is {done.grad_norm}, the update was not made; samples of the step: "
+                f"{self._names(samples)}"
+            )
+        routers = take_router_statistics(self.chunks, self.mesh)
+        self.step, self.data_state = step, self.loader.state_dict()
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        return StepResult(step=step, totals=totals, grad_norm=done.grad_norm, lr=lr, seconds=seconds, routers=routers)
+
+    def _names(self, samples: tuple[tuple[int, int], ...]) -> str:
+        """Samples as DATA:document, at most twenty of them."""
+        indexes = self.prepared.order.indexes
+        names = [f"{indexes[dataset].path}:{document}" for dataset, document in samples[:20]]
+        return ", ".join(names) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
+
+    def valid_loss(self) -> float:
+        """The held-out loss per supervised token, over --valid in order."""
+        assert self.valid_loader is not None
+        batches = self.valid_loader.steps_in_epoch(0)
+        if self.config.valid_batches:
+            batches = min(batches, self.config.valid_batches)
+        loss_sum, supervised = 0.0, 0
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            for number in range(batches):
+                microbatches = self.valid_loader.step(0, number)
+                totals = run_microbatches(self.chunks, microbatches, self.mesh, kernel=self.kernel, forward_only=True)
+                loss_sum, supervised = loss_sum + totals.loss_sum, supervised + totals.supervised
+        for chunk in self.chunks:
+            chunk.train()
+        return loss_sum / max(supervised, 1)
+
+    def save(self) -> Path:
+        """Writes the checkpoint of the last step."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+        description, run = self.prepared.description, self.prepared.run
+        manifest = {
+            "family": description.family,
+            "source_dtype": self.prepared.base_model.dtype,
+            "vocab_size": description.vocab_size,
+            "padded_vocab_size": description.padded_vocab_size,
+            "tied": description.tied,
+            "precision": self.config.precision,
+            "freeze_router": self.config.moe.freeze_router,
+            "pad_documents_to": self.prepared.pad_multiple,
+            "data": self.data_state,
+        }
+        self.saved_step = self.step
+        with shielded():
+            target = checkpoint.save(
+                run,
+                self.step,
+                self.chunks,
+                self.optimizer,
+                self.mesh,
+                model_files=run.model_files,
+                manifest=manifest,
+                keep=self.config.checkpoint.keep,
+            )
+            if self.config.checkpoint.export_hf:
+                checkpoint.export_hf(run, self.step, self.mesh)
+        return target

@@ -1,0 +1,86 @@
+"""One entry beside the scripts: `lathe COMMAND ...` is the script of that command with the flags that follow."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from pathlib import Path
+
+# command -> (module, what it does)
+COMMANDS = {
+    "prepare": ("examples.prepare_data", "rows of conversations into tokens and supervised spans"),
+    "train": ("examples.pretrain_sft", "one process, or --nproc N of them on this node"),
+    "average": ("checkpoint_tools.average_steps", "several checkpoints of a run into their mean"),
+    "to-hf": ("checkpoint_tools.mcore_to_hf", "a checkpoint into a Hugging Face directory"),
+    "to-mcore": ("checkpoint_tools.hf_to_mcore", "a Hugging Face directory into a checkpoint"),
+    "inspect": ("checkpoint_tools.inspect_checkpoint", "what a checkpoint or a Hugging Face directory holds"),
+    "compare": ("checkpoint_tools.inspect_checkpoint", "how two of them differ, tensor by tensor"),
+    "evaluate": ("examples.evaluate", "answers of a Hugging Face model, graded"),
+    "plan": ("examples.plan_run", "what each rank of a run will hold in memory"),
+    "sweep": ("examples.lr_sweep", "several learning rates beside each other"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {command:<10}{does}" for command, (_, does) in COMMANDS.items()]
+    return "\n".join(["usage: lathe COMMAND [flags], and lathe COMMAND --help for its flags", "", *lines])
+
+
+def take_processes(arguments: list[str]) -> tuple[int | None, list[str]]:
+    """Takes `--nproc N` out of the arguments; ValueError where N is no number of processes."""
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--nproc":
+            value = value if equals else "".join(arguments[place + 1 : place + 2])
+            if not value.isdecimal() or not int(value):
+                raise ValueError(f"--nproc {value}: give how many processes this node starts")
+            return int(value), arguments[:place] + arguments[place + (1 if equals else 2) :]
+    return None, arguments
+
+
+def train(arguments: list[str]) -> int:
+    """Replaces this process by the training script, or by the torchrun that starts it N times."""
+    from examples.pretrain_sft import parse
+
+    processes, flags = take_processes(arguments)
+    script = Path(__file__).with_name("pretrain_sft.py")
+    command = [sys.executable, str(script), *flags]
+    if processes is not None:
+        parse(flags, world_size=processes, first=True)  # what is mistyped is said once, before processes start
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        command = [sys.executable, *torchrun, str(script), *flags]
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns its exit status. A user's mistake is one sentence and exit status 2."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(usage())
+        return 0
+    if command not in COMMANDS:
+        nearest = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
+        print(f"error: lathe has no command {command}; the nearest is {nearest}\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        if command == "train":
+            return train(rest)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if command == "compare" and len([word for word in rest if not word.startswith("-")]) < 2 and "--help" not in rest:
+        print("error: lathe compare takes two paths: lathe compare PATH OTHER", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[command][0])
+    if module.__name__.startswith("checkpoint_tools."):
+        from checkpoint_tools.common import run_script
+
+        return run_script(module.main, rest, prog=f"lathe {command}")
+    return module.main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
