@@ -53,11 +53,11 @@ class Converted:
     @cached_property
     def _blocks_of(self) -> dict[str, dict[int, tuple[Rule, ExportBlock]]]:
         """By name and first row."""
-        parts: dict[str, dict[int, tuple[Rule, ExportBlock]]] = {}
+        blocks: dict[str, dict[int, tuple[Rule, ExportBlock]]] = {}
         for rule in self.opened.description.rules:
-            for part in rule.export_blocks(self.opened.store.dtype(rule.key).itemsize, BLOCK_BYTES):
-                parts.setdefault(part.name, {})[part.start] = rule, part
-        return parts
+            for block in rule.export_blocks(self.opened.store.dtype(rule.key).itemsize, BLOCK_BYTES):
+                blocks.setdefault(block.name, {})[block.start] = rule, block
+        return blocks
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -79,8 +79,8 @@ class Converted:
             yield slice(start, stop)
 
     def rows(self, name: str, rows: slice) -> Tensor:
-        rule, part = self._blocks_of[name][rows.start]
-        return part.lay_out(self.opened.store.read(rule.key, part.index))
+        rule, block = self._blocks_of[name][rows.start]
+        return block.lay_out(self.opened.store.read(rule.key, block.index))
 
 
 Side = Plain | Converted

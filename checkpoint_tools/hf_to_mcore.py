@@ -3,22 +3,22 @@
 python checkpoint_tools/hf_to_mcore.py --hf HF --output CKPT [--num-workers N]
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from checkpoint_tools.common import bar, manifest, run_script, total_bytes
 from engine.checkpointing.directory import HF, STATE, complete_or_absent, write_manifest
-from engine.checkpointing.hf_export import dtype_name, open_checkpoint
-from engine.checkpointing.store_writer import Spec, write_store
 from engine.checkpointing.workers import worker_count
-from models.conversion.extents import Extent
-from models.conversion.hf_reader import HFReader, copy_side_files
-from models.conversion.rules import Rule, TensorReader
-from models.conversion.runs import runs_of
-from models.hf_config import describe
-from models.model_directory import check_directory, open_reader, weights_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engine.checkpointing.store_writer import Spec
+    from models.conversion.byte_ranges import ByteRange
+    from models.conversion.rules import Rule, TensorReader
 
 
 def main(hf: Path, output: Path, num_workers: int | None = None) -> None:
@@ -30,6 +30,12 @@ def main(hf: Path, output: Path, num_workers: int | None = None) -> None:
         num_workers: processes that convert; one for each processor and at most 8 unless given.
     """
     workers = worker_count(num_workers)
+    from engine.checkpointing.hf_export import dtype_name, open_checkpoint
+    from engine.checkpointing.store_writer import write_store
+    from models.conversion.hf_reader import copy_side_files
+    from models.hf_config import describe
+    from models.model_directory import check_directory, open_reader, weights_dtype
+
     description = describe(hf)
     reader = open_reader(hf, description)
     left_out = check_directory(description, reader)
@@ -47,22 +53,18 @@ def main(hf: Path, output: Path, num_workers: int | None = None) -> None:
 
 
 def _spec(rule: Rule, reader: TensorReader) -> Spec:
+    from models.conversion.byte_ranges import plain_ranges
+    from models.conversion.hf_reader import HFReader
+
     dtype = rule.dtype(reader)
 
-    def produce(rows: slice) -> torch.Tensor | list[Extent]:
-        runs = runs_of(rule, (rows,))
-        if runs is None or not isinstance(reader, HFReader):
-            return rule.read(reader, (rows,))
-        return [_extent(reader, name, first * dtype.itemsize, count * dtype.itemsize) for name, first, count in runs]
+    def produce(rows: slice) -> Tensor | list[ByteRange]:
+        found = None
+        if isinstance(reader, HFReader):  # else its files do not hold what it reads
+            found = plain_ranges(rule, (rows,), reader.first_byte, dtype.itemsize)
+        return rule.read(reader, (rows,)) if found is None else found
 
     return rule.key, rule.shape, dtype, produce
-
-
-def _extent(reader: HFReader, name: str | None, skip: int, length: int) -> Extent:
-    if name is None:
-        return Extent(None, 0, length)
-    path, first_byte = reader.place(name)
-    return Extent(path, first_byte + skip, length)
 
 
 if __name__ == "__main__":

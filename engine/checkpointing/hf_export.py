@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.checkpointing.directory import HF, STATE, read_manifest
 from engine.checkpointing.store_reader import Scratch, StoreReader, box_of, master_key
 from engine.checkpointing.workers import Advance, Bar, no_bar, run_workers, share_of
-from models.conversion.extents import Extent
+from models.conversion.byte_ranges import ByteRange
 from models.conversion.hf_reader import copy_side_files
 from models.conversion.hf_writer import HFWriter
 from models.conversion.mxfp4 import Mxfp4Writer, mxfp4_plan
@@ -27,7 +27,9 @@ BLOCK_BYTES = 16 * 2**20
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 QUANTIZATION = "quantization_config"  # says of the source's files what is not true of plain ones
 
-Locate = Callable[[str, Index], list[Extent] | None]  # where a slice's bytes lie, where they lie somewhere as they are
+Locate = Callable[
+    [str, Index], list[ByteRange] | None
+]  # where a slice's bytes lie, where they lie somewhere as they are
 Read = Callable[[str, Index], Tensor]  # a slice of a global megatron tensor, in the export's dtype
 
 
@@ -48,8 +50,8 @@ class Checkpoint:
     def locator(self, dtype: torch.dtype) -> Locate:
         """Returns what finds the bytes of model tensors that are stored as `dtype` holds them."""
 
-        def locate(key: str, index: Index) -> list[Extent] | None:
-            return self.store.extents(key, index) if self.store.dtype(key) == dtype else None
+        def locate(key: str, index: Index) -> list[ByteRange] | None:
+            return self.store.byte_ranges(key, index) if self.store.dtype(key) == dtype else None
 
         return locate
 
@@ -143,19 +145,20 @@ class Export:
 
         What `copy` finds to be runs of bytes of other files is copied from there, the rest comes from `read`.
         """
-        parts = [(rule, part) for rule in self.description.rules for part in self._blocks_of(rule)]
-        sizes = [_numel(rule, part) for rule, part in parts]
+        blocks = [(rule, block) for rule in self.description.rules for block in self._blocks_of(rule)]
+        sizes = [_numel(rule, block) for rule, block in blocks]
         with self._writer() as files:
             writer = Mxfp4Writer(files, self.mxfp4)
             for number in share_of(sizes, *share):
-                rule, part = parts[number]
-                extents = copy(rule.key, part.index) if copy and part.plain and part.name not in self.mxfp4 else None
-                if extents is not None:
-                    files.copy(part.name, extents, start=part.start)
+                rule, block = blocks[number]
+                plain = block.plain and block.name not in self.mxfp4
+                byte_ranges = copy(rule.key, block.index) if copy and plain else None
+                if byte_ranges is not None:
+                    files.copy(block.name, byte_ranges, start=block.start)
                 else:
-                    tensor = part.lay_out(read(rule.key, part.index))
-                    tensor = tensor if part.name in self.mxfp4 else tensor.to(self.dtype)
-                    writer.write(part.name, tensor, start=part.start)
+                    tensor = block.lay_out(read(rule.key, block.index))
+                    tensor = tensor if block.name in self.mxfp4 else tensor.to(self.dtype)
+                    writer.write(block.name, tensor, start=block.start)
                 advance(sizes[number] * self.dtype.itemsize)
         return files.written
 
@@ -199,5 +202,5 @@ def change_config(directory: Path, changes: Mapping[str, Any], remove: Iterable[
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _numel(rule: Rule, part: ExportBlock) -> int:
-    return math.prod(len(side) for side in box_of(rule.shape, part.index))
+def _numel(rule: Rule, block: ExportBlock) -> int:
+    return math.prod(len(side) for side in box_of(rule.shape, block.index))

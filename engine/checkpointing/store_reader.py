@@ -1,8 +1,8 @@
 """megatron-core's `torch_dist` checkpoints, read by boxes: no model, no process groups.
 
 The format is torch.distributed.checkpoint's: `.metadata`, a pickle that says which piece of which tensor
-lies where, and `.distcp` files in which every piece is an archive of `torch.save`. Archives are not
-compressed, so a part of a piece is read where it lies, without loading the rest.
+lies where, and `.distcp` files in which every piece is an archive of `torch.save`. torch finds the pieces of a
+box and their data; archives are not compressed, so a part of a piece is read where it lies.
 """
 
 import io
@@ -10,38 +10,25 @@ import math
 import mmap
 import os
 import pickle
-import struct
-import zipfile
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from models.conversion.extents import Extent
+from models.conversion.byte_ranges import ByteRange
 
 MASTER_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.")
 
 Box = tuple[range, ...]  # one a dimension, without steps
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A block of a global tensor, and the archive that holds it."""
-
-    box: Box
-    file: str
-    start: int  # the archive's first byte in the file
-    length: int
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return tuple(map(len, self.box))
 
 
 class StoreReader:
@@ -49,20 +36,17 @@ class StoreReader:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
+        self._files = FileSystemReader(self.directory)
         try:
-            metadata = FileSystemReader(self.directory).read_metadata()
+            metadata = self._files.read_metadata()
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{directory} holds no readable torch_dist checkpoint: {error}") from None
-        self._tensors: dict[str, TensorStorageMetadata] = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
+        entries = metadata.state_dict_metadata.items()
+        self._tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
         self._storage = metadata.storage_data
         self._check_files()
-        self._pieces: dict[str, list[_Piece]] = {}  # in the order of their first rows
-        self._tallest: dict[str, int] = {}  # rows of the largest of them
-        self._data: dict[_Piece, tuple[int, Tensor]] = {}  # first data byte, and the tensor without data
+        self._sorted: dict[str, list[ChunkStorageMetadata]] = {}  # pieces in the order of their first rows
+        self._data: dict[MetadataIndex, tuple[int, Tensor]] = {}  # see `_locate`
 
     def __contains__(self, key: str) -> bool:
         return key in self._tensors
@@ -84,96 +68,91 @@ class StoreReader:
         box = box_of(self.shape(key), index)
         result = (scratch or Scratch()).empty([len(side) for side in box], self.dtype(key))
         filled = 0
-        for piece, place, index in self._overlaps(key, box):
-            block = result[place]
-            self._fill(block, piece, index)
+        for item in self._items(key, box):
+            block = narrow_tensor_by_index(result, item.dest_offsets, item.lengths)
+            self._fill(block, item)
             filled += block.numel()
         if filled != result.numel():
             raise ValueError(f"{self.directory}: pieces of {key} cover {filled} of {result.numel()} elements")
         return result
 
-    def extents(self, key: str, index: tuple[slice, ...] = ()) -> list[Extent] | None:
-        """The runs of bytes that one after the other make up a box; None where it is more than a copy of runs."""
+    def byte_ranges(self, key: str, index: tuple[slice, ...] = ()) -> list[ByteRange] | None:
+        """The bytes that one after the other make up a box; None where it is more than a copy of whole ranges."""
         box, found = box_of(self.shape(key), index), []
         blank = torch.empty([len(side) for side in box], dtype=self.dtype(key), device="meta")
-        for piece, place, index in self._overlaps(key, box):
-            block = blank[place]
-            start, whole = self._place(piece)
-            part = whole[index]
+        for item in self._items(key, box):
+            block = narrow_tensor_by_index(blank, item.dest_offsets, item.lengths)
+            start, whole = self._locate(item.storage_index)
+            part = narrow_tensor_by_index(whole, item.storage_offsets, item.lengths)
             plain = whole.is_contiguous() and part.is_contiguous() and block.is_contiguous()
             if not plain or whole.dtype != blank.dtype:
                 return None
-            size = part.element_size()
-            extent = Extent(self.directory / piece.file, start + int(part.storage_offset()) * size, part.numel() * size)
-            found.append((int(block.storage_offset()) * size, extent))
+            start += int(part.storage_offset() - whole.storage_offset()) * part.element_size()
+            path = self.directory / self._storage[item.storage_index].relative_path
+            found.append((int(block.storage_offset()) * part.element_size(), ByteRange(path, start, part.nbytes)))
         found.sort(key=lambda pair: pair[0])
         end = 0
-        for offset, extent in found:
+        for offset, byte_range in found:
             if offset != end:
                 return None
-            end += extent.length
-        return [extent for _, extent in found] if end == blank.nbytes else None
+            end += byte_range.length
+        return [byte_range for _, byte_range in found] if end == blank.nbytes else None
 
-    def _overlaps(self, key: str, box: Box) -> Iterator[tuple[_Piece, tuple[slice, ...], tuple[slice, ...]]]:
-        """The pieces that hold some of a box: (piece, where that lies in the box, and where in the piece)."""
-        for piece in self._near(key, box):
-            common = [_overlap(a, b) for a, b in zip(box, piece.box, strict=True)]
-            if all(map(len, common)):
-                place = tuple(_within(part, side) for part, side in zip(common, box, strict=True))
-                yield piece, place, tuple(_within(part, side) for part, side in zip(common, piece.box, strict=True))
+    def _items(self, key: str, box: Box) -> list[ReadItem]:
+        """The pieces that hold some of a box, where it lies in them, and where in the box."""
+        if key not in self._sorted:
+            self._sorted[key] = sorted(self._tensors[key].chunks, key=_first_row)
+        pieces = self._sorted[key]
+        if box:  # large tensors have thousands of pieces: those that may reach into it by their first dimension
+            tallest = max(piece.sizes[0] for piece in pieces)
+            first = bisect_right(pieces, box[0].start - tallest, key=_first_row)
+            pieces = pieces[first : bisect_left(pieces, box[0].stop, key=_first_row)]
+        offsets, sizes = torch.Size([side.start for side in box]), torch.Size(map(len, box))
+        wanted = [ChunkStorageMetadata(offsets=offsets, sizes=sizes)]
+        return create_read_items_for_chunk_list(key, replace(self._tensors[key], chunks=pieces), wanted)
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
-        for info in self._storage.values():
+        for index, info in self._storage.items():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+            if getattr(info, "transform_descriptors", None):
+                raise ValueError(f"{self.directory}: {index.fqn} is compressed, which is not supported")
         for file, end in ends.items():
             path = self.directory / file
             if not path.exists() or path.stat().st_size < end:
                 raise ValueError(f"{path} is {'truncated' if path.exists() else 'missing'}")
 
-    def _near(self, key: str, box: Box) -> list[_Piece]:
-        """The pieces that may reach into a box by their first dimension; large tensors have thousands."""
-        if key not in self._pieces:
-            pieces = [self._piece(key, chunk) for chunk in self._tensors[key].chunks]
-            self._pieces[key] = sorted(pieces, key=_first_row)
-            self._tallest[key] = max((len(piece.box[0]) for piece in pieces if piece.box), default=1)
-        pieces, rows = self._pieces[key], box[0] if box else range(1)
-        first = bisect_right(pieces, rows.start - self._tallest[key], key=_first_row)
-        return pieces[first : bisect_left(pieces, rows.stop, key=_first_row)]
-
-    def _piece(self, key: str, chunk) -> _Piece:
-        info = self._storage[MetadataIndex(key, chunk.offsets)]
-        if getattr(info, "transform_descriptors", None):
-            raise ValueError(f"{self.directory}: {key} is compressed, which is not supported")
-        box = tuple(range(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
-        return _Piece(box, info.relative_path, info.offset, info.length)
-
-    def _place(self, piece: _Piece) -> tuple[int, Tensor]:
-        """A piece's first byte of storage, and a tensor on the meta device that tells its layout."""
-        if piece not in self._data:
-            path = self.directory / piece.file
-            with open(path, "rb", buffering=0) as file:
-                found = _locate(file, piece)
-            if tuple(found[1].shape) != piece.sizes:
-                raise ValueError(f"{path}: a piece has shape {list(found[1].shape)}, not {list(piece.sizes)}")
-            self._data[piece] = found
-        return self._data[piece]
-
-    def _fill(self, block: Tensor, piece: _Piece, index: tuple[slice, ...]) -> None:
-        """Read the part of a piece that `index` cuts out into `block`."""
-        start, blank = self._place(piece)
-        with open(self.directory / piece.file, "rb", buffering=0) as file:
-            start += int(blank.storage_offset()) * blank.element_size()
-            part = blank[index]
-            if not blank.is_contiguous() or blank.dtype != block.dtype:
-                file.seek(piece.start)
-                archive = io.BytesIO(file.read(piece.length))
-                block.copy_(torch.load(archive, weights_only=True, map_location="cpu")[index])
+    def _fill(self, block: Tensor, item: ReadItem) -> None:
+        """Read the part of a piece that an item names into `block`."""
+        start, whole = self._locate(item.storage_index)
+        part = narrow_tensor_by_index(whole, item.storage_offsets, item.lengths)
+        info = self._storage[item.storage_index]
+        with open(self.directory / info.relative_path, "rb", buffering=0) as file:
+            if not whole.is_contiguous() or whole.dtype != block.dtype:
+                found = torch.load(self._files._slice_file(file, info), weights_only=True, map_location="cpu")
+                block.copy_(narrow_tensor_by_index(found, item.storage_offsets, item.lengths))
             elif part.is_contiguous() and block.is_contiguous():
-                skip = int(part.storage_offset() - blank.storage_offset())
-                _read_into(file, start + skip * blank.element_size(), block)
+                skip = int(part.storage_offset() - whole.storage_offset())
+                _read_into(file, start + skip * whole.element_size(), block)
             else:
-                _copy_mapped(file, start, blank, index, block)
+                _copy_mapped(file, start, whole, part, block)
+
+    def _locate(self, index: MetadataIndex) -> tuple[int, Tensor]:
+        """The first byte of a piece's first element, and a tensor on the meta device that tells its layout."""
+        if index not in self._data:
+            info = self._storage[index]
+            path = self.directory / info.relative_path
+            with open(path, "rb", buffering=0) as file:
+                archive = self._files._slice_file(file, info)
+                blank = torch.load(archive, weights_only=True, map_location="meta")
+                sizes = next(piece.sizes for piece in self._tensors[index.fqn].chunks if piece.offsets == index.offset)
+                if blank.shape != sizes:
+                    raise ValueError(f"{path}: a piece has shape {list(blank.shape)}, not {list(sizes)}")
+                archive.seek(0)
+                opened: Any = torch._C.PyTorchFileReader(archive)
+                start = info.offset + opened.get_record_offset("data/0")
+            self._data[index] = start + int(blank.storage_offset()) * blank.element_size(), blank
+        return self._data[index]
 
 
 class Scratch:
@@ -218,30 +197,8 @@ def master_key(reader: StoreReader, key: str) -> str | None:
     return None
 
 
-def _first_row(piece: _Piece) -> int:
-    return piece.box[0].start if piece.box else 0
-
-
-def _overlap(one: range, other: range) -> range:
-    return range(max(one.start, other.start), min(one.stop, other.stop))
-
-
-def _within(part: range, whole: range) -> slice:
-    return slice(part.start - whole.start, part.stop - whole.start)
-
-
-def _locate(file: io.FileIO, piece: _Piece) -> tuple[int, Tensor]:
-    """Find where an archive's data begins, and a tensor on the meta device that tells its layout."""
-    view = cast(BinaryIO, _View(file, piece.start, piece.length))  # to typeshed a raw file is no BinaryIO
-    blank = torch.load(view, weights_only=True, map_location="meta")
-    with zipfile.ZipFile(view) as archive:
-        record = next(entry for entry in archive.infolist() if entry.filename.endswith("/data/0"))
-    if record.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{piece.file}: compressed archives are not supported")
-    # A zip's local header: 26 fixed bytes, two lengths, then the name and the padding of those lengths.
-    view.seek(record.header_offset + 26)
-    name_length, extra_length = struct.unpack("<HH", view.read(4))
-    return piece.start + record.header_offset + 30 + name_length + extra_length, blank
+def _first_row(piece: ChunkStorageMetadata) -> int:
+    return piece.offsets[0] if piece.offsets else 0
 
 
 def _read_into(file: io.FileIO, start: int, target: Tensor) -> None:
@@ -253,47 +210,18 @@ def _read_into(file: io.FileIO, start: int, target: Tensor) -> None:
         data, start = data[count:], start + count
 
 
-def _copy_mapped(file: io.FileIO, start: int, blank: Tensor, index: tuple[slice, ...], block: Tensor) -> None:
-    """Copy scattered runs of a contiguous piece: of the mapped file only pages that hold some are touched.
+def _copy_mapped(file: io.FileIO, start: int, whole: Tensor, part: Tensor, block: Tensor) -> None:
+    """Copy a part of a contiguous piece: of the mapped file only pages that hold some of it are touched.
 
     As bytes, because archives begin anywhere in a file and the mapped numbers may lie unaligned.
     """
-    size = blank.element_size()
-    *rows, columns = blank.shape
-    *leading, last = (slice(*part.indices(n)) for part, n in zip(index, blank.shape, strict=True))
+    size = whole.element_size()
     page = start - start % mmap.ALLOCATIONGRANULARITY
-    length = start - page + blank.numel() * size
+    length = start - page + whole.numel() * size
     # Copied on write and never written to: torch takes no memory that it may not write.
     with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=page) as mapped:
-        flat = torch.frombuffer(mapped, dtype=torch.uint8, count=blank.numel() * size, offset=start - page)
-        runs = flat.view(*rows, columns * size)[(*leading, slice(last.start * size, last.stop * size))]
-        block.view(torch.uint8).copy_(runs)
-        del flat, runs  # else the map could not be closed
-
-
-class _View(io.RawIOBase):
-    """A part of a file as a file of its own."""
-
-    def __init__(self, file: io.FileIO, start: int, length: int):
-        self._file, self._start, self._length, self._position = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer) -> int:
-        view = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
-        self._file.seek(self._start + self._position)
-        count = self._file.readinto(view) or 0
-        self._position += count
-        return count
+        flat = torch.frombuffer(mapped, dtype=torch.uint8, count=whole.numel() * size, offset=start - page)
+        shape, strides = (*part.shape, size), (*(stride * size for stride in part.stride()), 1)
+        skip = int(part.storage_offset() - whole.storage_offset()) * size
+        block.unsqueeze(-1).view(torch.uint8).copy_(flat.as_strided(shape, strides, skip))
+        del flat  # else the map could not be closed

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from engine.checkpointing.store_reader import row_blocks
 from engine.checkpointing.workers import Advance, Bar, no_bar, run_workers, share_of
-from models.conversion.extents import Extent, copy_extents, read_extents
+from models.conversion.byte_ranges import ByteRange, copy_byte_ranges, read_byte_ranges
 
 # What a writer makes and writes at once. Blocks of malloc above 32 MiB go back to the kernel each time they are
 # freed, and pages that come from there cost more than the copying.
@@ -40,7 +40,7 @@ MEGATRON_METADATA = {
 }
 
 # (key, global shape, dtype, a function that makes the rows of a slice, or says where their bytes lie)
-Spec = tuple[str, Sequence[int], torch.dtype, Callable[[slice], Tensor | list[Extent]]]
+Spec = tuple[str, Sequence[int], torch.dtype, Callable[[slice], Tensor | list[ByteRange]]]
 Storage = dict[MetadataIndex, _StorageInfo]
 
 
@@ -102,7 +102,7 @@ def _write_share(
             tensor = produce(rows)
             if isinstance(tensor, list):
                 storage[MetadataIndex(key, chunk.offsets)] = files.copy(chunk.sizes, dtype, tensor)
-                advance(sum(extent.length for extent in tensor))
+                advance(sum(byte_range.length for byte_range in tensor))
                 continue
             if tensor.shape != chunk.sizes or tensor.dtype != dtype:
                 raise ValueError(f"{key}: {tensor.dtype} {list(tensor.shape)} is not {list(chunk.sizes)}")
@@ -128,8 +128,8 @@ class _DataFiles:
     def append(self, tensor: Tensor) -> _StorageInfo:
         return self._current().append(tensor)
 
-    def copy(self, shape: torch.Size, dtype: torch.dtype, extents: list[Extent]) -> _StorageInfo:
-        return self._current().copy(shape, dtype, extents)
+    def copy(self, shape: torch.Size, dtype: torch.dtype, byte_ranges: list[ByteRange]) -> _StorageInfo:
+        return self._current().copy(shape, dtype, byte_ranges)
 
     def _current(self) -> "_Archives":
         if self._file is None or self._file.end > FILE_BYTES:
@@ -159,17 +159,17 @@ class _Archives:
         self._save(alone)
         return self._finished(start)
 
-    def copy(self, shape: torch.Size, dtype: torch.dtype, extents: list[Extent]) -> _StorageInfo:
+    def copy(self, shape: torch.Size, dtype: torch.dtype, byte_ranges: list[ByteRange]) -> _StorageInfo:
         """Append an archive whose data the kernel copies: `torch.save` writes what stands around it."""
-        size = sum(extent.length for extent in extents)
+        size = sum(byte_range.length for byte_range in byte_ranges)
         assert size == shape.numel() * dtype.itemsize
         if size < COPY_BYTES:
-            return self.append(torch.frombuffer(read_extents(extents), dtype=dtype).view(shape))
+            return self.append(torch.frombuffer(read_byte_ranges(byte_ranges), dtype=dtype).view(shape))
         start, self._gap = self.end, (size, -1)
         self._save(torch.empty(shape, dtype=dtype))
         (_, place), self._gap = self._gap, None
         assert place >= 0, "torch.save wrote the data in several pieces"
-        copy_extents(extents, self._descriptor, place)
+        copy_byte_ranges(byte_ranges, self._descriptor, place)
         return self._finished(start)
 
     def _save(self, tensor: Tensor) -> None:

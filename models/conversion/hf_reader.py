@@ -60,7 +60,7 @@ class HFReader:
         self._file: dict[str, str] = {}
         self._shape: dict[str, tuple[int, ...]] = {}
         self._dtype: dict[str, torch.dtype] = {}
-        self._first_byte: dict[str, dict[str, int]] = {}  # by file and tensor
+        self._offsets: dict[str, dict[str, int]] = {}  # by file and tensor
         for file in files:
             self._survey(file)
         if index:
@@ -84,17 +84,17 @@ class HFReader:
                 part = part[tuple(slice(None, None, s.step) for s in index)]
             return part.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(part)
 
-    def place(self, name: str) -> tuple[Path, int]:
+    def first_byte(self, name: str) -> tuple[Path, int]:
         """The file that holds a tensor, and its first byte there (safetensors: 8 bytes of length, a header, data)."""
         file = self._file[name]
-        if file not in self._first_byte:
+        if file not in self._offsets:
             with open(self.path / file, "rb") as opened:
                 length = int.from_bytes(opened.read(8), "little")
                 header = json.loads(opened.read(length))
-            self._first_byte[file] = {
+            self._offsets[file] = {
                 one: 8 + length + entry["data_offsets"][0] for one, entry in header.items() if one != "__metadata__"
             }
-        return self.path / file, self._first_byte[file][name]
+        return self.path / file, self._offsets[file][name]
 
     def _open(self, file: str):
         try:

@@ -16,7 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from models.conversion.extents import Extent, copy_extents
+from models.conversion.byte_ranges import ByteRange, copy_byte_ranges
 from models.conversion.hf_reader import DTYPES, INDEX, SINGLE, read_index
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -85,11 +85,11 @@ class HFWriter:
             data, offset = data[count:], offset + count
         self._send(descriptor, offset - tensor.nbytes, tensor.nbytes)
 
-    def copy(self, name: str, extents: Sequence[Extent], start: int = 0) -> None:
+    def copy(self, name: str, byte_ranges: Sequence[ByteRange], start: int = 0) -> None:
         """Write rows from row `start` on as they stand in other files."""
-        length = sum(extent.length for extent in extents)
+        length = sum(byte_range.length for byte_range in byte_ranges)
         descriptor, offset = self._claim(name, start, length)
-        copy_extents(extents, descriptor, offset)
+        copy_byte_ranges(byte_ranges, descriptor, offset)
         self._send(descriptor, offset, length)
 
     def _claim(self, name: str, start: int, length: int) -> tuple[int, int]:
