@@ -1,74 +1,31 @@
-"""All that RUN holds, and the name of every file in it: the loop, the report, the tools and the sweep ask here.
-
-RUN/
-    config.yaml      the run's settings, which start it again
-    metrics.jsonl    one line a step, the record
-    tensorboard/     a mirror of it
-    report.html      the same as a page
-    model_files/     config, tokenizer and templates, as checkpoints and exports hold them
-    unfinished       there until the last step is done; says how the run stands
-    wandb_id         the Weights & Biases run to go on in
-    checkpoints/     step_NNNNNN/ (see `engine.checkpointing.directory`), and `latest`, the name of the newest
-    hf/              step_NNNNNN/, the exports of --checkpoint.export-hf
-"""
+"""All that RUN holds, and the name of every file in it: the loop, the report, the tools and the sweep ask here."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 FAILED = "failed: "  # what `unfinished` begins with after a loss or a gradient that was not finite
 BEING_WRITTEN = ".tmp"  # the end of a name that does not count yet
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The directory of one training run; nothing is made or read before a method is called."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def model_files(self) -> Path:
-        return self.path / "model_files"
-
-    @property
-    def unfinished(self) -> Path:
-        return self.path / "unfinished"
-
-    @property
-    def wandb_id(self) -> Path:
-        return self.path / "wandb_id"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def exports(self) -> Path:
-        return self.path / "hf"
-
-    @property
-    def latest(self) -> Path:
-        return self.checkpoints / "latest"
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"  # the run's settings, which start it again
+        self.metrics = self.path / "metrics.jsonl"  # one line a step: the record
+        self.tensorboard = self.path / "tensorboard"  # a mirror of it
+        self.report = self.path / "report.html"  # the same as a page
+        self.wandb_id = self.path / "wandb_id"  # the Weights & Biases run to go on in
+        self.unfinished = self.path / "unfinished"  # there until the last step is done; says how the run stands
+        self.model_files = self.path / "model_files"  # config, tokenizer and templates, as checkpoints hold them
+        self.checkpoints = self.path / "checkpoints"  # step_NNNNNN/, see `engine.checkpointing.directory`
+        self.latest = self.checkpoints / "latest"  # the name of the newest
+        self.exports = self.path / "hf"  # step_NNNNNN/, by --checkpoint.export-hf
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step stands."""

@@ -110,7 +110,7 @@ def result(options: Options, rate: float) -> Result:
     """How the run of a rate stands, and what its metrics say."""
     run = RunFolder(options.run(rate))
     why = run.why_unfinished()
-    lines = read_metrics(run.metrics) if run.metrics.exists() else []
+    lines = read_metrics(run.metrics)
     losses = [line["loss"] for line in lines[-max(1, round(LAST * len(lines))) :] if line["loss"] is not None]
     held_out = [line["valid_loss"] for line in lines if line.get("valid_loss") is not None]
     state = "done" if lines else "missing"

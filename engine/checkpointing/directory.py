@@ -105,7 +105,7 @@ class ResumePoint:
 
 def find_latest(run: Path) -> ResumePoint | None:
     """Finds the checkpoint that `latest` names; None for a run without one, ValueError for one that is not whole."""
-    pointer = RunFolder(Path(run)).latest
+    pointer = RunFolder(run).latest
     if not pointer.exists():
         return None
     directory = pointer.parent / pointer.read_text(encoding="utf-8").strip()

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
@@ -69,7 +68,7 @@ class StoreReader:
         result = (scratch or Scratch()).empty([len(side) for side in box], self.dtype(key))
         filled = 0
         for item in self._items(key, box):
-            block = narrow_tensor_by_index(result, item.dest_offsets, item.lengths)
+            block = _cut(result, item.dest_offsets, item.lengths)
             self._fill(block, item)
             filled += block.numel()
         if filled != result.numel():
@@ -81,9 +80,9 @@ class StoreReader:
         box, found = box_of(self.shape(key), index), []
         blank = torch.empty([len(side) for side in box], dtype=self.dtype(key), device="meta")
         for item in self._items(key, box):
-            block = narrow_tensor_by_index(blank, item.dest_offsets, item.lengths)
+            block = _cut(blank, item.dest_offsets, item.lengths)
             start, whole = self._locate(item.storage_index)
-            part = narrow_tensor_by_index(whole, item.storage_offsets, item.lengths)
+            part = _cut(whole, item.storage_offsets, item.lengths)
             plain = whole.is_contiguous() and part.is_contiguous() and block.is_contiguous()
             if not plain or whole.dtype != blank.dtype:
                 return None
@@ -125,12 +124,12 @@ class StoreReader:
     def _fill(self, block: Tensor, item: ReadItem) -> None:
         """Read the part of a piece that an item names into `block`."""
         start, whole = self._locate(item.storage_index)
-        part = narrow_tensor_by_index(whole, item.storage_offsets, item.lengths)
+        part = _cut(whole, item.storage_offsets, item.lengths)
         info = self._storage[item.storage_index]
         with open(self.directory / info.relative_path, "rb", buffering=0) as file:
             if not whole.is_contiguous() or whole.dtype != block.dtype:
                 found = torch.load(self._files._slice_file(file, info), weights_only=True, map_location="cpu")
-                block.copy_(narrow_tensor_by_index(found, item.storage_offsets, item.lengths))
+                block.copy_(_cut(found, item.storage_offsets, item.lengths))
             elif part.is_contiguous() and block.is_contiguous():
                 skip = int(part.storage_offset() - whole.storage_offset())
                 _read_into(file, start + skip * whole.element_size(), block)
@@ -195,6 +194,10 @@ def master_key(reader: StoreReader, key: str) -> str | None:
         if prefix + key in reader and reader.shape(prefix + key) == reader.shape(key):
             return prefix + key
     return None
+
+
+def _cut(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    return tensor[tuple(slice(start, start + length) for start, length in zip(offsets, lengths, strict=True))]
 
 
 def _first_row(piece: ChunkStorageMetadata) -> int:

@@ -40,41 +40,34 @@ DECIMALS = {
 }
 
 
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The steps of a `metrics.jsonl`, in order; a half-written last line of a running job is left out.
+
+    A missing file counts as empty. Raises `ValueError` where a line before the last is no step's JSON object.
+    """
+    steps: list[dict[str, Any]] = []
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if Path(path).exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            step = json.loads(line)
+            step["step"]
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is not a step's JSON object: {line[:80]!r}") from None
+            break
+        steps.append(step)
+    return steps
+
+
 def rewind(path: str | Path, step: int) -> int:
     """Drop the lines of `path` that come after `step`, and a half-written last line; return how many stay.
 
-    The file is replaced in one move, so a crash in the middle leaves the old one. A missing file counts as
-    empty. Raises `ValueError` where a line before the last is not JSON: then this is no metrics file.
+    The file is replaced in one move, so a crash in the middle leaves the old one. Raises as `read_metrics`.
     """
-    path = Path(path)
-    if not path.exists():
-        return 0
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            line_step = json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number} is not a step's JSON object: {line[:80]!r}") from None
-        if line_step <= step:
-            kept.append(line)
-    replace_text(path, "".join(line + "\n" for line in kept))
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    if Path(path).exists():
+        replace_text(Path(path), "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept))
     return len(kept)
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The steps of a `metrics.jsonl`, in order; a half-written last line of a running job is left out."""
-    steps: list[dict[str, Any]] = []
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            steps.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number} is not JSON: {line[:80]!r}") from None
-    return steps
 
 
 def _plain(value: Any) -> Any:
@@ -130,7 +123,7 @@ class MetricsLog:
         progress_every: int = 10,
         stream: TextIO | None = None,
     ) -> None:
-        run = RunFolder(Path(run_dir))
+        run = RunFolder(run_dir)
         run.path.mkdir(parents=True, exist_ok=True)
         self.path = run.metrics
         self.last_step = start_step
@@ -146,46 +139,19 @@ class MetricsLog:
         self.file = self.path.open("a", encoding="utf-8")
         self.progress = ProgressLine(start_step, total_steps, max(1, progress_every), stream or sys.stderr)
 
-    def write(
-        self,
-        step: int,
-        *,
-        loss: float | None,
-        grad_norm: float | None,
-        lr: float,
-        tokens: int,
-        supervised_tokens: int,
-        padding_tokens: int,
-        seconds: float,
-        tflops: float | None = None,
-        mfu: float | None = None,
-        **extra: Any,
-    ) -> dict[str, Any]:
-        """Record one step and return its line.
+    def write(self, step: int, *, seconds: float, tokens: int, supervised_tokens: int, **fields: Any) -> dict[str, Any]:
+        """Record one step and return its line, which holds null for each of `FIELDS` that is not given.
 
-        `tokens` are the documents' own, without the `padding_tokens`; `seconds` is the whole step's time;
-        `tflops` the model's rate per device in 1e12 operations a second; `mfu` a fraction of 1. Further
-        fields (`valid_loss`, `bin_fill`, ...) follow as they are. Raises `ValueError` where `step` does not
-        follow the last one.
+        `tokens` are the documents' own, without padding; `seconds` is the whole step's time; `tflops` the model's
+        rate per device in 1e12 operations a second; `mfu` a fraction of 1. Further fields (`valid_loss`,
+        `bin_fill`, ...) follow as they are. Raises `ValueError` where `step` does not follow the last one.
         """
         if step != self.last_step + 1:
             raise ValueError(f"step {step} does not follow step {self.last_step}: one line a step, in order")
         rate = 1.0 / seconds if seconds > 0 else math.nan
-        values = {
-            "step": step,
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "tokens": tokens,
-            "supervised_tokens": supervised_tokens,
-            "padding_tokens": padding_tokens,
-            "seconds": seconds,
-            "tokens_per_second": tokens * rate,
-            "supervised_tokens_per_second": supervised_tokens * rate,
-            "tflops": tflops,
-            "mfu": mfu,
-        }
-        line = {name: _plain(value) for name, value in {**values, **extra}.items()}
+        given = {"step": step, "seconds": seconds, "tokens": tokens, "supervised_tokens": supervised_tokens, **fields}
+        given |= {"tokens_per_second": tokens * rate, "supervised_tokens_per_second": supervised_tokens * rate}
+        line = {name: _plain(value) for name, value in (dict.fromkeys(FIELDS) | given).items()}
         for name, decimals in DECIMALS.items():
             if line[name] is not None:
                 line[name] = round(float(line[name]), decimals)

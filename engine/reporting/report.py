@@ -76,8 +76,8 @@ def write_report(
     fractions of 1, and is computed per step from the metrics where it is not given; `title` defaults to the
     folder's name. Raises `ValueError` where the run has no `metrics.jsonl` or nothing stands in it.
     """
-    run = RunFolder(Path(run_dir))
-    metrics = read_metrics(run.metrics) if run.metrics.exists() else []
+    run = RunFolder(run_dir)
+    metrics = read_metrics(run.metrics)
     if not metrics:
         raise ValueError(f"{run.metrics} holds no steps: there is nothing to report yet")
     config_text = run.config.read_text(encoding="utf-8") if run.config.exists() else ""

@@ -5,29 +5,17 @@ the reader transposes), with the rows of gate and up interleaved.
 """
 
 from models.conversion.rules import Entry, interleaved, stacked
-from models.families.common import (
-    ATTENTION,
-    DENSE_CONSTANTS,
-    DENSE_FIELDS,
-    EMBEDDING,
-    EXPERT_CONSTANTS,
-    EXPERT_FIELDS,
-    HEAD,
-    HF,
-    MEGATRON,
-    PRE_EXPERTS_NORM,
-    QKV_BIAS,
-    TIED_COPY,
-)
+from models.families import common
+from models.families.common import HF, MEGATRON
 from models.families.family import Family
 
 EXPERTS = HF + "mlp.experts."
 FC1, FC2 = MEGATRON + "mlp.experts.linear_fc1.", MEGATRON + "mlp.experts.linear_fc2."
 TABLE = (
-    QKV_BIAS,
+    common.QKV_BIAS,
     Entry(MEGATRON + "self_attention.linear_proj.bias", stacked, {HF + "self_attn.o_proj.bias": "hidden"}),
     Entry(MEGATRON + "self_attention.core_attention.softmax_offset", stacked, {HF + "self_attn.sinks": "heads"}),
-    PRE_EXPERTS_NORM,
+    common.PRE_EXPERTS_NORM,
     Entry(MEGATRON + "mlp.router.weight", stacked, {HF + "mlp.router.weight": "experts hidden"}, whole=True),
     Entry(MEGATRON + "mlp.router.bias", stacked, {HF + "mlp.router.bias": "experts"}, whole=True),
     Entry(FC1 + "weight", interleaved, {EXPERTS + "gate_up_proj": "experts hidden 2*expert_ffn"}, transposed=True),
@@ -39,12 +27,12 @@ TABLE = (
 FAMILY = Family(
     name="gpt_oss",
     architecture="GptOssForCausalLM",
-    table=(EMBEDDING, *ATTENTION, *TABLE, *HEAD),
-    fields=DENSE_FIELDS
-    | EXPERT_FIELDS
+    table=(common.EMBEDDING, *common.ATTENTION, *TABLE, *common.HEAD),
+    fields=common.DENSE_FIELDS
+    | common.EXPERT_FIELDS
     | {"moe_ffn_hidden_size": "intermediate_size", "activation_func_clamp_value": "swiglu_limit"},
-    constants=DENSE_CONSTANTS
-    | EXPERT_CONSTANTS
+    constants=common.DENSE_CONSTANTS
+    | common.EXPERT_CONSTANTS
     | {
         "add_bias_linear": True,
         "add_qkv_bias": True,
@@ -60,7 +48,7 @@ FAMILY = Family(
         "initial_context_length": "original_max_position_embeddings",
         "experts_per_token": "num_experts_per_tok",
     },
-    tied_copy=TIED_COPY,
+    tied_copy=common.TIED_COPY,
     windows=True,
     gain_in_fp32=True,
     mxfp4=("model.layers.*.mlp.experts.gate_up_proj", "model.layers.*.mlp.experts.down_proj"),
