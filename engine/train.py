@@ -106,7 +106,15 @@ def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest) -> str | N
         if trainer.valid_loader is not None and (last or (every and result.step % every == 0)):
             held_out["valid_loss"] = trainer.valid_loss()
         if log is not None:
-            log.write(**step_line(result, config, description, trainer.mesh), **held_out)
+            line = step_line(
+                result,
+                description,
+                trainer.mesh,
+                seq_len=config.seq_len,
+                peak_tflops=config.log.peak_tflops,
+                aux_loss=config.moe.aux_loss,
+            )
+            log.write(**line, **held_out)
         reason = None if last else stop.reason()
         if last or reason or (config.checkpoint.every and result.step % config.checkpoint.every == 0):
             trainer.save()
@@ -115,12 +123,14 @@ def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest) -> str | N
     return None
 
 
-def step_line(result: StepResult, config: RunConfig, description: ModelDescription, mesh: Mesh) -> dict[str, Any]:
+def step_line(
+    result: StepResult, description: ModelDescription, mesh: Mesh, *, seq_len: int, peak_tflops: float, aux_loss: float
+) -> dict[str, Any]:
     """A step as a line of metrics.jsonl has it."""
     totals, routers, cuda = result.totals, result.routers, mesh.device.type == "cuda"
     flops = step_flops(description, totals.tokens, totals.squared_lengths, totals.windowed_squares)
     tflops = flops / result.seconds / mesh.world_size / 1e12
-    peak = config.log.peak_tflops or device_peak(torch.cuda.get_device_name() if cuda else None)
+    peak = peak_tflops or device_peak(torch.cuda.get_device_name() if cuda else None)
     line: dict[str, Any] = {
         "step": result.step,
         "loss": totals.loss if totals.supervised else None,
@@ -132,12 +142,12 @@ def step_line(result: StepResult, config: RunConfig, description: ModelDescripti
         "seconds": result.seconds,
         "tflops": tflops,
         "mfu": tflops / peak if peak else None,
-        "bin_fill": totals.tokens / (totals.bins * config.seq_len) if totals.bins else None,
+        "bin_fill": totals.tokens / (totals.bins * seq_len) if totals.bins else None,
     }
     if routers is not None:
         line["tokens_per_expert"] = list(routers.tokens_per_expert)
         line["expert_imbalance"] = list(routers.expert_imbalance)
-        if config.moe.aux_loss:
+        if aux_loss:
             line["aux_loss"] = routers.aux_loss / max(totals.supervised, 1)
     return line
 
