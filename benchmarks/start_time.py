@@ -21,6 +21,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from engine.run_folder import RunFolder
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 FLAGS = "--global-batch-size 64 --seq-len 256 --epochs 1 --precision fp32"
 
@@ -64,7 +66,7 @@ def start(repository: Path, folder: Path, ranks: int, unit: str) -> float:
     with open(folder / "log", "wb") as log:
         began = time.perf_counter()
         process = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
-        metrics = output / "metrics.jsonl"
+        metrics = RunFolder(output).metrics
         while not (metrics.exists() and metrics.stat().st_size):
             if process.poll() is not None:
                 raise RuntimeError((folder / "log").read_text())

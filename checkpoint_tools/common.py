@@ -54,12 +54,12 @@ def total_bytes(description: ModelDescription, dtype: torch.dtype) -> int:
     return sum(math.prod(rule.shape) * dtype.itemsize for rule in description.rules)
 
 
-def run_script(main: Callable[..., int | None], arguments: list[str], prog: str | None = None) -> int:
+def run_script(main: Callable[..., int | None], arguments: list[str]) -> int:
     """Run a script's function from its command line; a user's mistake is one sentence and exit status 2."""
     # As an exception, so that a terminated job removes its partial output.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        return tyro.cli(main, args=arguments, prog=prog) or 0
+        return tyro.cli(main, args=arguments) or 0
     except (ValueError, OSError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         if isinstance(error, OSError) and error.filename:

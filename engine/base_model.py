@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpointing.checkpoint import ResumePoint
-from engine.checkpointing.directory import HF, STATE, read_manifest
+from engine.checkpointing.directory import HF, STATE, ResumePoint, read_manifest
 from engine.checkpointing.store_reader import StoreReader, box_of, master_key
 from engine.config import OverrideConfig
 from models.conversion.resize import ResizedReader
@@ -35,7 +34,7 @@ class BaseModel:
 
     @cached_property
     def reader(self) -> TensorReader:
-        """The tensors of a Hugging Face directory; its files are opened at the first use and stay open."""
+        """The tensors of a Hugging Face directory; looked through once, at the first use."""
         assert not self.is_checkpoint
         return open_reader(self.weights, self.description)
 
@@ -47,13 +46,16 @@ class BaseModel:
         return str(weights_dtype(self.weights, self.reader)).removeprefix("torch.")
 
     def check(self) -> None:
-        """Refuses a directory whose tensors are not those of the model; a checkpoint is checked as it is read."""
+        """Refuses weights of several dtypes or not of the model; a checkpoint is checked as it is read."""
         if not self.is_checkpoint:
+            assert self.dtype
             check_directory(self.description, self.reader)
 
     def resized(self, override: OverrideConfig, data_vocab_size: int) -> BaseModel:
         """This model under a run's overrides."""
         changes = config_overrides(override, self.own_vocab_size, data_vocab_size)
+        if all(value is None for value in changes.values()):
+            return self
         return replace(self, description=describe(self.files, overrides=changes))
 
 

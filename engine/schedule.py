@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from engine.config import OptimConfig
+
+
+# From how far the decay has come, 0 to 1, to the share of the way from `min_lr` to `lr` that is left.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "wsd": lambda progress: 1 - progress,
+}
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
@@ -22,5 +31,4 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
         return optim.lr
     start = total_steps - optim.decay_steps if optim.schedule == "wsd" else optim.warmup_steps
     progress = min(max((done - start) / max(1, total_steps - start), 0.0), 1.0)
-    share = 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1 - progress
-    return optim.min_lr + (optim.lr - optim.min_lr) * share
+    return optim.min_lr + (optim.lr - optim.min_lr) * DECAYS[optim.schedule](progress)

@@ -33,7 +33,7 @@ def deadline(minutes_before_end: float | None) -> float:
     flag = f"--checkpoint.minutes-before-end {minutes_before_end or MINUTES:g}"
     if end is None:
         if minutes_before_end:
-            raise ValueError(f"{flag} needs the time limit of a SLURM job, but the variable {JOB_END} is not set")
+            raise ValueError(f"{flag} needs the time limit of a SLURM job, but {JOB_END} does not say it")
         return math.inf
     length = end - (time.time() if start is None else start)
     if minutes_before_end is None:

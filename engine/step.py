@@ -159,7 +159,7 @@ class StepTotals:
     bins: int  # that hold documents
     squared_lengths: int  # the sum of squared document lengths, for counting attention's work
     windowed_squares: int  # and of what `engine.reporting.flops.doubled_pairs` makes of them in layers with a window
-    bad_samples: tuple[tuple[int, int], ...] = ()  # (source, document) of microbatches whose loss is not finite
+    bad_samples: tuple[tuple[int, int], ...] = ()  # (data set, document) of microbatches whose loss is not finite
 
     @property
     def loss(self) -> float:

@@ -102,9 +102,9 @@ def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest) -> str | N
             raise
         last = result.step == trainer.total_steps
         every = config.valid_every
-        held_out: dict[str, Any] = {}
+        valid_loss = None
         if trainer.valid_loader is not None and (last or (every and result.step % every == 0)):
-            held_out["valid_loss"] = trainer.valid_loss()
+            valid_loss = trainer.valid_loss()
         if log is not None:
             line = step_line(
                 result,
@@ -113,8 +113,9 @@ def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest) -> str | N
                 seq_len=config.seq_len,
                 peak_tflops=config.log.peak_tflops,
                 aux_loss=config.moe.aux_loss,
+                valid_loss=valid_loss,
             )
-            log.write(**line, **held_out)
+            log.write(**line)
         reason = None if last else stop.reason()
         if last or reason or (config.checkpoint.every and result.step % config.checkpoint.every == 0):
             trainer.save()
@@ -124,7 +125,14 @@ def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest) -> str | N
 
 
 def step_line(
-    result: StepResult, description: ModelDescription, mesh: Mesh, *, seq_len: int, peak_tflops: float, aux_loss: float
+    result: StepResult,
+    description: ModelDescription,
+    mesh: Mesh,
+    *,
+    seq_len: int,
+    peak_tflops: float,
+    aux_loss: float,
+    valid_loss: float | None,
 ) -> dict[str, Any]:
     """A step as a line of metrics.jsonl has it."""
     totals, routers, cuda = result.totals, result.routers, mesh.device.type == "cuda"
@@ -144,6 +152,8 @@ def step_line(
         "mfu": tflops / peak if peak else None,
         "bin_fill": totals.tokens / (totals.bins * seq_len) if totals.bins else None,
     }
+    if valid_loss is not None:
+        line["valid_loss"] = valid_loss
     if routers is not None:
         line["tokens_per_expert"] = list(routers.tokens_per_expert)
         line["expert_imbalance"] = list(routers.expert_imbalance)

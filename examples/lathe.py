@@ -71,14 +71,16 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if command == "compare" and len([word for word in rest if not word.startswith("-")]) < 2 and "--help" not in rest:
-        print("error: lathe compare takes two paths: lathe compare PATH OTHER", file=sys.stderr)
+    two_paths = len(rest) >= 2 and not any(word.startswith("-") for word in rest[:2])
+    if command == "compare" and not two_paths and not {"-h", "--help"} & set(rest):
+        print("error: lathe compare takes two paths first: lathe compare PATH OTHER", file=sys.stderr)
         return 2
     module = importlib.import_module(COMMANDS[command][0])
+    sys.argv[0] = f"lathe {command}"  # which help and errors show
     if module.__name__.startswith("checkpoint_tools."):
         from checkpoint_tools.common import run_script
 
-        return run_script(module.main, rest, prog=f"lathe {command}")
+        return run_script(module.main, rest)
     return module.main(rest)
 
 

@@ -17,37 +17,34 @@ if TYPE_CHECKING:
     from engine.config import RunConfig
 
 
-def built_in(arguments: list[str], *, epochs: bool, first: bool) -> RunConfig:
-    """The built-in demo under the given flags; the first process makes its input, the others wait."""
-    from engine.cli import parse_run
-    from engine.config import check_values
-    from examples.demo.builtin import DEMO, make_input, wait_for_input
-
-    config = parse_run(arguments, dataclasses.replace(DEMO, steps=None) if epochs else DEMO)
-    check_values(config)
-    model, data = make_input()[:2] if first else wait_for_input()
-    return dataclasses.replace(config, model=str(model), data=(str(data),))
-
-
 def parse(arguments: list[str], *, world_size: int, first: bool) -> RunConfig:
-    """Parses and checks the arguments; processes other than the first keep the parser's message to themselves."""
+    """Parses and checks the arguments, over the built-in demo's settings where they name neither model nor data.
+
+    Processes other than the first keep the parser's message to themselves.
+    """
     from engine.cli import parse_run
     from engine.config import check_values
     from engine.layout import check_ranks
 
     with contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO()):
         config = parse_run(arguments)
+    if config.model is None and not config.data:
+        from examples.demo.builtin import DEMO
+
+        config = parse_run(arguments, DEMO if config.epochs is None else dataclasses.replace(DEMO, steps=None))
     check_values(config)
     check_ranks(config.layout, world_size)
     return config
 
 
-def configure(arguments: list[str], *, world_size: int, first: bool) -> RunConfig:
-    """The run that the arguments ask for, or the built-in demo where they name neither model nor data."""
-    config = parse(arguments, world_size=world_size, first=first)
-    if config.model is None and not config.data:
-        return built_in(arguments, epochs=config.epochs is not None, first=first)
-    return config
+def with_input(config: RunConfig, *, first: bool) -> RunConfig:
+    """The built-in demo with its model and data, which the first process makes while the others wait."""
+    if config.model is not None:
+        return config
+    from examples.demo.builtin import make_input, wait_for_input
+
+    model, data = make_input()[:2] if first else wait_for_input()
+    return dataclasses.replace(config, model=str(model), data=(str(data),))
 
 
 def main(arguments: list[str]) -> int:
@@ -55,32 +52,39 @@ def main(arguments: list[str]) -> int:
     from engine.layout import world_from_environment
     from engine.quiet import silence_libraries
 
+    silence_libraries()  # some read the environment when they are imported
     rank, world_size, _ = world_from_environment()
     try:
-        config = configure(arguments, world_size=world_size, first=rank == 0)
-        # What answers a mistyped flag ends here; torch and megatron-core take seconds to import.
-        silence_libraries()  # some read the environment when they are imported
-        import torch
+        config = parse(arguments, world_size=world_size, first=rank == 0)
+    except (ValueError, OSError) as error:
+        return refuse(error, rank)
+    # What is mistyped has been said: torch and megatron-core take seconds to import.
+    import torch
 
-        from engine.checkpointing.checkpoint import CheckpointFailed
-        from engine.prepare import prepare_run
-        from engine.train import train
+    from engine.checkpointing.checkpoint import CheckpointFailed
+    from engine.prepare import prepare_run
+    from engine.train import train
 
+    try:
+        config = with_input(config, first=rank == 0)
         prepared = prepare_run(config, world_size=world_size, cuda=torch.cuda.is_available())
-    except (ValueError, OSError) as error:  # the same on every rank
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    except (ValueError, OSError) as error:
+        return refuse(error, rank)
     try:
         train(prepared)
-    except (CheckpointFailed, FloatingPointError) as error:  # every rank knows
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    except (CheckpointFailed, FloatingPointError) as error:
+        return refuse(error, rank)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         leave_at_once()
     return 0
+
+
+def refuse(error: Exception, rank: int) -> int:
+    """Prints, once, an error that every rank has; returns the exit status."""
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
 
 
 def leave_at_once() -> None:

@@ -95,6 +95,18 @@ WALLS = (
     ),
 )
 
+# Apart from the table, because what breaches another wall often leads a script to torch as well.
+SCRIPTS = Wall(
+    files="examples/prepare_data.py examples/pretrain_sft.py examples/evaluate.py examples/lr_sweep.py "
+    "examples/plan_run.py examples/rehearsal_model.py examples/lathe.py checkpoint_tools/hf_to_mcore.py "
+    "checkpoint_tools/mcore_to_hf.py checkpoint_tools/average_steps.py checkpoint_tools/inspect_checkpoint.py "
+    "checkpoint_tools/common.py",
+    closed=HEAVY,
+    lazy=True,
+    deep=True,
+    why="scripts import what is heavy after their flags, so that --help and a mistyped flag answer at once",
+)
+
 FILE_LINES = {"tests": 400}  # others: 300
 FUNCTION_LINES = 60
 
@@ -151,6 +163,17 @@ def test_functions_fit_on_a_screen():
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= FUNCTION_LINES
     ]
     assert long == []
+
+
+def test_scripts_answer_before_torch_is_loaded(tmp_path):
+    assert breaches(ROOT, [SCRIPTS]) == []
+    house.copy(ROOT, tmp_path)
+    with (tmp_path / "checkpoint_tools" / "common.py").open("a", encoding="utf-8") as stream:
+        stream.write("def f():\n    import torch\nfrom models.build import PackedModel\n")
+    found = breaches(tmp_path, [SCRIPTS])
+    tools = ("hf_to_mcore", "mcore_to_hf", "average_steps", "inspect_checkpoint", "common")  # who import it, and itself
+    assert {offence.split(":")[0] for offence in found} == {f"checkpoint_tools/{name}.py" for name in tools}
+    assert all("models/build.py" in offence or "models.build" in offence for offence in found)
 
 
 def test_imports_point_one_way():

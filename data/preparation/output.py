@@ -1,21 +1,21 @@
 """What preparing may remove: its own directories, and nothing that anything else has put there."""
 
+import json
+import os
+import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-# All that a data directory holds, and what stands in the directory of parts beside it.
-DATA = (
-    "meta.json",
-    "tokens.bin",
-    "tokens.idx",
-    "spans.npy",
-    "spans_offsets.npy",
-    "tokenizer",
-    "valid",
-    "valid.partial",  # while it is written
-    "dropped.jsonl",
+# Paths that a data directory, one that is still written, and the directory of parts beside them hold.
+_FILES = r"(meta\.json|tokens\.(bin|idx)|spans(_offsets)?\.npy|dropped\.jsonl)"
+_TOKENIZER = (
+    r"tokenizer(/(tokenizer.*|(special_tokens_map|added_tokens|vocab)\.json|vocab\..*|merges\.txt|.*\.(jinja|model)"
+    r"|additional_chat_templates(/.*\.jinja)?))?"
 )
-PARTS = ("plan.json", "*.npz", "*.partial")
+_DATA = re.compile(rf"((valid(\.partial)?)(/|$))?({_FILES}|{_TOKENIZER})?")
+_PARTS = re.compile(r"plan\.(json|partial)|\d{6}\.(npz|\d+\.partial)")
+REPLACED = ".replaced"  # the end of a data directory's name from when another took its place until it is removed
 
 
 def check_output(output: Path, inputs: Iterable[str | Path | None], *, overwrite: bool) -> None:
@@ -25,21 +25,48 @@ def check_output(output: Path, inputs: Iterable[str | Path | None], *, overwrite
     """
     place = output.resolve()
     for given in inputs:
-        if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(place):
-            holds = "is" if Path(given).resolve() == place else "holds"
-            raise ValueError(f"--output {output} {holds} {given}, which the data is made from: choose another --output")
-    if overwrite and output.exists():
-        _check_own(output, DATA, "meta.json", f"--overwrite: {output}")
-    for ending, names, mark in ((".parts", PARTS, "plan.json"), (".partial", DATA, "tokens.bin")):
+        if given is None:
+            continue
+        for path in (Path(given), Path(str(given).split(":")[0])):  # a data set may be path:config:split
+            if path.exists() and path.resolve().is_relative_to(place):
+                holds = "is" if path.resolve() == place else "holds"
+                raise ValueError(
+                    f"--output {output} {holds} {path}, which the data is made from: choose another --output"
+                )
+    if overwrite:
+        _check_own(output, _DATA, f"--overwrite: {output}", with_meta=True)
+    for ending, known in ((".parts", _PARTS), (".partial", _DATA), (REPLACED, _DATA)):
         beside = output.with_name(output.name + ending)
-        if beside.exists():
-            _check_own(beside, names, mark, f"--output {output}: {beside}, where unfinished work would stand,")
+        _check_own(beside, known, f"--output {output}: {beside}, where unfinished work would stand,")
 
 
-def _check_own(folder: Path, names: tuple[str, ...], mark: str, what: str) -> None:
-    """Refuses a directory without its mark, or with anything in it that has none of the names."""
-    entries = sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else [folder]
-    strange = [entry.name for entry in entries if not any(entry.match(name) for name in names)]
-    if strange or (entries and not (folder / mark).is_file()):
-        found = f" (it holds {', '.join(strange[:3])})" if strange else ""
+def make_room(output: Path, *, overwrite: bool) -> Path | None:
+    """Sets aside what stands at `output` just before the new data directory does; returns where, to be removed."""
+    if not os.path.lexists(output):
+        return None
+    if not overwrite:
+        raise ValueError(f"--output {output} came to be while the data was prepared: run again with another --output")
+    check_output(output, (), overwrite=True)
+    aside = output.with_name(output.name + REPLACED)
+    shutil.rmtree(aside, ignore_errors=True)
+    return output.rename(aside)
+
+
+def _check_own(folder: Path, known: re.Pattern[str], what: str, with_meta: bool = False) -> None:
+    """Refuses a link, a file, and a directory in which anything has a path that is not known."""
+    if not os.path.lexists(folder):
+        return
+    strange = [folder.name] if folder.is_symlink() or not folder.is_dir() else []
+    for path in () if strange else sorted(folder.rglob("*")):
+        if path.is_symlink() or not known.fullmatch(path.relative_to(folder).as_posix()):
+            strange.append(path.name)
+    if strange or (with_meta and any(folder.iterdir()) and not _has_meta(folder)):
+        found = f" (it holds {', '.join(strange[:3])})" if strange and folder.is_dir() else ""
         raise ValueError(f"{what} was not made by prepare_data{found}: remove it yourself, or choose another --output")
+
+
+def _has_meta(folder: Path) -> bool:
+    try:
+        return "fingerprint" in json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False

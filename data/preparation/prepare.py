@@ -69,7 +69,7 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> dict[str
     if "strftime_now" in tokenizer.chat_template:
         meta["date"] = now.isoformat()
     hold_out = HoldOut(options.hold_out, options.hold_out_fraction, options.seed)
-    meta = join_parts(job, options.output, tokenizer, meta, hold_out)
+    meta = join_parts(job, options.output, tokenizer, meta, hold_out, options.overwrite)
     shutil.rmtree(parts)
     _report(meta, options.output, console)
     return meta

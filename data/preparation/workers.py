@@ -24,6 +24,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from data.index import IndexWriter
 from data.preparation.encoder import ChatEncoder, Document
 from data.preparation.formats import Fields, RowError, to_conversation
+from data.preparation.output import make_room
 from data.preparation.prompt import Prompt
 from data.preparation.rows import JsonLines, Table, Unreadable
 from data.preparation.where import Where
@@ -185,8 +186,10 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-def join_parts(job: Job, output: Path, tokenizer: Any, meta: dict[str, Any], hold_out: HoldOut) -> dict[str, Any]:
-    """Joins all parts into `output`, replacing what is there, and returns its meta.
+def join_parts(
+    job: Job, output: Path, tokenizer: Any, meta: dict[str, Any], hold_out: HoldOut, overwrite: bool
+) -> dict[str, Any]:
+    """Joins all parts into `output`, in the place of what is there with `overwrite`, and returns its meta.
 
     Raises ValueError where no document is left.
     """
@@ -218,9 +221,11 @@ def join_parts(job: Job, output: Path, tokenizer: Any, meta: dict[str, Any], hol
     if drops:
         lines = [json.dumps(drop) + "\n" for drop in drops]
         (writer.directory / "dropped.jsonl").write_text("".join(lines), encoding="utf-8")
-    if output.exists():  # only where --overwrite allowed it
-        shutil.rmtree(output)
-    return writer.close(meta, tokenizer)
+    replaced = make_room(output, overwrite=overwrite)
+    meta = writer.close(meta, tokenizer)
+    if replaced is not None:
+        shutil.rmtree(replaced)
+    return meta
 
 
 def _read_reports(job: Job) -> tuple[dict[str, int], list[dict[str, Any]], list[int]]:

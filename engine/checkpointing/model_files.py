@@ -28,8 +28,8 @@ def write_model_files(source: Path, target: Path, *, overrides: dict[str, Any], 
     if any(value is not None for value in overrides.values()):
         config = apply_overrides(read_config(source), overrides)
         _write_json(target / "config.json", config)
-    grown = overrides.get("vocab_size") is not None
-    if data.get("tokenizer") and (grown or not any(name.startswith("tokenizer") for name in copied)):
+    resized = overrides.get("vocab_size") is not None
+    if data.get("tokenizer") and (resized or not any(name.startswith("tokenizer") for name in copied)):
         copy_side_files(Path(data["tokenizer"]), target)
     if (template := data.get("chat_template")) and template != _own_template(target):
         _replace_template(target, template)

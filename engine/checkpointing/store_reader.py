@@ -44,7 +44,9 @@ class StoreReader:
         self._tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
         self._storage = metadata.storage_data
         self._check_files()
-        self._sorted: dict[str, list[ChunkStorageMetadata]] = {}  # pieces in the order of their first rows
+        # Pieces in the order of their first rows, and the rows of the tallest.
+        self._sorted: dict[str, tuple[list[ChunkStorageMetadata], int]] = {}
+        self._sizes = {(key, c.offsets): c.sizes for key, entry in self._tensors.items() for c in entry.chunks}
         self._data: dict[MetadataIndex, tuple[int, Tensor]] = {}  # see `_locate`
 
     def __contains__(self, key: str) -> bool:
@@ -100,10 +102,10 @@ class StoreReader:
     def _items(self, key: str, box: Box) -> list[ReadItem]:
         """The pieces that hold some of a box, where it lies in them, and where in the box."""
         if key not in self._sorted:
-            self._sorted[key] = sorted(self._tensors[key].chunks, key=_first_row)
-        pieces = self._sorted[key]
+            found = sorted(self._tensors[key].chunks, key=_first_row)
+            self._sorted[key] = found, max((piece.sizes[0] for piece in found if piece.sizes), default=1)
+        pieces, tallest = self._sorted[key]
         if box:  # large tensors have thousands of pieces: those that may reach into it by their first dimension
-            tallest = max(piece.sizes[0] for piece in pieces)
             first = bisect_right(pieces, box[0].start - tallest, key=_first_row)
             pieces = pieces[first : bisect_left(pieces, box[0].stop, key=_first_row)]
         offsets, sizes = torch.Size([side.start for side in box]), torch.Size(map(len, box))
@@ -144,7 +146,7 @@ class StoreReader:
             with open(path, "rb", buffering=0) as file:
                 archive = self._files._slice_file(file, info)
                 blank = torch.load(archive, weights_only=True, map_location="meta")
-                sizes = next(piece.sizes for piece in self._tensors[index.fqn].chunks if piece.offsets == index.offset)
+                sizes = self._sizes[index.fqn, index.offset or torch.Size()]
                 if blank.shape != sizes:
                     raise ValueError(f"{path}: a piece has shape {list(blank.shape)}, not {list(sizes)}")
                 archive.seek(0)

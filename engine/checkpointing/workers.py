@@ -85,10 +85,10 @@ def _start(function: Callable, share: Any, workers: list[BaseProcess], connectio
 
 def _work(function: Callable, share: Any, sender: Connection, inherited: Sequence[Connection]) -> None:
     """A child's life: sends byte counts, and last (result, None) or (None, error)."""
-    import torch
-
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its children
+    import torch
+
     for connection in inherited:
         connection.close()  # with no reader but the parent, its death breaks the pipe and ends this process
     torch.set_num_threads(1)  # a fork has none of its parent's threads

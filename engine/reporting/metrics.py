@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -45,7 +46,22 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
     A missing file counts as empty. Raises `ValueError` where a line before the last is no step's JSON object.
     """
-    steps: list[dict[str, Any]] = []
+    return [step for step, _ in _steps(path)]
+
+
+def rewind(path: str | Path, step: int) -> int:
+    """Drop the lines of `path` that come after `step`, and a half-written last line; return how many stay.
+
+    The file is replaced in one move, so a crash in the middle leaves the old one. Raises as `read_metrics`.
+    """
+    kept = [line for found, line in _steps(path) if found["step"] <= step]
+    if Path(path).exists():
+        replace_text(Path(path), "".join(line + "\n" for line in kept))
+    return len(kept)
+
+
+def _steps(path: str | Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each step with its line."""
     lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if Path(path).exists() else []
     for number, line in enumerate(lines, start=1):
         try:
@@ -54,20 +70,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError):
             if number < len(lines):
                 raise ValueError(f"{path}, line {number} is not a step's JSON object: {line[:80]!r}") from None
-            break
-        steps.append(step)
-    return steps
-
-
-def rewind(path: str | Path, step: int) -> int:
-    """Drop the lines of `path` that come after `step`, and a half-written last line; return how many stay.
-
-    The file is replaced in one move, so a crash in the middle leaves the old one. Raises as `read_metrics`.
-    """
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
-    if Path(path).exists():
-        replace_text(Path(path), "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept))
-    return len(kept)
+            return
+        yield step, line
 
 
 def _plain(value: Any) -> Any:

@@ -147,7 +147,7 @@ def _tiles(metrics: Metrics) -> str:
     tiles.append(("tokens trained on", number(tokens)))
     tiles.append(("of them supervised", f"{total(metrics, 'supervised_tokens') / max(1, tokens):.1%}"))
     tiles.append(("tokens/s, median step", number(_median(rates)) if rates else "unknown"))
-    tiles.append(("of the packed sequences is filled", f"{_filled(metrics):.2%}"))
+    tiles.append(("of packed sequences filled", f"{_filled(metrics):.2%}"))
     if mfu is not None:
         tiles.append(("model FLOPs utilisation", f"{mfu:.1%}"))
     drawn = (f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in tiles)

@@ -10,6 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
+from engine.run_folder import RunFolder
 from examples.demo.builtin import DEMO, make_input, read_accuracy, run_script
 
 RUN = DEMO.output
@@ -27,8 +28,8 @@ def main() -> None:
     """Runs the stages in order; any failing stage ends the demo with its status."""
     started = time.monotonic()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for part in ("checkpoints", "tensorboard", "averaged", "evaluation", "metrics.jsonl"):
-        path = RUN / part
+    run = RunFolder(RUN)
+    for path in (run.checkpoints, run.tensorboard, run.metrics, RUN / "averaged", RUN / "evaluation"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     model, data, heldout = make_input()
     before = evaluate(model, heldout, RUN / "evaluation" / "before")
@@ -42,7 +43,7 @@ def main() -> None:
     run_script(tool, "--run", RUN, "--steps", steps, "--output", averaged, "--format", "hf")
     after = evaluate(averaged, heldout, RUN / "evaluation" / "after")
     print(f"\ndata: {data}, trained with tensor parallelism over two processes, steps {steps} averaged")
-    print(f"model: {averaged}, report: {RUN / 'report.html'}, {time.monotonic() - started:.0f} s in all")
+    print(f"model: {averaged}, report: {run.report}, {time.monotonic() - started:.0f} s in all")
     print(f"accuracy before: {before:.3f}")
     print(f"accuracy after: {after:.3f}")
 

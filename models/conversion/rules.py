@@ -56,7 +56,7 @@ class ExportBlock:
 
 @dataclass(frozen=True)
 class Rule:
-    """One global megatron tensor: its row_ranges one below the other, then zero rows up to its height.
+    """One global megatron tensor: its row ranges one below the other, then zero rows up to its height.
 
     Of stacked experts [experts, rows, ...] the row_ranges are every expert's rows, expert after expert.
     """
@@ -120,7 +120,7 @@ class Rule:
 
     @cached_property
     def _offsets(self) -> list[int]:
-        """The first row of each row_range."""
+        """The first row of each row range."""
         offsets, total = [], 0
         for row_range in self.row_ranges:
             offsets.append(total)
@@ -155,7 +155,7 @@ class Rule:
         return [part.indices(size)[:2] for part, size in zip(index + whole[len(index) :], self.shape, strict=True)]
 
     def walk(self, first: int, count: int) -> Iterator[tuple[RowRange | None, int, int]]:
-        """(row_range, rows of it to skip, rows) of `count` rows from `first` on; zero rows have no row_range."""
+        """(row_range, rows of it to skip, rows) of `count` rows from `first` on; zero rows have no range."""
         while count > 0:
             number = bisect_right(self._offsets, first) - 1
             row_range, skip = self.row_ranges[number], first - self._offsets[number]
@@ -167,7 +167,7 @@ class Rule:
             first, count = first + here, count - here
 
     def _fill(self, out: Tensor, reader: TensorReader, first: int, rest: Index) -> None:
-        """Put rows from `first` on, counted over all row_ranges, into `out`; rows after the last are zero."""
+        """Put rows from `first` on, counted over all row ranges, into `out`; rows after the last are zero."""
         done = 0
         for row_range, skip, count in self.walk(first, len(out)):
             rows = out[done : done + count]
@@ -190,7 +190,7 @@ def _matrix(row_range: RowRange) -> tuple[str, int | None]:
     return row_range.name, row_range.expert
 
 
-# A kind lays the rows of some matrices, given as {name: rows}, out as row_ranges of one megatron matrix.
+# A kind lays the rows of some matrices, given as {name: rows}, out as row ranges of one megatron matrix.
 Kind = Callable[[Mapping[str, int], Dims], tuple[RowRange, ...]]
 
 

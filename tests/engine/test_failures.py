@@ -212,6 +212,14 @@ def test_a_save_that_cannot_fit_is_refused_before_it_starts(monkeypatch, tmp_pat
     checkpoint._check_space(tmp_path, [Chunk], OneRank)
 
 
+def test_weights_of_several_dtypes_are_refused_before_anything_starts(inputs, tmp_path):
+    def narrow(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
+
+    model = altered(inputs, "mixed", edit_tensors(narrow))
+    assert "weights of one dtype are needed" in refusal(inputs, tmp_path / "run", model=model)
+
+
 def test_tokenizer_that_does_not_match(inputs, tmp_path):
     from tests.support.chatting import small_tokenizer
 

@@ -101,7 +101,7 @@ def test_when_a_job_has_to_stop(monkeypatch):
     assert deadline(0) == math.inf
     monkeypatch.setenv("SLURM_JOB_START_TIME", "99400")  # ten minutes
     assert deadline(None) == 100_000 - 60
-    with pytest.raises(ValueError, match="minutes-before-end 10 leaves nothing of a job of 10 minutes"):
+    with pytest.raises(ValueError, match="end 10 is not shorter than the job itself, which has 10 minutes"):
         deadline(10)
 
 

@@ -44,7 +44,7 @@ def size(shape: tuple[int, ...]) -> int:
 
 
 def covers(row_ranges: list[RowRange], height: int) -> bool:
-    """Whether row_ranges read each of `height` rows once: one after the other, or by turns."""
+    """Whether row_ranges read each of `height` rows once: one after the other, or interleaved."""
     bounds = sorted((row_range.start, row_range.stop, row_range.step) for row_range in row_ranges)
     turns = [(start, height, len(bounds)) for start in range(len(bounds))]
     ends = [0, *(stop for _, stop, _ in bounds)]
@@ -97,7 +97,7 @@ def test_the_way_back_gives_the_same_names_and_shapes(model):
 def test_an_export_is_sharded_as_its_origin_or_as_transformers_would(model, tmp_path):
     name, description, shapes = model
     plan = {file: (shape, torch.bfloat16) for file, shape in shapes_of_rules(description).items()}
-    # An origin whose files no rule of filling could guess: tensors by turns.
+    # An origin whose files no rule of filling could guess: tensors interleaved.
     count = 7
     weight_map = {f: f"model-{n % count + 1:05d}-of-{count:05d}.safetensors" for n, f in enumerate(sorted(plan))}
     index = {"metadata": {"total_size": 2 * PARAMETERS[name]}, "weight_map": weight_map}

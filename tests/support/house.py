@@ -44,6 +44,7 @@ class Wall:
     closed: str = ""  # modules that they may not import, nor anything inside them
     but: str = ""  # what they may import of these all the same
     but_late: str = ""  # what they may import of these inside a function
+    lazy: bool = False  # they may import anything inside a function
     deep: bool = False  # nor may files of ours that they import lead to a closed module
     order: str = ""  # in place of `closed`: a folder's files and folders/, each of which imports only those after it
     why: str
@@ -149,6 +150,8 @@ def breaches(root: Path, walls: Sequence[Wall]) -> list[str]:
 
 def _through(house: House, wall: Wall, file: str) -> Iterator[str]:
     for taken in house.imports[file]:
+        if taken.late and wall.lazy:
+            continue
         if wall.closes(taken):
             yield f":{taken.line} imports {taken.name}"
         elif wall.deep and (way := _way(house, wall, taken.name)):

@@ -106,7 +106,9 @@ def table(cells: dict[tuple[str, str], Errors], families: list[str], layouts: li
     lines = ["| | " + " | ".join(families) + " |", "|---" * (len(families) + 1) + "|"]
     for layout in layouts:
         found = [cells.get((name, layout)) for name in families]
-        shown = [f"{cell.loss:.0e} / {cell.gradient:.0e}" if cell else "-" for cell in found]
+        shown = [f"{cell.loss:.0e} / {cell.gradient:.0e}".replace("e-0", "e-") if cell else "-" for cell in found]
+        if not any(found):
+            continue
         lines.append(f"| {layout} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
@@ -128,7 +130,10 @@ def main() -> None:
                     cells[name, layout] = errors(found, wanted)
                     print(name, layout, cells[name, layout], flush=True)
     print("\nworst error of a loss / of a parameter's gradient\n")
-    print(table(cells, chosen.families, chosen.layouts))
+    experts = [name for name in chosen.families if name in EXPERTS]
+    for families in ([name for name in chosen.families if name not in experts], experts):
+        if families:
+            print(table(cells, families, chosen.layouts) + "\n")
 
 
 if __name__ == "__main__":

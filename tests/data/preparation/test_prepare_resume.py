@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -116,6 +117,62 @@ def test_nothing_is_removed_that_preparing_did_not_make(model, tmp_path, kind):
     with pytest.raises(ValueError, match="was not made by prepare_data"):
         run(model, output, rows_of, overwrite=True)
     assert contents(tmp_path) == before and output.is_symlink() == (kind == "link")
+
+
+@pytest.mark.parametrize("inside", ["tokenizer/notes.txt", "valid/checkpoints/step_000001", "meta.json", "spans.npy"])
+def test_the_whole_directory_is_looked_at_before_it_is_replaced(model, tmp_path, inside):
+    source = jsonl(tmp_path / "a.jsonl", rows(20))
+    output = tmp_path / "valid"  # a name that a data directory may hold
+    run(model, output, source, hold_out=2)
+    if inside in ("meta.json", "spans.npy"):
+        shutil.rmtree(output)
+        output.mkdir()
+        (output / inside).write_text("{}")
+    else:
+        (output / inside).parent.mkdir(exist_ok=True)
+        (output / inside).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="was not made by prepare_data"):
+        run(model, output, source, limit=9, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("state", ["parts without a plan", "half a plan", "half of a partial", "half removed"])
+def test_a_kill_at_any_moment_leaves_what_the_next_start_takes(model, tmp_path, state):
+    source = jsonl(tmp_path / "a.jsonl", rows(20))
+    output = tmp_path / "data"
+    run(model, output, source, hold_out=2)
+    if state == "parts without a plan":  # killed while the parts were removed, the data complete
+        (tmp_path / "data.parts").mkdir()
+        (tmp_path / "data.parts" / "000003.npz").write_bytes(b"")
+        assert "is there already" in run(model, output, source, hold_out=2)[1]
+    elif state == "half a plan":
+        (tmp_path / "data.parts").mkdir()
+        (tmp_path / "data.parts" / "plan.partial").write_text("{")
+    elif state == "half of a partial":
+        shutil.copytree(output, tmp_path / "data.partial")
+        (tmp_path / "data.partial" / "tokens.bin").unlink()
+    else:  # --overwrite had moved the new directory to its place already
+        shutil.copytree(output, tmp_path / "data.replaced")
+        (tmp_path / "data.replaced" / "meta.json").unlink()
+    assert run(model, output, source, limit=5, overwrite=True)[0]["documents"] == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "data"]
+
+
+def test_what_came_to_stand_at_the_output_meanwhile_stays(model, tmp_path, monkeypatch):
+    source = jsonl(tmp_path / "a.jsonl", rows(5))
+    made = data.preparation.prepare.make_parts
+
+    def slow(*arguments):
+        made(*arguments)
+        (tmp_path / "data" / "checkpoints").mkdir(parents=True)
+
+    monkeypatch.setattr(data.preparation.prepare, "make_parts", slow)
+    for overwrite, message in ((False, "came to be while"), (True, "was not made by prepare_data")):
+        with pytest.raises(ValueError, match=message):
+            run(model, tmp_path / "data", source, overwrite=overwrite)
+        assert (tmp_path / "data" / "checkpoints").is_dir()
+        shutil.rmtree(tmp_path / "data")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

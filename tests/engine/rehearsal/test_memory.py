@@ -175,11 +175,11 @@ def test_the_table_needs_a_config_alone(tmp_path, capsys):
 @pytest.mark.parametrize("arguments", [["--tp", "2"], ["--ranks"], ["--ranks", "none"], ["--ranks=0"]])
 def test_ranks_must_be_said(arguments):
     with pytest.raises(ValueError, match="give how many processes the run will have"):
-        plan_run.main(arguments)
+        plan_run.plan(arguments)
 
 
 def test_a_model_must_be_said():
     with pytest.raises(ValueError, match="--model is missing"):
-        plan_run.main(["--ranks=2"])
+        plan_run.plan(["--ranks=2"])
     with pytest.raises(ValueError, match="no local directory and could not be downloaded from the hub"):
-        plan_run.main(["--ranks=2", "--model", "nobody/nothing"])
+        plan_run.plan(["--ranks=2", "--model", "nobody/nothing"])

@@ -185,7 +185,7 @@ def test_the_page_says_how_full_bins_were_and_why_the_run_stopped(tmp_path):
     assert "stopped" not in write_report(tmp_path).read_text()
     (tmp_path / "unfinished").write_text("saved and stopped after step 2 of 9: SIGTERM was received\n")
     words = Page(write_report(tmp_path).read_text()).words
-    assert "50.00%of the packed sequences is filled" in words and "mean 50.00%" in words
+    assert "50.00%of packed sequences filled" in words and "mean 50.00%" in words
     assert "steps 1 to 2" in words and "; saved and stopped after step 2 of 9: SIGTERM was received" in words
 
 

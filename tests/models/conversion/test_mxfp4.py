@@ -150,7 +150,7 @@ def test_a_model_read_by_its_rules_has_the_logits_that_transformers_gives_it(pac
     expected = logits(theirs)
     assert expected.std() > 0.3
     assert torch.equal(bits(logits(ours)), bits(expected))
-    # A square matrix turned round keeps its shape; only this comparison sees it.
+    # A square matrix transposed keeps its shape; only this comparison sees it.
     ours.load_state_dict(tensors | {LAYER + "down_proj": tensors[LAYER + "down_proj"].mT})
     assert (logits(ours) - expected).abs().max() > 0.1
 
@@ -264,7 +264,7 @@ def test_what_is_encoded_decodes_to_the_same_bits(codes, scale, dtype):
 
 def test_encoding_gives_back_the_bytes_of_a_canonical_file_with_its_zeros_and_signs():
     blocks, scales = canonical(3, 5, 96, seed=9)
-    blocks[1, 2], scales[1, 2] = 0x80, 0  # zeros and negative zeros by turns
+    blocks[1, 2], scales[1, 2] = 0x80, 0  # zeros and negative zeros interleaved
     found = encode(decode(blocks, scales))
     assert torch.equal(found[0], blocks) and torch.equal(found[1], scales)
     # One expert's matrix, and a group at either end of what has a code.
