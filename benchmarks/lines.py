@@ -1,4 +1,4 @@
-"""How large the house is: Python files and lines of each folder, counted as `wc -l` does, and two sums."""
+"""How large the house is: Python files and lines of each folder and room, counted as `wc -l` does, and their sums."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,8 @@ def total(sizes: dict[str, Size], rooms: Sequence[str]) -> Size:
 
 def main() -> None:
     sizes = count(ROOT)
-    rows = {**sizes, " + ".join(LIBRARY): total(sizes, LIBRARY), "all folders": total(sizes, ROOMS)}
+    rooms = {f"{room}/ in all": total(sizes, [room]) for room in ROOMS}
+    rows = {**sizes, **rooms, " + ".join(LIBRARY): total(sizes, LIBRARY), "all folders": total(sizes, ROOMS)}
     width = max(map(len, rows))
     print(f"{'folder':<{width}} {'files':>6} {'lines':>7}")
     for name, (files, lines) in rows.items():

@@ -359,6 +359,14 @@ def test_what_the_table_names_in_vain_is_seen():
     assert house.idle(ROOT, walls) == ["engine/gone.py", "data/lost/*"]
 
 
+def test_the_readme_says_how_large_the_rooms_are():
+    table = re.findall(r"^\| `(\w+)/` \|.*\| ([\d,]+) \| ([\d,]+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    said = {room: (int(files), int(number.replace(",", ""))) for room, files, number in table}
+    sizes = lines.count(ROOT)
+    found = {room: lines.total(sizes, [room]) for room in lines.ROOMS}
+    assert said == {room: pytest.approx(size, rel=0.05) for room, size in found.items()}, "see `make lines`"
+
+
 def test_lines_are_those_of_wc(capsys):
     files = [name_of(path) for path in source_files()]
     printed = subprocess.run(["wc", "-l", *files], cwd=ROOT, capture_output=True, text=True, check=True).stdout
