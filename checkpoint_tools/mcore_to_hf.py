@@ -26,7 +26,7 @@ def main(
         checkpoint: a step directory.
         output: the directory to make; it must not exist, or be empty.
         dtype: of the weights; source is what the original model had, fp32 uses fp32 master weights if any, mxfp4
-            packs again what came packed, where that loses nothing.
+            writes MXFP4 again where the base model had it, where that loses nothing.
         max_sequence_length: written to config.json as max_position_embeddings.
         num_workers: processes that convert; one for each processor and at most 8 unless given.
     """
@@ -38,10 +38,10 @@ def main(
     from engine.checkpointing.hf_export import Export, dtype_name, dtype_of, export, open_checkpoint
 
     opened = open_checkpoint(checkpoint)
-    packed = opened.description.mxfp4 if dtype == "mxfp4" else ()
-    if dtype == "mxfp4" and not packed:
+    quantized = opened.description.mxfp4 if dtype == "mxfp4" else ()
+    if dtype == "mxfp4" and not quantized:
         raise ValueError(f"--dtype mxfp4: the model of {checkpoint} did not come in MXFP4; leave the flag out")
-    target = dtype_of("bf16" if packed else dtype, opened)
+    target = dtype_of("bf16" if quantized else dtype, opened)
     changes: dict[str, Any] = {"max_position_embeddings": max_sequence_length}
     if target != opened.source_dtype:
         changes["dtype"] = dtype_name(target)
@@ -52,12 +52,12 @@ def main(
             dtype=target,
             side_files=checkpoint / HF,
             changes=changes,
-            mxfp4=packed,
+            mxfp4=quantized,
         )
-        # In fp32 nothing is rounded before it is packed.
-        read = opened.reader(torch.float32 if packed else target)
+        # In fp32 nothing is rounded before that.
+        read = opened.reader(torch.float32 if quantized else target)
         export(job, read, workers, bar("exporting", job.total_bytes), opened.locator(target))
-    print(f"{output}: {opened.description.family}, {'MXFP4 and ' if packed else ''}{dtype_name(target)}")
+    print(f"{output}: {opened.description.family}, {'MXFP4 and ' if quantized else ''}{dtype_name(target)}")
 
 
 if __name__ == "__main__":

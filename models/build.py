@@ -195,7 +195,7 @@ def load_weights(chunks: list[PackedModel], metadata: dict, read: Callable[..., 
     read_bytes = 0
     for chunk in chunks:
         for piece in sharded_tensors(chunk, metadata):
-            source = read(piece.key, tuple(piece.global_offset), tuple(piece.local_shape))
-            piece.data.copy_(source)
-            read_bytes += source.numel() * source.element_size()
+            values = read(piece.key, tuple(piece.global_offset), tuple(piece.local_shape))
+            piece.data.copy_(values)
+            read_bytes += values.numel() * values.element_size()
     return read_bytes

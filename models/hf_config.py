@@ -33,13 +33,13 @@ WINDOW_FIELDS = {"layer_types", "sliding_window", "use_sliding_window", "max_win
 BOOKKEEPING = {"torch_dtype", "tokenizer_class", "num_labels", "model_max_length", "use_cache"}
 
 
-def describe(source: str | Path | dict, *, overrides: dict | None = None) -> ModelDescription:
+def describe(model: str | Path | dict, *, overrides: dict | None = None) -> ModelDescription:
     """Describe the model of a Hugging Face directory, or of the contents of a config.json.
 
     `overrides` may set what `OVERRIDES` names. Raises ValueError for an architecture
     that is not supported (naming those that are), and for fields not understood or in contradiction (naming them).
     """
-    raw = apply_overrides(source if isinstance(source, dict) else read_config(source), overrides)
+    raw = apply_overrides(model if isinstance(model, dict) else read_config(model), overrides)
     family = _family(raw)
     config = _normalised(raw, family)
     _check_fields(config, raw, family)
@@ -73,8 +73,8 @@ def describe(source: str | Path | dict, *, overrides: dict | None = None) -> Mod
 def _transformer(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Fields for megatron's TransformerConfig: the family's, its windows, and what its norms ask for."""
     fields = dict(family.constants)
-    for name, source in family.fields.items():
-        field, convert = source if isinstance(source, tuple) else (source, None)
+    for name, given in family.fields.items():
+        field, convert = given if isinstance(given, tuple) else (given, None)
         fields[name] = convert(config[field]) if convert else config[field]
     fields["qk_layernorm"] = family.qk_norm == "head"
     return fields | (_windows(config) if family.windows else {})
@@ -202,7 +202,7 @@ def _check_fields(config: Mapping[str, Any], raw: Mapping[str, Any], family: Fam
     blank = AutoConfig.for_model(family.name)
     default = blank.to_dict()
     understood = COMMON_FIELDS | ROPE_FIELDS | BOOKKEEPING | {s for s in family.fields.values() if isinstance(s, str)}
-    understood |= {source[0] for source in family.fields.values() if isinstance(source, tuple)}
+    understood |= {given[0] for given in family.fields.values() if isinstance(given, tuple)}
     understood |= {*family.requires, *family.harmless, *family.repeats, *(WINDOW_FIELDS if family.windows else ())}
     understood |= {"quantization_config"} if family.mxfp4 else set()
     for pair in blank.attribute_map.items():  # two names of one field

@@ -135,7 +135,7 @@ def _check_space(folder: Path, chunks: list, mesh: Mesh) -> None:
 def export_hf(run: RunFolder, step: int, mesh: Mesh) -> Path:
     """Writes a checkpoint as a Hugging Face directory beside it, every rank its share; returns the directory.
 
-    In the dtype of the model's source, complete or absent. Raises CheckpointFailed on every rank where one fails.
+    In the dtype of the base model, complete or absent. Raises CheckpointFailed on every rank where one fails.
     """
     checkpoint, target = run.checkpoint(step), run.export(step)
     opened = open_checkpoint(checkpoint)

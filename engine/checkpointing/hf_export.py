@@ -25,7 +25,7 @@ from models.model_directory import check_directory, open_reader
 
 BLOCK_BYTES = 16 * 2**20
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-QUANTIZATION = "quantization_config"  # says of the source's files what is not true of plain ones
+QUANTIZATION = "quantization_config"  # says of the base model's files what is not true of plain ones
 
 Locate = Callable[
     [str, Index], list[ByteRange] | None

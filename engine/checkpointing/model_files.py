@@ -14,8 +14,8 @@ from models.conversion.hf_reader import copy_side_files
 from models.hf_config import apply_overrides, read_config
 
 
-def write_model_files(source: Path, target: Path, *, overrides: dict[str, Any], data: dict[str, Any]) -> None:
-    """Copies `source`'s files to `target` and puts in what the run changes; all else stays byte for byte.
+def write_model_files(files: Path, target: Path, *, overrides: dict[str, Any], data: dict[str, Any]) -> None:
+    """Copies what lies in `files` beside the weights to `target`, with what the run changes; all else byte for byte.
 
     overrides: fields of config.json. data: the data's meta.json, with `chat_template` and `end_token_ids`,
     and `tokenizer`, the directory of the tokenizer it was prepared with. A template that differs from the
@@ -24,9 +24,9 @@ def write_model_files(source: Path, target: Path, *, overrides: dict[str, Any], 
     """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    copied = copy_side_files(source, target, with_index=True)
+    copied = copy_side_files(files, target, with_index=True)
     if any(value is not None for value in overrides.values()):
-        config = apply_overrides(read_config(source), overrides)
+        config = apply_overrides(read_config(files), overrides)
         _write_json(target / "config.json", config)
     resized = overrides.get("vocab_size") is not None
     if data.get("tokenizer") and (resized or not any(name.startswith("tokenizer") for name in copied)):

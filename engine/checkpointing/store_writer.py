@@ -167,9 +167,9 @@ class _Archives:
             return self.append(torch.frombuffer(read_byte_ranges(byte_ranges), dtype=dtype).view(shape))
         start, self._gap = self.end, (size, -1)
         self._save(torch.empty(shape, dtype=dtype))
-        (_, place), self._gap = self._gap, None
-        assert place >= 0, "torch.save wrote the data in several pieces"
-        copy_byte_ranges(byte_ranges, self._descriptor, place)
+        (_, at), self._gap = self._gap, None
+        assert at >= 0, "torch.save wrote the data in several pieces"
+        copy_byte_ranges(byte_ranges, self._descriptor, at)
         return self._finished(start)
 
     def _save(self, tensor: Tensor) -> None:

@@ -97,8 +97,8 @@ def _start_wandb(folder: RunFolder, project: str, config: dict[str, Any] | None)
             "run `pip install wandb`, or leave it out"
         ) from None
     kept = folder.wandb_id.read_text(encoding="utf-8").strip() if folder.wandb_id.exists() else None
-    name, place = folder.path.name, str(folder.path)
-    run = wandb.init(project=project, name=name, dir=place, id=kept, resume="allow", config=config)
+    name, folder_name = folder.path.name, str(folder.path)
+    run = wandb.init(project=project, name=name, dir=folder_name, id=kept, resume="allow", config=config)
     folder.wandb_id.write_text(run.id, encoding="utf-8")
     # Its own counter only goes up; over our step, the repeated steps of a resume lie where they belong.
     run.define_metric("*", step_metric="step")

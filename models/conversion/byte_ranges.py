@@ -29,18 +29,18 @@ class ByteRange:
 def copy_byte_ranges(byte_ranges: Sequence[ByteRange], descriptor: int, at: int) -> int:
     """Copies byte ranges one after the other to byte `at` of an open file; returns the bytes copied.
 
-    Raises ValueError for a source that ends too early.
+    Raises ValueError for a file that ends too early.
     """
     end = at
     for byte_range in byte_ranges:
         if byte_range.path is None:
             _write(descriptor, memoryview(bytes(byte_range.length)), end)
         else:
-            source = os.open(byte_range.path, os.O_RDONLY)
+            opened = os.open(byte_range.path, os.O_RDONLY)
             try:
-                _copy(source, descriptor, byte_range, end)
+                _copy(opened, descriptor, byte_range, end)
             finally:
-                os.close(source)
+                os.close(opened)
         end += byte_range.length
     return end - at
 
@@ -58,16 +58,16 @@ def read_byte_ranges(byte_ranges: Sequence[ByteRange]) -> bytearray:
     return data
 
 
-def _copy(source: int, descriptor: int, byte_range: ByteRange, at: int) -> None:
+def _copy(opened: int, descriptor: int, byte_range: ByteRange, at: int) -> None:
     done = 0
     while done < byte_range.length:
         left = byte_range.length - done
         try:
-            count = os.copy_file_range(source, descriptor, left, byte_range.offset + done, at + done)
+            count = os.copy_file_range(opened, descriptor, left, byte_range.offset + done, at + done)
         except OSError as error:
             if error.errno not in UNABLE:
                 raise
-            data = os.pread(source, min(left, BLOCK_BYTES), byte_range.offset + done)
+            data = os.pread(opened, min(left, BLOCK_BYTES), byte_range.offset + done)
             _write(descriptor, memoryview(data), at + done)
             count = len(data)
         if not count:

@@ -140,10 +140,10 @@ class Mxfp4Reader:
             return out
         first, last = columns[0] // GROUP, columns[-1] // GROUP
         cut = slice(columns[0] - first * GROUP, columns[-1] - first * GROUP + 1, columns.step)
-        place = (slice(rows[0], rows[-1] + 1, rows.step), slice(first, last + 1))
+        box = (slice(rows[0], rows[-1] + 1, rows.step), slice(first, last + 1))
         chunk = max(1, CHUNK_VALUES // ((last + 1 - first) * GROUP))
         for matrix, expert in zip(out, experts, strict=True):
-            where = (slice(expert, expert + 1), *place)
+            where = (slice(expert, expert + 1), *box)
             blocks, scales = (self._reader.read(name + end, where)[0] for end in (BLOCKS, SCALES))
             for start in range(0, len(rows), chunk):
                 some = slice(start, start + chunk)
