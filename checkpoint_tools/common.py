@@ -38,11 +38,13 @@ def bar(title: str, total_bytes: int) -> Bar:
 
 def manifest(description: ModelDescription, dtype: torch.dtype, step: int) -> dict[str, Any]:
     """What lathe.json says of a checkpoint that holds weights only."""
+    from engine.checkpointing.hf_export import dtype_name
+
     return {
         "step": step,
         "family": description.family,
-        "source_dtype": str(dtype).removeprefix("torch."),
-        "precision": str(dtype).removeprefix("torch."),
+        "source_dtype": dtype_name(dtype),
+        "precision": dtype_name(dtype),
         "vocab_size": description.vocab_size,
         "padded_vocab_size": description.padded_vocab_size,
         "tied": description.tied,

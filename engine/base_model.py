@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpointing.directory import HF, STATE, ResumePoint, read_manifest
+from engine.checkpointing.hf_export import dtype_name
 from engine.checkpointing.store_reader import StoreReader, box_of, master_key
 from engine.config import OverrideConfig
 from models.conversion.resize import ResizedReader
@@ -27,10 +28,14 @@ class BaseModel:
 
     weights: Path
     files: Path  # config, tokenizer and the rest, in Hugging Face's form
-    is_checkpoint: bool
     own_vocab_size: int  # of its own config.json
     description: ModelDescription  # with the run's overrides
-    checkpoint_dtype: str | None = None  # what a checkpoint says of the dtype that its base model had
+    checkpoint_dtype: str | None = None  # for a checkpoint of ours: the dtype that its base model had
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether the weights lie in a checkpoint of ours."""
+        return self.checkpoint_dtype is not None
 
     @cached_property
     def reader(self) -> TensorReader:
@@ -43,12 +48,12 @@ class BaseModel:
         """Of the weights as Hugging Face files had them: "bfloat16", "float32", ..."""
         if self.checkpoint_dtype is not None:
             return self.checkpoint_dtype
-        return str(weights_dtype(self.weights, self.reader)).removeprefix("torch.")
+        return dtype_name(weights_dtype(self.weights, self.reader))
 
     def check(self) -> None:
         """Refuses weights of several dtypes or not of the model; a checkpoint is checked as it is read."""
         if not self.is_checkpoint:
-            assert self.dtype
+            weights_dtype(self.weights, self.reader)
             check_directory(self.description, self.reader)
 
     def resized(self, override: OverrideConfig, data_vocab_size: int) -> BaseModel:
@@ -70,7 +75,6 @@ def find_base_model(model: str) -> BaseModel:
     return BaseModel(
         weights=path,
         files=path,
-        is_checkpoint=False,
         own_vocab_size=description.vocab_size,
         description=description,
     )
@@ -81,7 +85,6 @@ def _checkpoint(path: Path, manifest: Mapping[str, Any]) -> BaseModel:
     return BaseModel(
         weights=path / STATE,
         files=path / HF,
-        is_checkpoint=True,
         own_vocab_size=description.vocab_size,
         description=description,
         checkpoint_dtype=manifest["source_dtype"],

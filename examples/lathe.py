@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+from examples.flags import take_flag
+
 # command -> (module, what it does)
 COMMANDS = {
     "prepare": ("examples.prepare_data", "rows of conversations into tokens and supervised spans"),
@@ -30,14 +32,12 @@ def usage() -> str:
 
 def take_processes(arguments: list[str]) -> tuple[int | None, list[str]]:
     """Takes `--nproc N` out of the arguments; ValueError where N is no number of processes."""
-    for place, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == "--nproc":
-            value = value if equals else "".join(arguments[place + 1 : place + 2])
-            if not value.isdecimal() or not int(value):
-                raise ValueError(f"--nproc {value}: give how many processes this node starts")
-            return int(value), arguments[:place] + arguments[place + (1 if equals else 2) :]
-    return None, arguments
+    value, rest = take_flag(arguments, "--nproc")
+    if value is None:
+        return None, rest
+    if not value.isdecimal() or not int(value):
+        raise ValueError(f"--nproc {value}: give how many processes this node starts")
+    return int(value), rest
 
 
 def train(arguments: list[str]) -> int:

@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+from examples.flags import take_flag
+
 GIB = 2**30
 
 
@@ -31,15 +33,12 @@ def find_config(model: str | None) -> Path:
 
 def take_ranks(arguments: list[str]) -> tuple[int, list[str]]:
     """Takes `--ranks N` out of the arguments."""
-    for place, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name == "--ranks":
-            rest = arguments[:place] + arguments[place + (1 if value else 2) :]
-            value = value or "".join(arguments[place + 1 : place + 2])
-            if value.isdecimal() and int(value):
-                return int(value), rest
-            raise ValueError(f"--ranks {value}: give how many processes the run will have")
-    raise ValueError("--ranks is missing: give how many processes the run will have")
+    value, rest = take_flag(arguments, "--ranks")
+    if value is None:
+        raise ValueError("--ranks is missing: give how many processes the run will have")
+    if not value.isdecimal() or not int(value):
+        raise ValueError(f"--ranks {value}: give how many processes the run will have")
+    return int(value), rest
 
 
 def plan(arguments: list[str]) -> None:

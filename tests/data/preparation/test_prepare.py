@@ -20,19 +20,6 @@ from tests.support.preparing import ROOT, answers, contents, jsonl, rows, run, t
 GSM8K = Path(os.environ.get("LATHE_DATA", ROOT.parent / "shared" / "data")) / "gsm8k_train.jsonl"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    small_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(data.preparation.rows, "_BYTES", (1000, 1000))
-    monkeypatch.setattr(data.preparation.rows, "_ROWS", (7, 7))
-
-
 def test_output_is_the_same_for_any_number_of_workers(model, tmp_path, small_chunks):
     source = jsonl(tmp_path / "a.jsonl", [*rows(60), "oops", *rows(40)])
     meta, printed = run(model, tmp_path / "one" / "data", source, num_workers=1, hold_out=5)

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
@@ -16,19 +15,6 @@ import data.preparation.workers
 from data.index import DocumentIndex
 from tests.support.chatting import small_tokenizer
 from tests.support.preparing import ENVIRONMENT, SCRIPT, contents, jsonl, rows, run
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    small_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(data.preparation.rows, "_BYTES", (1000, 1000))
-    monkeypatch.setattr(data.preparation.rows, "_ROWS", (7, 7))
 
 
 def test_a_failed_run_continues_with_what_is_missing(model, tmp_path, small_chunks, monkeypatch):
