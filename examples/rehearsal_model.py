@@ -10,7 +10,8 @@ from pathlib import Path
 
 import tyro
 
-from data.preparation.formats import Fields, RowError, to_conversation
+from data.preparation.conversation import RowError
+from data.preparation.formats import Fields, to_conversation
 
 
 @dataclass(frozen=True, kw_only=True)

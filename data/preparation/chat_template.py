@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import jinja2
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from data.preparation.formats import RowError
+from data.preparation.conversation import Messages, RowError
 
-Messages = list[dict[str, Any]]
 _MARK = 0xF0000  # message i is marked with the character _MARK + i (Supplementary Private Use Area-A)
 _MARKS = re.compile("[\U000f0000-\U000ffffd]")
 UNKNOWN = "turns cannot be located"  # the reason of rows whose mask would be a guess

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from data.preparation.chat_template import ChatTemplate
-from data.preparation.formats import Conversation, RowError
+from data.preparation.conversation import Conversation, RowError
 from data.preparation.turns import Turn, TurnFinder
 
 BATCH_CHARACTERS = 1 << 19  # an encoding takes about a hundred bytes for each token

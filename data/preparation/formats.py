@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from data.preparation.conversation import Conversation, RowError
 from data.preparation.prompt import Prompt
 
 _CHOICE = "with --fields.question and --fields.answer"
@@ -16,17 +17,6 @@ PAIRS = (
     ("question", "answer"),
 )
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a turn's thinking
-
-
-class RowError(ValueError):
-    """A row that cannot be used: `reason` is what rows are counted by, `detail` says what this one shows."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
-
-    def __reduce__(self):
-        return RowError, (self.reason, self.detail)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +44,6 @@ class Fields:
             )
         if (by_name[0] or bool(self.tool_calls)) != bool(self.tool_output):
             raise ValueError("--fields.tool-output belongs to a call, and a call to it: give both")
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages ready for a chat template, and the JSON schemas of the tools they may call."""
-
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
 
 
 def to_conversation(row: Any, fields: Fields = Fields(), prompt: Prompt | None = None) -> Conversation:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.preparation.formats import RowError
+from data.preparation.conversation import RowError
 
 # Chunks are the unit of work and of resuming: about 128 of them for small data, no larger than this for large
 _CHUNKS, _BYTES, _ROWS = 128, (1 << 16, 1 << 24), (64, 8192)

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from data.preparation.chat_template import UNKNOWN, ChatTemplate, Messages
-from data.preparation.formats import RowError
+from data.preparation.chat_template import UNKNOWN, ChatTemplate
+from data.preparation.conversation import Messages, RowError
 
 _PROBES = ("Alpha", "beta")  # contents that share no character at their start
 

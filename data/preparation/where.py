@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
-from data.preparation.formats import RowError
+from data.preparation.conversation import RowError
 
 # What an expression may call beside methods of its values.
 FUNCTIONS: dict[str, Any] = {

@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from data.index import IndexWriter
+from data.preparation.conversation import RowError
 from data.preparation.encoder import ChatEncoder, Document
-from data.preparation.formats import Fields, RowError, to_conversation
+from data.preparation.formats import Fields, to_conversation
 from data.preparation.output import make_room
 from data.preparation.prompt import Prompt
 from data.preparation.rows import JsonLines, Table, Unreadable

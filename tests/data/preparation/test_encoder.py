@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from data.preparation.conversation import RowError
 from data.preparation.encoder import (
     ChatEncoder,
     Document,
@@ -17,7 +18,7 @@ from data.preparation.encoder import (
     template_of,
     tokenizer_fingerprint,
 )
-from data.preparation.formats import RowError, to_conversation
+from data.preparation.formats import to_conversation
 from tests.support.chatting import CHATML, SPECIAL, TEMPLATES, WORDS, chat, small_tokenizer, tool_row
 
 TALK = chat(("user", " One? "), ("assistant", " First. \n"), ("user", "Two?"), ("assistant", "Second."))

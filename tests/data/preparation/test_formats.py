@@ -2,7 +2,8 @@
 
 import pytest
 
-from data.preparation.formats import Fields, RowError, to_conversation
+from data.preparation.conversation import RowError
+from data.preparation.formats import Fields, to_conversation
 from data.preparation.prompt import Prompt, load_prompt, total_code_executions
 from tests.support.chatting import chat, tool_row
 
