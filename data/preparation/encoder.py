@@ -1,21 +1,24 @@
 """Conversations -> token documents with the spans of tokens that are supervised.
 
 The whole rendered text is tokenised once, without special tokens of the tokenizer's own (the template
-writes them), and the assistant's turns are carried over from characters to tokens.
+writes them), and what is trained is carried over from characters to tokens.
 """
 
-import hashlib
-import json
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
+from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from data.preparation.chat_template import ChatTemplate
 from data.preparation.conversation import Conversation, RowError
+from data.preparation.tokenizer import backend_of, templates_of, text_ends
+from data.preparation.trained_on import TrainedOn, choose_turns
 from data.preparation.turns import Turn, TurnFinder
 
 BATCH_CHARACTERS = 1 << 19  # an encoding takes about a hundred bytes for each token
@@ -30,73 +33,122 @@ class Document:
     open_turns: int = 0  # assistant's turns that the template ends with nothing
     straddling: int = 0  # supervised tokens that hold characters outside their turn too
     rewritten: int = 0  # assistant's turns whose content is not in the text as it was given
+    untrained_turns: int = 0  # assistant's turns that the row, or the choice of turns, leaves out
+    stripped_turns: int = 0  # those left out because the template leaves out their thinking
+    masked_tool_outputs: int = 0  # blocks of tool output inside assistant's turns
+    prompt_hash: bytes = b""  # of the text before the first turn
+    text_hash: bytes = b""  # of the whole text
 
 
 class ChatEncoder:
     """Tokenises conversations with a tokenizer and its chat template, or the one given as text.
 
-    Raises ValueError where there is no template, or none that can be trained on.
+    Without a template it takes text alone. Raises ValueError for a template that cannot be trained on.
     """
 
-    def __init__(self, tokenizer, chat_template: str | None = None, now: datetime | None = None):
-        source = chat_template or template_of(tokenizer)
-        backend = _backend(tokenizer)
+    def __init__(
+        self,
+        tokenizer,
+        chat_template: str | dict[str, str] | None = None,
+        now: datetime | None = None,
+        options: TrainedOn | None = None,
+    ):
+        self.options = options or TrainedOn()
+        templates = chat_template or (templates_of(tokenizer) if tokenizer.chat_template else {})
+        backend = backend_of(tokenizer)
         added = [token.content for token in backend.get_added_tokens_decoder().values()]
-        self.finder = TurnFinder(ChatTemplate(source, tokenizer.special_tokens_map, now), added)
+        named = templates if isinstance(templates, dict) else {"default": templates}
+        self.finders = {
+            name: TurnFinder(ChatTemplate(source, tokenizer.special_tokens_map, now), added, self.options.template_args)
+            for name, source in named.items()
+            if name in ("default", "tool_use")
+        }
         self._added_ids = frozenset(backend.get_added_tokens_decoder())
         # Byte-level post-processors trim the spaces off the offsets; nothing else is asked of one here.
         self._encoder = Tokenizer.from_str(backend.to_str())
         self._encoder.no_truncation()
         self._encoder.no_padding()
         self._encoder.post_processor = None  # type: ignore[assignment]
+        self._text_ends = text_ends(tokenizer)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of how turns are found."""
+        marked = [name for name, finder in self.finders.items() if finder.template.has_markers]
+        said = "the chat template marks what is trained ({% generation %}), and those marks are the mask"
+        return [said if name == "default" else f"{said} (template {name})" for name in marked]
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Document | RowError]:
         """A document, or the reason why there is none, for each conversation."""
         results: list[Document | RowError] = []
-        located: list[tuple[int, str, list[Turn]]] = []
+        located: list[_Located] = []
         for index, conversation in enumerate(conversations):
             try:
-                text, turns = self.finder.locate(conversation.messages, conversation.tools)
-                text.encode()
-                located.append((index, text, turns))
+                located.append(self._locate(index, conversation))
                 results.append(RowError("not encoded"))  # its place, filled below
             except RowError as error:
                 results.append(error)
             except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold
                 results.append(RowError("not Unicode", str(error)))
         for batch in _batches(located):
-            encodings = self._encoder.encode_batch([text for _, text, _ in batch], add_special_tokens=False)
-            for (index, text, turns), encoding in zip(batch, encodings, strict=True):
-                results[index] = self._document(encoding, text, turns, conversations[index])
+            encodings = self._encoder.encode_batch([one.text for one in batch], add_special_tokens=False)
+            for one, encoding in zip(batch, encodings, strict=True):
+                results[one.number] = self._document(encoding, one)
         return results
 
     def end_token_ids(self) -> list[int]:
         """See the function of this name."""
-        ends = [self.finder.end_text if self.finder.end_is_token else None, self.finder.call_end()]
-        ids = map(self._encoder.token_to_id, dict.fromkeys(filter(None, ends)))
+        if not self.finders:
+            return self._text_ends[1].tolist()
+        ends = [end for finder in self.finders.values() for end in finder.learned.ends]
+        ids = map(self._encoder.token_to_id, dict.fromkeys(ends))
         return [number for number in ids if number is not None]  # none is: they are added tokens
 
-    def _document(
-        self, encoding: Encoding, text: str, turns: list[Turn], conversation: Conversation
-    ) -> Document | RowError:
+    def _locate(self, index: int, conversation: Conversation) -> _Located:
+        if conversation.text is None:
+            text, turns = self._finder(conversation).locate(conversation)
+        else:
+            text = conversation.text
+            turns = [Turn(start, end, number) for number, (start, end) in enumerate(conversation.trained)]
+        first = turns[0].start if turns else len(text)
+        encoded = text.encode()
+        prompt = encoded[:first] if len(encoded) == len(text) else text[:first].encode()
+        kept, counts = choose_turns(text, turns, conversation, self.options)
+        hashes = blake2b(prompt, digest_size=16).digest(), blake2b(encoded, digest_size=16).digest()
+        return _Located(index, text, kept, counts, hashes, conversation.kind == "text")
+
+    def _finder(self, conversation: Conversation) -> TurnFinder:
+        """That of the template which transformers' `get_chat_template` picks."""
+        if not self.finders:
+            raise RowError("no chat template", "the tokenizer has none: give one with --chat-template")
+        name = "tool_use" if conversation.tools is not None and "tool_use" in self.finders else "default"
+        return self.finders[name]
+
+    def _document(self, encoding: Encoding, located: _Located) -> Document | RowError:
         tokens = np.array(encoding.ids, dtype=np.int32)
+        if located.plain:
+            begin, end = self._text_ends
+            tokens = np.concatenate((begin, tokens, end))
+            whole = np.array([[0, len(tokens)]], np.int32)
+            return Document(tokens, whole, prompt_hash=located.hashes[0], text_hash=located.hashes[1])
         spans: list[tuple[int, int]] = []
         straddling = 0
-        for turn in turns:
-            first, stop, shared = self._tokens_of(encoding, text, turn.start, turn.end)
+        for place in located.kept:
+            first, stop, shared = self._tokens_of(encoding, located.text, *place)
             first = max(first, spans[-1][1] if spans else 0)  # turns that meet inside one token
             straddling += shared
             if first < stop:
                 spans.append((first, stop))
         if not spans:
             return RowError("nothing to supervise", "no token of the text belongs to an assistant's turn")
-        answers = [message for message in conversation.messages if message["role"] == "assistant"]
+        prompt_hash, text_hash = located.hashes
         return Document(
             tokens,
             np.array(spans, dtype=np.int32),
-            open_turns=sum(not turn.closed for turn in turns),
             straddling=straddling,
-            rewritten=sum(map(_is_rewritten, answers, [text] * len(turns), turns)),
+            prompt_hash=prompt_hash,
+            text_hash=text_hash,
+            **located.counts,
         )
 
     def _tokens_of(self, encoding: Encoding, text: str, start: int, end: int) -> tuple[int, int, int]:
@@ -126,12 +178,6 @@ class ChatEncoder:
         return not start <= core < end
 
 
-def _is_rewritten(answer: dict, text: str, turn: Turn) -> bool:
-    """Whether the turn lacks something its message says; its header may have begun it (<think>)."""
-    said = [answer.get(name, "").strip() for name in ("content", "reasoning_content")]
-    return any(text.find(one, max(0, turn.start - len(one)), turn.end) < 0 for one in said)
-
-
 def _token_at(encoding: Encoding, character: int, characters: int) -> int:
     """The first token that holds the character, or else the next character that any token holds."""
     for place in range(character, characters):
@@ -145,64 +191,25 @@ def _characters(encoding: Encoding, token: int) -> tuple[int, int] | None:
     return encoding.token_to_chars(token) if token < len(encoding) else None
 
 
-def _batches(located: list[tuple[int, str, list[Turn]]]):
+class _Located(NamedTuple):
+    number: int  # of the conversation
+    text: str
+    kept: list[tuple[int, int]]  # characters [start, end) that are trained
+    counts: dict[str, int]
+    hashes: tuple[bytes, bytes]  # of prompt and text
+    plain: bool  # all of it is trained, and the tokens that begin and end a text belong to it
+
+
+def _batches(located: list[_Located]):
     batch, size = [], 0
     for item in located:
         batch.append(item)
-        size += len(item[1])
+        size += len(item.text)
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def template_of(tokenizer) -> str:
-    """The tokenizer's own chat template. Raises ValueError where it has none."""
-    template = tokenizer.chat_template
-    if isinstance(template, list):  # the older way of keeping several
-        template = {one["name"]: one["template"] for one in template}
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not template:
-        raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template: give one with"
-            " --chat-template FILE.jinja, or the tokenizer of a chat model with --tokenizer"
-        )
-    return template
-
-
-def load_tokenizer(name: str, chat_template: Path | None = None):
-    """The tokenizer of a directory or hub name, with the template that is to be used. Raises ValueError."""
-    from transformers import AutoTokenizer  # a second to import, which readers of an index need not spend
-
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
-        raise ValueError(f"no tokenizer could be loaded from {name}: there is no such directory")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"no tokenizer could be loaded from {name}: {reason}") from error
-    _backend(tokenizer)
-    if chat_template is None:
-        tokenizer.chat_template = template_of(tokenizer)
-    elif not chat_template.is_file():
-        raise ValueError(f"--chat-template {chat_template}: there is no such file")
-    else:
-        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
-    return tokenizer
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    """A hash of vocabulary, merges and added tokens: equal where the same pieces have the same ids.
-
-    Pre-tokenisation, chat template and special token names are no part of it, and saving and loading do not change it.
-    """
-    backend = json.loads(_backend(tokenizer).to_str())
-    model = backend["model"]
-    added = sorted((token["id"], token["content"]) for token in backend["added_tokens"])
-    content = [model.get("vocab"), model.get("merges"), added]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def end_token_ids(tokenizer, chat_template: str | None = None) -> list[int]:
@@ -212,11 +219,3 @@ def end_token_ids(tokenizer, chat_template: str | None = None) -> list[int]:
     template ends turns with nothing, or with text that is no token of this tokenizer.
     """
     return ChatEncoder(tokenizer, chat_template).end_token_ids()
-
-
-def _backend(tokenizer) -> Tokenizer:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        raise ValueError(f"the tokenizer of {name} has no fast version (tokenizer.json), which offsets need")
-    return backend

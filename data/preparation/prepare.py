@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table as PrintedTable
 
 from data.index import token_dtype
-from data.preparation.encoder import ChatEncoder, load_tokenizer, tokenizer_fingerprint
+from data.preparation.encoder import ChatEncoder
 from data.preparation.options import PrepareOptions
 from data.preparation.output import check_output
 from data.preparation.prompt import load_prompt
 from data.preparation.rows import JsonLines, Table, open_source
+from data.preparation.tokenizer import load_tokenizer, tokenizer_fingerprint
 from data.preparation.where import Where
 from data.preparation.workers import HoldOut, Job, join_parts, make_parts, write_whole
 

@@ -1,231 +1,280 @@
 """Where the assistant's turns lie in the text of a chat template.
 
-A template is a program, so turns are not guessed from patterns. The ends of all messages are known by
-marks (`ChatTemplate.marks`), and what the template writes around them decides:
+A template is a program, so turns are not guessed from patterns. Which characters are a message's own is known
+(`tracked`); what the template writes around them was learned once, from short conversations made up for it:
 
-- a turn starts where the generation prompt ends: what follows is what the model has to write;
-- a turn ends with the first added token after its content (`<|im_end|>`, `</s>`, ...), or, where the
-  template ends turns with words that are no token, with those words.
+- a turn starts after its header, which is what the generation prompt and the template's headers of turns share:
+  what follows is what the model has to write;
+- a turn ends with the first token after its content that was seen to end turns (`<|im_end|>`, `</s>`, ...), or,
+  where the template ends turns with words that are no token, with those words.
 
-Where a comparison fails, the row is refused. Conversations of plain messages need one rendering only: the
-text between the contents is learned once for each sequence of roles, and a row whose text is exactly that
-text joined with its contents is located.
+Where a template has {% generation %} markers, they are the turns instead. Conversations of plain messages need no
+rendering at all where the template was seen to write their contents without looking into them.
 """
 
+from __future__ import annotations
+
+import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from data.preparation.chat_template import UNKNOWN, ChatTemplate
-from data.preparation.conversation import Messages, RowError
+from data.preparation.chat_template import (
+    GENERATION_ENDS,
+    GENERATION_STARTS,
+    NEEDED,
+    THINKING,
+    ChatTemplate,
+    Part,
+    Rendered,
+)
+from data.preparation.conversation import Conversation, Messages, RowError
+from data.preparation.headers import UNKNOWN, Learned, learn
+from data.preparation.tracked import Inspected, Run, Watched, missing
 
-_PROBES = ("Alpha", "beta")  # contents that share no character at their start
+_THOUGHT = re.compile(r"(?:<think>)?(.*?)</think>", re.DOTALL)
 
 
 class Turn(NamedTuple):
-    """Characters [start, end) of an assistant's turn; `closed` if an end token or end text is among them."""
+    """Characters [start, end) of an assistant's turn."""
 
     start: int
     end: int
-    closed: bool
+    message: int
+    closed: bool = True  # an end token or end text is among them
+    rewritten: bool = False  # the text lacks something that the message says
+    stripped: bool = False  # its thinking is left out, though the next turn may think
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a template writes between the contents of plain messages with given roles."""
+    """What a template writes around the contents of plain messages with given roles."""
 
     literals: list[str]  # one before each content and one at the end
+    stripped: list[bool]  # whether a content loses the spaces at its ends
     turns: list[tuple[int, int, int, bool]]  # message, characters before and after its content, closed
 
 
+@dataclass
 class TurnFinder:
-    """Locates turns for one template and one tokenizer's added tokens (all outside the vocabulary proper).
+    """Locates turns for one template and one tokenizer's added tokens.
 
-    `end_text` is what ends an answer ("" for nothing), `end_is_token` whether that is one added token.
     Raises ValueError for a template with which no turn can be located.
     """
 
-    def __init__(self, template: ChatTemplate, added_tokens: Iterable[str]):
-        self.template = template
-        longest_first = sorted(filter(None, added_tokens), key=len, reverse=True)
+    template: ChatTemplate
+    added_tokens: Iterable[str]
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the template, for every row
+
+    def __post_init__(self) -> None:
+        longest_first = sorted(filter(None, self.added_tokens), key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._shapes: dict[tuple[str, ...], Shape | None] = {}
-        self._prompts_more = False  # the generation prompt says more than the template writes before turns
-        self.end_text, self.end_is_token = "", False
-        self._tail, self._tail_end = "", 0  # the text after an answer that is last, and its part in the turn
-        self._closers: set[str] = set()  # tokens that end a turn in the midst of a conversation
+        self._learned: dict[str, Learned] = {}
+        self._shapes: dict[tuple[str, tuple[str, ...]], Shape | None] = {}
         try:
-            self._learn_ends()
-            self.locate([_probe("user"), _probe("assistant")])
+            self.learned = self._know(self.arguments)
         except RowError as error:
             raise ValueError(f"the chat template shows no assistant turn to train on: {error}") from error
 
-    def locate(self, messages: Messages, tools: list | None = None) -> tuple[str, list[Turn]]:
+    def locate(self, conversation: Conversation) -> tuple[str, list[Turn]]:
         """The text of a conversation and its assistant's turns. Raises RowError."""
-        if not self.template.knows_developer:  # the newer name of the system role
-            messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
-        text = self.template.render(messages, tools)
-        if tools is None and all(len(message) == 2 and message["content"] for message in messages):
-            turns = self._by_shape(text, messages)
-            if turns is not None:
-                return text, turns
-        return text, self._by_marks(text, messages, tools)
+        messages = self.template.prepared(conversation.messages)
+        arguments = {**self.arguments, **(conversation.template_args or {})}
+        plain = conversation.tools is None and all(
+            len(message) == 2 and message["content"].strip() for message in messages
+        )
+        if plain:
+            shape = self._shape(messages, arguments)
+            if shape is not None:
+                return _interleaved(shape, [message["content"] for message in messages])
+        rendered = self.template.render(messages, conversation.tools, arguments)
+        return rendered.text, self._turns(rendered, messages, conversation.tools, arguments)
 
-    def _by_shape(self, text: str, messages: Messages) -> list[Turn] | None:
+    def _know(self, arguments: dict[str, Any]) -> Learned:
+        """What was learned of the template under these arguments."""
+        key = json.dumps(arguments, sort_keys=True, default=str)
+        if key not in self._learned:
+            self._learned[key] = learn(self.template, self._added, arguments)
+        return self._learned[key]
+
+    def _shape(self, messages: Messages, arguments: dict[str, Any]) -> Shape | None:
         roles = tuple(message["role"] for message in messages)
-        if roles not in self._shapes:
-            self._shapes[roles] = self._learn_shape(roles)
-        shape = self._shapes[roles]
-        if shape is None:
-            return None
-        contents = [message["content"] for message in messages]
-        if text != _interleave(shape.literals, contents):
-            contents = [content.strip() for content in contents]  # what `| trim` leaves
-            if text != _interleave(shape.literals, contents):
-                return None
-        ends, position = [], 0
-        for literal, content in zip(shape.literals, contents, strict=False):
-            position += len(literal) + len(content)
-            ends.append(position)
-        return [
-            Turn(ends[message] - len(contents[message]) - before, ends[message] + after, closed)
-            for message, before, after, closed in shape.turns
-        ]
+        key = (json.dumps(arguments, sort_keys=True, default=str) if arguments else "", roles)
+        if key not in self._shapes:
+            if len(self._shapes) > 10_000:  # long conversations rarely share their roles
+                self._shapes.clear()
+            self._shapes[key] = self._learn_shape(roles, arguments)
+        return self._shapes[key]
 
-    def _learn_shape(self, roles: tuple[str, ...]) -> Shape | None:
-        """The shape of these roles, None where this template needs marks for them."""
-        messages = [_probe(role, f"{_PROBES[0]} {index}.") for index, role in enumerate(roles)]
-        self._prompts_more = False
+    def _learn_shape(self, roles: tuple[str, ...], arguments: dict[str, Any]) -> Shape | None:
+        """The shape of these roles, None where what this template writes may depend on the contents."""
+        if len(self._know(arguments).headers) > 1:  # a content may continue the generation prompt
+            return None
+        contents = [f" Alpha {index}. " for index in range(len(roles))]
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
         try:
-            text = self.template.render(messages)
-            turns = self._by_marks(text, messages, None)
-            marks = self.template.marks(text, messages, None)
-        except RowError:
+            text, runs, parts = self.template.render(messages, None, arguments, string=Watched.whole)
+            turns = self._turns(Rendered(text, runs, parts), messages, None, arguments)
+        except (RowError, Inspected):
             return None
-        if self._prompts_more or [mark.message for mark in marks] != list(range(len(messages))):
+        runs = tuple(run for run in runs if run.stop > run.start)
+        if [run.part for run in runs] != list(range(len(roles))) or any(run.offset < 0 for run in runs):
             return None
-        starts = [mark.position - len(messages[mark.message]["content"]) for mark in marks]
-        ends = [0, *(mark.position for mark in marks)]
-        literals = [text[end:start] for end, start in zip(ends, [*starts, len(text)], strict=True)]
-        assistants = [index for index, role in enumerate(roles) if role == "assistant"]
+        if any(turn.start > runs[turn.message].start for turn in turns):
+            return None
+        stripped = [run.stop - run.start < len(content) for run, content in zip(runs, contents, strict=True)]
+        ends = [0, *(run.stop for run in runs)]
+        starts = [*(run.start for run in runs), len(text)]
+        literals = [text[end:start] for end, start in zip(ends, starts, strict=True)]
         relative = [
-            (index, starts[index] - turn.start, turn.end - ends[index + 1], turn.closed)
-            for index, turn in zip(assistants, turns, strict=True)
+            (turn.message, starts[turn.message] - turn.start, turn.end - ends[turn.message + 1], turn.closed)
+            for turn in turns
         ]
-        return Shape(literals, relative)
+        return Shape(literals, stripped, relative)
 
-    def _by_marks(self, text: str, messages: Messages, tools: list | None) -> list[Turn]:
-        marks = self.template.marks(text, messages, tools)
+    def _turns(
+        self, rendered: Rendered, messages: Messages, tools: list | None, arguments: dict[str, Any]
+    ) -> list[Turn]:
+        _check_all_written(rendered, messages, tools)
+        learned = self._know(arguments)
+        if self.template.has_markers:
+            return _marked_turns(rendered, messages, learned)
+        text = rendered.text
+        runs = sorted((run for run in rendered.runs if run.stop > run.start), key=lambda run: run.start)
+        owners = [rendered.parts[run.part].message for run in runs]
         turns: list[Turn] = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            # by place, since a template may move a system message into a later turn
-            own = [place for place, mark in enumerate(marks) if mark.message == index]
-            if own != list(range(own[0], own[-1] + 1)):
-                raise RowError(UNKNOWN, f"other messages are written inside message {index}")
-            before = marks[own[0] - 1].position if own[0] else 0
-            last = marks[own[-1]].position
-            following = marks[own[-1] + 1].position if own[-1] + 1 < len(marks) else len(text)
-            start = before + self._start(text[before:last], messages[:index], tools)
-            length, closed = self._end(text[last:following], messages, index, tools)
+        said = _Said(rendered)
+        for index, first, last in _blocks(runs, owners, rendered.parts, messages):
+            before = runs[first - 1].stop if first else 0
+            after = runs[last + 1].start if last + 1 < len(runs) else len(text)
+            start = before + learned.header_length(
+                text[before : runs[first].start], text[runs[first].start : runs[last].stop], index
+            )
+            length, closed = learned.ending(
+                text[runs[last].stop : after], index, called=bool(messages[index].get("tool_calls"))
+            )
             if turns and turns[-1].end > start:
                 raise RowError(UNKNOWN, f"the turn of message {index} overlaps the one before")
-            turns.append(Turn(start, last + length, closed))
+            end = runs[last].stop + length
+            changes = said.changes(index, text[before:end], learned)  # a header may have begun the thinking
+            turns.append(Turn(start, end, index, closed, *changes))
         return turns
 
-    def _start(self, gap: str, earlier: Messages, tools: list | None) -> int:
-        """Length of what the template writes between the earlier messages and the turn in `gap`."""
-        header = self.template.after(earlier, tools, prompt=True)
-        closed = self.template.after(earlier, tools, prompt=False)
-        if header != closed and gap.startswith(header):
-            return len(header)
-        # Either the generation prompt says more than the template writes before turns of the past (an opened
-        # <think>), or the template knows no generation prompt: turns of different content show the header.
-        turns = [[*earlier, _probe("assistant", content)] for content in _PROBES]
-        last = len(earlier) - 1
-        rendered = [self.template.after(turn, tools, prompt=False, last=last) for turn in turns]
-        shared = _shared_start(*rendered)
-        if header == closed:
-            # a mere space before the content is the model's to write: it belongs to the content's first token
-            header = shared if shared[len(closed) :].strip() else closed
-        else:
-            self._prompts_more = True
-            header = _shared_start(header, shared)
-        if not header or not header.startswith(closed) or not gap.startswith(header):
-            raise RowError(UNKNOWN, "the generation prompt is not what comes before the turn")
-        return len(header)
 
-    def _end(self, after: str, messages: Messages, index: int, tools: list | None) -> tuple[int, bool]:
-        """Length of what belongs to the turn after its last mark, and whether it is closed."""
-        final = index == len(messages) - 1
-        if messages[index].get("tool_calls"):
-            tail = after if final else self.template.after(messages[: index + 1], tools, prompt=False)
-            end = self._end_of_call(tail)
-            if end is None or not after.startswith(tail[:end]):
-                raise RowError(UNKNOWN, f"no end was found of the tool call in message {index}")
-            return end, bool(self.end_text) or end == len(tail.rstrip())
-        space = len(after) - len(after.lstrip())
-        found = self._added.match(after, space)
-        if found and (final or found.group() in self._closers):
-            return found.end(), True
-        if self.end_text and not self.end_is_token and after.startswith(self.end_text, space):
-            return space + len(self.end_text), True
-        content = messages[index]["content"]
-        own = content[len(content.rstrip()) :]  # spaces that end the content, where the template keeps them
-        return (len(own) if after.startswith(own) else 0), False
+def _blocks(runs: list[Run], owners: list[int], parts: list[Part], messages: Messages) -> list[tuple[int, int, int]]:
+    """(message, first, last): the runs of each assistant message.
 
-    def _end_of_call(self, tail: str) -> int | None:
-        """Where a tool call's turn ends in `tail`, the end of a text whose last message it is."""
-        if tail.endswith(self._tail):
-            return len(tail) - len(self._tail) + self._tail_end
-        stripped = tail.rstrip()
-        ends = [found.end() for found in self._added.finditer(stripped)]
-        return len(stripped) if ends and ends[-1] == len(stripped) else None
-
-    def _learn_ends(self) -> None:
-        """Learns from one exchange how turns end."""
-        user = [_probe("user")]
-        self._tail = self.template.after([*user, _probe("assistant")], None, prompt=False)
-        space = len(self._tail) - len(self._tail.lstrip())
-        found = self._added.match(self._tail, space)
-        self.end_text, self.end_is_token = (found.group(), True) if found else (self._tail.strip(), False)
-        self._tail_end = space + len(self.end_text) if self.end_text else 0
-        self._closers = {self.end_text} if found else set()
-        # An assistant's turn of the past may end otherwise than the last one: by the token that ends the
-        # user's turns too. A token that opens the next header is none.
-        prompt = self.template.after(user, None, prompt=True)
-        closed = self.template.after(user, None, prompt=False)
-        header = prompt[len(_shared_start(prompt, closed)) :]
-        user_end = self._added.match(prompt.lstrip())
-        if user_end and user_end.group() not in header:
-            self._closers.add(user_end.group())
-
-    def call_end(self) -> str | None:
-        """The token that ends a turn with a tool call, None where the template writes no calls."""
-        call = {"type": "function", "function": {"name": "probe", "arguments": {"a": _PROBES[0]}}}
-        messages: Messages = [_probe("user"), {**_probe("assistant", ""), "tool_calls": [call]}]
-        try:
-            tail = self.template.after(messages, None, prompt=False)
-        except RowError:
-            return None
-        end = self._end_of_call(tail)
-        tokens = self._added.findall(tail[:end]) if end is not None else []
-        return tokens[-1] if tokens and tail[:end].endswith(tokens[-1]) else None
+    A call's name counts where it stands first: templates repeat it in the header of the tool's answer.
+    """
+    own: dict[int, list[int]] = {}
+    named: set[int] = set()
+    for place, (run, owner) in enumerate(zip(runs, owners, strict=True)):
+        if owner < 0 or messages[owner]["role"] != "assistant":
+            continue
+        if parts[run.part].key == "name":
+            if run.part in named:
+                continue
+            named.add(run.part)
+        own.setdefault(owner, []).append(place)
+    blocks = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        places = own.get(index, [])
+        if not places:
+            raise RowError("left out by the chat template", f"message {index} (assistant)")
+        if any(owners[place] != index for place in range(places[0], places[-1] + 1)):
+            raise RowError(UNKNOWN, f"other messages are written inside message {index}")
+        blocks.append((index, places[0], places[-1]))
+    return blocks
 
 
-def _shared_start(*texts: str) -> str:
-    first, last = min(texts), max(texts)  # what these two share, all between them in order share too
-    differing = (place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
-    return first[: next(differing, len(first))]
+def _check_all_written(rendered: Rendered, messages: Messages, tools: list | None) -> None:
+    """Raises RowError where a content, a call or a tool is nowhere in the text."""
+    written = {run.part for run in rendered.runs}
+    for number, part in enumerate(rendered.parts):
+        if number in written:
+            continue
+        if part.message < 0:
+            raise RowError("left out by the chat template", f"tool {part.number} of the row's tools")
+        if part.key in ("name", "arguments") and messages[part.message].get("tool_calls"):
+            if part.key == "name":
+                raise RowError("left out by the chat template", f"call {part.number} of message {part.message}")
+        elif part.key in NEEDED and part.text.strip():
+            role = messages[part.message]["role"]
+            raise RowError("left out by the chat template", f"the {part.key} of message {part.message} ({role})")
 
 
-def _probe(role: str, content: str = f"{_PROBES[0]}.") -> dict[str, str]:
-    return {"role": role, "content": content}
+class _Said:
+    """What each message says, and where it is written: looked up once for a conversation."""
+
+    def __init__(self, rendered: Rendered):
+        self.parts: dict[int, list[tuple[int, Part]]] = {}
+        for number, part in enumerate(rendered.parts):
+            if part.key in (*NEEDED, *THINKING) and part.text.strip():
+                self.parts.setdefault(part.message, []).append((number, part))
+        self.runs: dict[int, list[Run]] = {}
+        for run in rendered.runs:
+            self.runs.setdefault(run.part, []).append(run)
+
+    def changes(self, message: int, turn: str, learned: Learned) -> tuple[bool, bool]:
+        """(rewritten, stripped): whether the text lacks something of a message, and whether that is its thinking."""
+        rewritten = stripped = False
+        own = self.parts.get(message, [])
+        if any(part.key in THINKING for _, part in own):  # one thought under two names
+            stripped = not any(part.key in THINKING and number in self.runs for number, part in own)
+        for number, part in own:
+            runs = self.runs.get(number, [])
+            whole = part.key in THINKING or any(run.offset < 0 for run in runs)  # written by way of JSON or the like
+            lost = [] if whole else missing(runs, len(part.text))
+            if not any(part.text[start:stop].strip() for start, stop in lost):
+                continue
+            rewritten = rewritten or part.text.strip() not in turn
+            thought = _THOUGHT.match(part.text)
+            start, stop = thought.span(1) if thought else (0, 0)
+            inside = [(max(start, first), min(stop, last)) for first, last in lost if first < stop]
+            stripped = stripped or any(part.text[first:last].strip() for first, last in inside)
+        return rewritten or stripped, stripped and not learned.prompt_thinks
 
 
-def _interleave(literals: list[str], contents: list[str]) -> str:
-    parts = [*literals, *contents]
-    parts[0::2], parts[1::2] = literals, contents
-    return "".join(parts)
+def _marked_turns(rendered: Rendered, messages: Messages, learned: Learned) -> list[Turn]:
+    """The texts between generation markers, each with the message that it holds something of."""
+    starts = [run.start for run in rendered.runs if run.part == GENERATION_STARTS]
+    ends = [run.start for run in rendered.runs if run.part == GENERATION_ENDS]
+    turns: list[Turn] = []
+    said = _Said(rendered)
+    for start, end in zip(sorted(starts), sorted(ends), strict=True):
+        owners = [
+            rendered.parts[run.part].message
+            for run in rendered.runs
+            if run.part >= 0 and start <= run.start and run.stop <= end and run.stop > run.start
+        ]
+        if end > start and (owners or turns):  # a mere end token belongs to the turn before it
+            message = max(set(owners), key=owners.count) if owners else turns[-1].message
+            changes = said.changes(message, rendered.text[:end], learned)
+            turns.append(Turn(start, end, message, True, *changes))
+    if not turns:
+        raise RowError("nothing to supervise", "the template's generation markers enclose nothing in this row")
+    return turns
+
+
+def _interleaved(shape: Shape, contents: list[str]) -> tuple[str, list[Turn]]:
+    contents = [
+        content.strip() if stripped else content for content, stripped in zip(contents, shape.stripped, strict=True)
+    ]
+    pieces = [*shape.literals, *contents]
+    pieces[0::2], pieces[1::2] = shape.literals, contents
+    if len(contents) == 2 and len(shape.turns) == 1 and shape.turns[0][0] == 1:  # a question and its answer
+        start = len(pieces[0]) + len(pieces[1]) + len(pieces[2])
+        _, before, after, closed = shape.turns[0]
+        return "".join(pieces), [Turn(start - before, start + len(pieces[3]) + after, 1, closed)]
+    ends, position = [], 0
+    for literal, content in zip(shape.literals, contents, strict=False):
+        position += len(literal) + len(content)
+        ends.append(position)
+    turns = [
+        Turn(ends[message] - len(contents[message]) - before, ends[message] + after, message, closed)
+        for message, before, after, closed in shape.turns
+    ]
+    return "".join(pieces), turns

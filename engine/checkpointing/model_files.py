@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.index import DocumentIndex
-from data.preparation.encoder import template_of, tokenizer_fingerprint
+from data.preparation.tokenizer import template_of, tokenizer_fingerprint
 from models.conversion.hf_reader import copy_side_files
 from models.hf_config import apply_overrides, read_config
 

@@ -227,7 +227,7 @@ def test_tokenizer_that_does_not_match(inputs, tmp_path):
     second.add_tokens(["<|another|>"])
     model = altered(inputs, "with_tokenizer", first.save_pretrained)
     documents = conversations(4).documents
-    from data.preparation.encoder import tokenizer_fingerprint
+    from data.preparation.tokenizer import tokenizer_fingerprint
 
     meta = {"tokenizer_fingerprint": tokenizer_fingerprint(second)}
     write_index(tmp_path / "data", documents, vocab_size=VOCABULARY, meta=meta)

@@ -12,8 +12,10 @@ PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 CALLS = (
     "{% for call in message.tool_calls or [] %}\n<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
 )
+TOOLS = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    TOOLS
+    + "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
     + CALLS
     + "<|im_end|>\n{% endfor %}"
     + PROMPT
@@ -43,11 +45,13 @@ BETWEEN = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 CHANNELS = (
+    "{% if tools %}<|start|>developer<|message|>{{ tools | tojson }}<|end|>{% endif %}"
     "{% for m in messages %}<|start|>{{ m.role }}"
     "{% if m.role != 'assistant' %}<|message|>{{ m.content }}<|end|>"
     "{% elif m.tool_calls %}<|channel|>call {{ m.tool_calls[0].function.name }}<|message|>"
     "{{ m.tool_calls[0].function.arguments | tojson }}<|call|>"
-    "{% else %}<|channel|>final<|message|>{{ m.content }}"
+    "{% else %}{% if m.thinking and loop.last %}<|channel|>analysis<|message|>{{ m.thinking }}<|end|><|start|>assistant"
+    "{% endif %}<|channel|>final<|message|>{{ m.content }}"
     "{% if loop.last %}<|return|>{% else %}<|end|>{% endif %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )

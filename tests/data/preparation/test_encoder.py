@@ -9,16 +9,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data.preparation.conversation import RowError
-from data.preparation.encoder import (
-    ChatEncoder,
-    Document,
-    end_token_ids,
-    load_tokenizer,
-    template_of,
-    tokenizer_fingerprint,
-)
+from data.preparation.conversation import Conversation, RowError
+from data.preparation.encoder import ChatEncoder, Document, end_token_ids
 from data.preparation.formats import to_conversation
+from data.preparation.tokenizer import load_tokenizer, template_of, tokenizer_fingerprint
+from data.preparation.trained_on import TrainedOn
 from tests.support.chatting import CHATML, SPECIAL, TEMPLATES, WORDS, chat, small_tokenizer, tool_row
 
 TALK = chat(("user", " One? "), ("assistant", " First. \n"), ("user", "Two?"), ("assistant", "Second."))
@@ -53,8 +48,13 @@ END_TOKENS = {
 }
 
 
-def encode(row: dict, template: str = CHATML, tokenizer=None) -> Document | RowError:
-    return ChatEncoder(tokenizer or small_tokenizer(), template).encode([to_conversation(row)])[0]
+def render(template: str, messages: list[dict]) -> str:
+    """What transformers makes of the messages."""
+    return small_tokenizer().apply_chat_template(messages, chat_template=template, tokenize=False)
+
+
+def encode(row: dict, template: str = CHATML, tokenizer=None, options=None) -> Document | RowError:
+    return ChatEncoder(tokenizer or small_tokenizer(), template, options=options).encode([to_conversation(row)])[0]
 
 
 def supervised(document: Document | RowError, tokenizer=None) -> list[str]:
@@ -127,15 +127,18 @@ def test_tool_calls_are_supervised_and_results_are_not():
     assert isinstance(refused, RowError) and refused.reason == "left out by the chat template"
 
 
-def test_thinking_of_earlier_turns_is_left_out_and_counted():
+def test_a_turn_whose_thinking_the_template_leaves_out():
     thought = "<think>\nhm\n</think>\n\nYes."
     row = chat(("user", "a"), ("assistant", thought), ("user", "b"), ("assistant", thought))
     document = encode(row, TEMPLATES["chatml, thinking stripped"])
-    assert supervised(document) == ["Yes.<|im_end|>", f"{thought}<|im_end|>"]
-    assert document.rewritten == 1
+    assert supervised(document) == [f"{thought}<|im_end|>"]  # else it would learn to answer without a thought
+    assert (document.rewritten, document.stripped_turns) == (0, 1)
+    asked = encode(row, TEMPLATES["chatml, thinking stripped"], options=TrainedOn(stripped_thinking=True))
+    assert supervised(asked) == ["Yes.<|im_end|>", f"{thought}<|im_end|>"]
+    assert (asked.rewritten, asked.stripped_turns) == (1, 0)
     prompted = encode(row, TEMPLATES["chatml, thinking prompted"])  # what the prompt says is not to be learned
     assert supervised(prompted) == ["hm\n</think>\n\nYes.<|im_end|>"] * 2
-    assert prompted.rewritten == 0
+    assert (prompted.rewritten, prompted.stripped_turns) == (0, 0)
 
 
 def test_text_that_looks_like_the_template_misleads_nothing():
@@ -174,21 +177,16 @@ CONTENTS = st.lists(
     name=st.sampled_from(sorted(TEMPLATES)),
     contents=st.lists(CONTENTS.filter(str.strip), min_size=2, max_size=5),
 )
-def test_turns_are_whole_and_both_ways_of_locating_agree(name, contents):
-    finder = ChatEncoder(small_tokenizer(), TEMPLATES[name]).finder
+def test_turns_are_whole_with_and_without_rendering(name, contents):
+    finder = ChatEncoder(small_tokenizer(), TEMPLATES[name]).finders["default"]
     messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-    text = finder.template.render(messages)
-    by_marks = finder._by_marks(text, messages, None)
-    by_shape = finder._by_shape(text, messages)
-    assert len(by_marks) == len(contents) // 2
-    assert [turn.end for turn in by_marks] == sorted({turn.end for turn in by_marks})
-    if by_shape is not None:
-        # spaces that both the content and the template could have written are the only freedom
-        assert [turn.start for turn in by_shape] == [turn.start for turn in by_marks]
-        for one, other in zip(by_shape, by_marks, strict=True):
-            assert not (text[one.end : other.end] + text[other.end : one.end]).strip()
+    text, turns = finder.locate(Conversation(messages))
+    rendered = finder.template.render(messages)
+    assert rendered.text == text == render(TEMPLATES[name], messages)
+    assert finder._turns(rendered, messages, None, {}) == turns
+    assert [turn.message for turn in turns] == list(range(1, len(contents), 2))
     if "thinking" not in name:
-        for turn, content in zip(by_marks, contents[1::2], strict=True):
+        for turn, content in zip(turns, contents[1::2], strict=True):
             assert content.strip() in text[turn.start : turn.end]
 
 
@@ -222,10 +220,12 @@ def test_refusals():
     with_system = chat(("system", "s"), ("user", "u"), ("assistant", "a"))
     raising = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     assert reason(with_system, raising) == "refused by the chat template"
-    silent = "{% for message in messages if message.role != 'system' %}" + CHATML.split("%}", 1)[1]
+    silent = CHATML.replace("for message in messages", "for message in messages if message.role != 'system'")
     assert reason(with_system, silent) == "left out by the chat template"
-    private = chat(("user", "\U000f0000"), ("assistant", "<think>a</think>b"), ("user", "u"), ("assistant", "c"))
-    assert reason(private, TEMPLATES["chatml, thinking stripped"]) == "turns cannot be located"
+    no_tools = CHATML.replace("if tools", "if false")
+    assert reason(tool_row(), no_tools) == "left out by the chat template"
+    thoughts = chat(("user", "u"), ("assistant", "<think>a</think>b"), ("user", "v"))
+    assert reason(thoughts, TEMPLATES["chatml, thinking stripped"]) == "thinking left out by the chat template"
     assert reason(chat(("user", "\ud800"), ("assistant", "a"))) == "not Unicode"
 
 
@@ -235,10 +235,6 @@ def test_refusals():
         (
             "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
             "shows no assistant turn to train on",
-        ),
-        (
-            "{% for m in messages %}{{ m.content | length }}{{ m.content }}{% endfor %}",
-            "depends on how a message ends",
         ),
         ("{% for m in messages %}", "not Jinja"),
         ("{{ raise_exception('never') }}", "never"),
@@ -276,7 +272,7 @@ def test_missing_template_or_tokenizer_names_the_mend(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template is None
-    with pytest.raises(ValueError, match="no chat template: give one with --chat-template FILE.jinja"):
+    with pytest.raises(ValueError, match="no chat template: give one with --chat-template, a file or a name"):
         load_tokenizer(str(tmp_path))
     with pytest.raises(ValueError, match="no tokenizer could be loaded from"):
         load_tokenizer(str(tmp_path / "nowhere"))

@@ -12,8 +12,8 @@ import pytest
 
 import data.preparation.rows
 from data.index import DocumentIndex
-from data.preparation.encoder import tokenizer_fingerprint
 from data.preparation.formats import Fields
+from data.preparation.tokenizer import tokenizer_fingerprint
 from tests.support.chatting import chat, small_tokenizer
 from tests.support.preparing import ROOT, answers, contents, jsonl, rows, run, texts
 

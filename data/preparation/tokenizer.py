@@ -1,0 +1,111 @@
+"""Tokenizers: from a directory or hub name, with the chat template that is to be used."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+# the project's own templates, by name
+CHAT_TEMPLATES = Path(__file__).parents[2] / "examples" / "chat_templates"
+# any of these makes a directory one with a tokenizer
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+    "tiktoken.model",
+)
+
+
+def templates_of(tokenizer) -> str | dict[str, str]:
+    """The tokenizer's own chat template, or its templates by their names. Raises ValueError where it has none."""
+    templates = tokenizer.chat_template
+    if isinstance(templates, list):  # the older way of keeping several
+        templates = {one["name"]: one["template"] for one in templates}
+    if not templates or (isinstance(templates, dict) and "default" not in templates):
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template: give one with"
+            " --chat-template, a file or a name, or the tokenizer of a chat model with --tokenizer"
+        )
+    return templates
+
+
+def template_of(tokenizer) -> str:
+    """The tokenizer's own chat template for conversations without tools. Raises ValueError where it has none."""
+    templates = templates_of(tokenizer)
+    return templates["default"] if isinstance(templates, dict) else templates
+
+
+def load_tokenizer(name: str, chat_template: str | Path | None = None, *, needs_template: bool = True):
+    """The tokenizer of a directory or hub name, with the chat templates that are to be used.
+
+    chat_template: a file, or the name of one of the project's own. Raises ValueError.
+    """
+    from transformers import AutoTokenizer  # a second to import, which readers of an index need not spend
+
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise ValueError(f"no tokenizer could be loaded from {name}: there is no such directory")
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _FILES):
+        raise ValueError(
+            f"no tokenizer could be loaded from {name}: the directory has none of {', '.join(_FILES)};"
+            " name the directory that has them with --tokenizer"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"no tokenizer could be loaded from {name}: {reason}") from error
+    backend_of(tokenizer)
+    if chat_template is not None:
+        tokenizer.chat_template = _template_file(chat_template).read_text(encoding="utf-8")
+    elif needs_template or tokenizer.chat_template:
+        tokenizer.chat_template = templates_of(tokenizer)
+    return tokenizer
+
+
+def _template_file(given: str | Path) -> Path:
+    """The file of a chat template given by its path or by the name of one of the project's own."""
+    named = CHAT_TEMPLATES / f"{given}.jinja"
+    for file in (Path(given), named):
+        if file.is_file():
+            return file
+    names = ", ".join(sorted(file.stem for file in CHAT_TEMPLATES.glob("*.jinja"))) or "none"
+    raise ValueError(
+        f"--chat-template {given}: there is no such file, and no template of that name (there are {names})"
+    )
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """A hash of vocabulary, merges and added tokens: equal where the same pieces have the same ids.
+
+    Pre-tokenisation, chat template and special token names are no part of it, and saving and loading do not change it.
+    """
+    backend = json.loads(backend_of(tokenizer).to_str())
+    model = backend["model"]
+    added = sorted((token["id"], token["content"]) for token in backend["added_tokens"])
+    content = [model.get("vocab"), model.get("merges"), added]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def backend_of(tokenizer) -> Tokenizer:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise ValueError(f"the tokenizer of {name} has no fast version (tokenizer.json), which offsets need")
+    return backend
+
+
+def text_ends(tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens before and after a text that is a document of its own: int32 [0 or 1] each.
+
+    A text begins with the beginning-of-sequence token where the tokenizer puts one itself, and ends with the
+    end-of-sequence token where there is one.
+    """
+    first = tokenizer("a")["input_ids"][:1] if tokenizer.bos_token_id is not None else []
+    begin = [token for token in first if token == tokenizer.bos_token_id]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return np.array(begin, np.int32), np.array(end, np.int32)
