@@ -12,7 +12,7 @@ from data.preparation.conversation import Messages, RowError
 UNKNOWN = "turns cannot be located"  # the reason of rows whose mask would be a guess
 _USER, _ANSWER = {"role": "user", "content": "Alpha."}, {"role": "assistant", "content": "Beta."}
 _THOUGHT = {**_ANSWER, "thinking": "Gamma.", "reasoning_content": "Gamma."}
-# nine characters, which is what Mistral's templates ask of an id
+# an id of nine characters, which is what some templates ask for
 _FUNCTION = {"type": "function", "id": "call00000", "function": {"name": "delta", "arguments": {"x": "Epsilon."}}}
 _CALL = {"role": "assistant", "content": "", "tool_calls": [_FUNCTION]}
 _RESULT = {"role": "tool", "content": "Zeta.", "name": "delta", "tool_call_id": "call00000"}
