@@ -28,6 +28,8 @@ setup(
         "megatron-core==0.16.1",
         "transformers>=5.17,<6",
         "tokenizers>=0.22",
+        "sentencepiece>=0.2",
+        "protobuf>=4",
         "huggingface-hub>=1.0",
         "datasets>=4.0",
         "pyarrow>=18",

@@ -3,9 +3,10 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, normalizers
 
 # the project's own templates, by name
 CHAT_TEMPLATES = Path(__file__).parents[2] / "examples" / "chat_templates"
@@ -60,6 +61,9 @@ def load_tokenizer(name: str, chat_template: str | Path | None = None, *, needs_
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"no tokenizer could be loaded from {name}: {reason}") from error
     backend_of(tokenizer)
+    model = Path(name) / "tokenizer.model"
+    if model.is_file() and not (Path(name) / "tokenizer.json").is_file():
+        _cut_as_sentencepiece(tokenizer, model)
     if chat_template is not None:
         tokenizer.chat_template = _template_file(chat_template).read_text(encoding="utf-8")
     elif needs_template or tokenizer.chat_template:
@@ -76,6 +80,47 @@ def _template_file(given: str | Path) -> Path:
     names = ", ".join(sorted(file.stem for file in CHAT_TEMPLATES.glob("*.jinja"))) or "none"
     raise ValueError(
         f"--chat-template {given}: there is no such file, and no template of that name (there are {names})"
+    )
+
+
+def _cut_as_sentencepiece(tokenizer, file: Path) -> None:
+    """Gives a tokenizer that was converted from a SentencePiece model that model's own way with spaces.
+
+    transformers 5.23 forgets the space that the model puts before a text, and that it takes spaces together. Raises
+    ValueError where texts are still cut otherwise than by SentencePiece itself.
+    """
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
+    content = file.read_bytes()
+    try:
+        ours = sentencepiece.SentencePieceProcessor(model_proto=content)
+    except RuntimeError:
+        return  # a file of another kind by the same name
+    if _agree(tokenizer, ours):
+        return
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(content)
+    rules = proto.normalizer_spec
+    steps: list[Any] = []
+    if rules.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+    if rules.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if rules.add_dummy_prefix:
+        steps.append(normalizers.Prepend("▁"))
+    backend_of(tokenizer).normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    if not _agree(tokenizer, ours):
+        raise ValueError(
+            f"{file} cannot be converted exactly: give a tokenizer with a tokenizer.json, which transformers'"
+            " AutoTokenizer and save_pretrained make of it where it knows the model's class"
+        )
+
+
+def _agree(tokenizer, sentencepiece_model) -> bool:
+    texts = ("Two apples, 3.50 each: 1+1=2", "two  spaces", " before", "after ", "a\nb\n\n", "é ﬁ 😀", "\tx", "  ")
+    return all(
+        tokenizer(text, add_special_tokens=False)["input_ids"] == sentencepiece_model.encode(text) for text in texts
     )
 
 

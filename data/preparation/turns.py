@@ -252,8 +252,8 @@ def _marked_turns(rendered: Rendered, messages: Messages, learned: Learned) -> l
         ]
         if end > start and (owners or turns):  # a mere end token belongs to the turn before it
             message = max(set(owners), key=owners.count) if owners else turns[-1].message
-            changes = said.changes(message, rendered.text[:end], learned)
-            turns.append(Turn(start, end, message, True, *changes))
+            rewritten, _ = said.changes(message, rendered.text[:end], learned)
+            turns.append(Turn(start, end, message, rewritten=rewritten))  # never stripped: the marks decide
     if not turns:
         raise RowError("nothing to supervise", "the template's generation markers enclose nothing in this row")
     return turns

@@ -108,7 +108,6 @@ def test_masks_of_published_training_templates(path):
         mask = [0] * len(document.tokens)
         for first, stop in document.spans:
             mask[first:stop] = [1] * (stop - first)
-        if not document.stripped_turns:  # which are left out here, and trained there
-            assert (document.tokens.tolist(), mask) == (wanted["input_ids"], wanted["assistant_masks"]), kind
-            compared += 1
+        assert (document.tokens.tolist(), mask) == (wanted["input_ids"], wanted["assistant_masks"]), kind
+        compared += 1
     assert compared >= 3
