@@ -12,10 +12,11 @@ from rich.table import Table as PrintedTable
 
 from data.index import token_dtype
 from data.preparation.encoder import ChatEncoder
+from data.preparation.files import open_source
 from data.preparation.options import PrepareOptions
 from data.preparation.output import check_output
 from data.preparation.prompt import load_prompt
-from data.preparation.rows import JsonLines, Table, open_source
+from data.preparation.rows import JsonLines, Table
 from data.preparation.tokenizer import load_tokenizer, tokenizer_fingerprint
 from data.preparation.where import Where
 from data.preparation.workers import HoldOut, Job, join_parts, make_parts, write_whole
@@ -98,7 +99,7 @@ def _check_vocabulary(options: PrepareOptions, size: int) -> None:
 
 def _open(options: PrepareOptions) -> list[JsonLines | Table]:
     try:
-        return [open_source(name, options.config, options.split) for name in options.sources]
+        return [file for name in options.sources for file in open_source(name, options.config, options.split)]
     except ValueError as error:
         raise ValueError(f"--sources {error}") from error
 
