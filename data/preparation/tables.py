@@ -2,6 +2,8 @@
 
 import csv
 import itertools
+from bisect import bisect_right
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -9,7 +11,7 @@ from typing import IO, Any
 from data.preparation.conversation import RowError
 from data.preparation.rows import JsonLines, Table, Unreadable, file_identity, opened, parse
 
-_MARKS = 256  # records of a CSV file between two whose places are remembered
+_MARK = 256  # a CSV file can be read from about every so many rows on
 _LONGEST = 1 << 24  # characters of a CSV value: a quote that is never closed must not swallow the file
 
 
@@ -21,10 +23,12 @@ def open_json(name: str, path: Path, original: Path | None = None) -> JsonLines 
     with opened(path) as file:
         lines = (line for line in file if line.strip())
         first, second = next(lines, b""), next(lines, None)
-    if second is not None and _is_json(first):
-        return JsonLines(name, path, original)
+        if second is not None and _is_json(first):
+            return JsonLines(name, path, original)
+        file.seek(0)
+        text = file.read()
     try:
-        content = parse(path.read_bytes().decode("utf-8-sig"))
+        content = parse(text.decode("utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     identity = file_identity(original or path)
@@ -66,9 +70,10 @@ def open_csv(name: str, path: Path, delimiter: str, original: Path | None = None
 
     A record that is not one value for each column is unreadable, and so is every line of one whose quotes are wrong.
     """
-    marks: list[int] = []
-    length = 0
+    marks: list[tuple[int, int]] = []  # the number of a row, and the byte at which its record starts
+    length = previous = 0
     with opened(path) as file:
+        file.seek(len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0)
         records = _records(file, delimiter)
         _, header = next(records, (0, []))
         if isinstance(header, Unreadable):
@@ -76,17 +81,18 @@ def open_csv(name: str, path: Path, delimiter: str, original: Path | None = None
         if not header or len(set(header)) < len(header):
             raise ValueError(f"{name}: its first line must name each column once, it is {delimiter.join(header)!r}")
         for position, _ in records:
-            if length % _MARKS == 0:
-                marks.append(position)
+            if position != previous and length >= len(marks) * _MARK:
+                marks.append((length, position))
+            previous = position
             length += 1
 
     def rows(start: int, stop: int) -> list[Any]:
         if start >= stop:
             return []
         with opened(path) as file:
-            file.seek(marks[start // _MARKS])
-            skipped = start % _MARKS
-            records = itertools.islice(_records(file, delimiter), skipped, skipped + stop - start)
+            first, position = marks[bisect_right(marks, start, key=lambda mark: mark[0]) - 1]
+            file.seek(position)
+            records = itertools.islice(_records(file, delimiter), start - first, stop - first)
             return [_csv_row(header, record) for _, record in records]
 
     return Table(name, file_identity(original or path), length, rows)
@@ -102,21 +108,24 @@ def _csv_row(header: list[str], record: list[str] | Unreadable) -> dict[str, str
 
 
 def _records(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, list[str] | Unreadable]]:
-    """Records with the byte at which each starts; empty lines are none."""
+    """Records with the byte at which each starts; empty lines are none.
+
+    One whose quotes are wrong may hold several, so that each of its lines counts as one.
+    """
     csv.field_size_limit(_LONGEST)
     position = file.tell()
-    lines: list[tuple[int, str]] = []  # of this record, with their positions
+    lines: list[str] = []  # of this record
     errors: list[UnicodeDecodeError] = []
 
     def decoded() -> Iterator[str]:
         nonlocal position
         for line in file:
             try:
-                text = line.decode("utf-8-sig")
+                text = line.decode()
             except UnicodeDecodeError as error:
                 errors.append(error)
                 text = line.decode("utf-8", "replace")
-            lines.append((position, text))
+            lines.append(text)
             position += len(line)
             yield text
 
@@ -124,17 +133,16 @@ def _records(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, list[str] |
     while True:
         lines.clear()
         errors.clear()
+        start = position
         try:
             values = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            # it may hold several records, so that each of its lines counts as one
-            for start, line in lines:
+            for line in lines:
                 yield start, Unreadable(line.rstrip("\r\n"), RowError("not CSV", str(error)))
             continue
         if errors:
-            text = "".join(line for _, line in lines)
-            yield lines[0][0], Unreadable(text.rstrip("\r\n"), RowError("not UTF-8", str(errors[0])))
+            yield start, Unreadable("".join(lines).rstrip("\r\n"), RowError("not UTF-8", str(errors[0])))
         elif values:
-            yield lines[0][0], values
+            yield start, values

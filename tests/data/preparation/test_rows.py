@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.preparation.rows
+import data.preparation.tables
 from data.preparation.conversation import RowError
 from data.preparation.files import open_source
 from data.preparation.rows import JsonLines, Table, Unreadable
@@ -357,7 +358,7 @@ def test_csv_is_text_as_it_stands(tmp_path, small_chunks, ending, delimiter):
 
 
 def test_csv_records_that_are_no_rows(tmp_path):
-    text = b'q,a\n1,2\n3\n4,5,6\n"7"x,8\n9,"\xff"\n"10\n11"z,12\n13,14\n'
+    text = b'q,a\n1,2\n3\n4,5,6\n"7"x,8\n9,"\xff"\n"10\n11"z,12\n13,14\n15,"16'
     (tmp_path / "a.csv").write_bytes(text)
     (table,) = open_source(str(tmp_path / "a.csv"))
     rows = [row for _, row in table.read(0, table.length)]
@@ -370,8 +371,9 @@ def test_csv_records_that_are_no_rows(tmp_path):
         (5, "not UTF-8"),
         (6, "not CSV"),
         (7, "not CSV"),  # each line of a record whose quotes are wrong, for it may hold several
+        (9, "not CSV"),  # a quote that is never closed
     ]
-    assert [row.text for row in rows if isinstance(row, Unreadable)][3:] == ['9,"\ufffd"', '"10', '11"z,12']
+    assert [row.text for row in rows if isinstance(row, Unreadable)][3:] == ['9,"\ufffd"', '"10', '11"z,12', '15,"16']
     for content, why in (
         (b"q,q\n1,2\n", "must name each column once"),
         (b'"q\n1,2\n', "does not name columns: not CSV"),
@@ -379,3 +381,20 @@ def test_csv_records_that_are_no_rows(tmp_path):
         (tmp_path / "b.csv").write_bytes(content)
         with pytest.raises(ValueError, match=rf"b\.csv: its first line {why}"):
             open_source(str(tmp_path / "b.csv"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    content=st.lists(st.sampled_from([b'"', b'""', b",", b"\n", b"\r\n", b"a", b"\xff"]), max_size=40).map(b"".join),
+    mark=st.integers(1, 3),
+    step=st.integers(1, 4),
+)
+def test_csv_is_the_same_from_any_row_on(content, mark, step):
+    with TemporaryDirectory() as folder, mock.patch.object(data.preparation.tables, "_MARK", mark):
+        path = Path(folder, "a.csv")
+        path.write_bytes(b"q,a\n" + content)
+        (table,) = open_source(str(path))
+        found = [row for _, row in table.read(0, table.length)]
+        assert list(map(str, read([table], (1, step)))) == list(map(str, found)) and len(found) == table.length
+        if b'"' not in content:  # then a record is a line
+            assert len(found) == sum(line.strip(b"\r\n") != b"" for line in content.split(b"\n"))
