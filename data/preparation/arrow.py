@@ -100,7 +100,7 @@ def check_schema(name: str, schema: pyarrow.Schema) -> None:
         try:
             _form(field.type)
         except ValueError as error:
-            raise ValueError(f"{name}: column {field.name} is of type {field.type}, which no JSON has") from error
+            raise ValueError(f"{name}: column {field.name} is of type {field.type}, which JSON cannot hold") from error
 
 
 def json_rows(table: pyarrow.Table) -> list[Any]:
@@ -116,7 +116,8 @@ def json_rows(table: pyarrow.Table) -> list[Any]:
     if target.types != table.schema.types:
         table = table.cast(target)
     tidies = {name: tidy for name, (_, tidy) in forms.items() if tidy is not None}
-    return [_tidied(row, tidies) for row in _objects(table)]
+    rows = _objects(table)
+    return [_tidied(row, tidies) for row in rows] if tidies else rows
 
 
 def _objects(table: pyarrow.Table) -> list[Any]:

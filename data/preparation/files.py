@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,7 @@ def open_source(
     """
     try:
         path = Path(os.path.expanduser(name))
-        if path.is_file():
+        if path.exists() and not path.is_dir():
             return [_open_file(name, path, scratch)]
         if path.is_dir() and not _is_saved(path) and (config or split):
             raise ValueError(
@@ -55,8 +56,6 @@ def open_source(
             )
         if (listed := _list(name)) is not None:
             return [_open_file(str(file), file, scratch) for file in listed[0]]
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{name}: neither a file nor a directory; write what comes through a pipe to a file first")
         return [_open_dataset(name, config, split)]
     except OSError as error:
         raise ValueError(f"{error.filename or name}: {error.strerror or error}") from error
@@ -121,7 +120,7 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _kind(path: Path) -> tuple[str, str] | None:
-    """The suffix that says how a file is read, and what it is compressed with or nothing."""
+    """The suffix that says how a file is read, and what it is compressed with (or nothing); None for other files."""
     suffix = path.suffix.lower()
     inner = Path(path.stem).suffix.lower()
     if suffix in _COMPRESSED:
@@ -130,13 +129,12 @@ def _kind(path: Path) -> tuple[str, str] | None:
 
 
 def _open_file(name: str, path: Path, scratch: Path | None) -> JsonLines | Table:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{name}: neither a file nor a directory; write what comes through a pipe to a file first")
     kind = _kind(path)
     if kind is None:
         raise ValueError(f"{name}: unknown kind of file, known are {_KNOWN}")
     suffix, compression = kind
-    if not path.is_file():
-        path.stat()  # raises for a link to nothing
-        raise ValueError(f"{name}: neither a file nor a directory; write what comes through a pipe to a file first")
     with opened(path) as file:
         if not file.read(1):
             raise ValueError(f"{name}: the file is empty")
@@ -234,6 +232,6 @@ def _open_dataset(name: str, config: str | None, split: str | None) -> Table:
         data = data[split]
     fingerprint = getattr(data, "_fingerprint", None) or os.urandom(8).hex()
     identity = f"{name} {config} {split} {len(data)} {fingerprint}"
-    columns = data.with_format("arrow")  # as stored: decoding pictures or sound is nothing for rows of text
+    columns = data.with_format("arrow")  # as stored: rows of text need no picture or sound decoded
     check_schema(name, columns[:0].schema)
     return Table(name, identity, len(data), lambda start, stop: json_rows(columns[start:stop]))
