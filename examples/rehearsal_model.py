@@ -3,25 +3,33 @@
 python examples/rehearsal_model.py --sources rows.jsonl --output MODEL [--vocab-size 4096 --hidden-size 256 ...]
 """
 
+import itertools
 import json
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
 from data.preparation.conversation import RowError
-from data.preparation.formats import Fields, to_conversation
+from data.preparation.files import open_source
+from data.preparation.formats import Fields, RowReader
+from data.preparation.rows import JsonLines, Table, Unreadable
 
 
 @dataclass(frozen=True, kw_only=True)
 class RehearsalOptions:
     """Shape of the model; what is not given comes from the demo's model.json."""
 
-    sources: tuple[Path, ...]
-    """JSONL files whose conversations the tokenizer learns from."""
+    sources: tuple[str, ...]
+    """Files, directories or hub names, as for prepare_data.py, whose conversations the tokenizer learns from."""
     output: Path
     """Hugging Face directory to make."""
+    format: str = "auto"
+    """The format of the rows, where it is not to be recognised."""
+    fields: Fields = field(default_factory=Fields)
     vocab_size: int = 4096
     hidden_size: int = 256
     intermediate_size: int = 768
@@ -32,26 +40,45 @@ class RehearsalOptions:
     seed: int = 0
 
 
-def texts(sources: tuple[Path, ...]):
-    """Yields the contents of every message of every usable row."""
-    for source in sources:
-        with open(source, encoding="utf-8") as file:
-            for line in file:
+def texts(files: list[JsonLines | Table], reader: RowReader, dropped: Counter[str]) -> Iterator[str]:
+    """Yields the text of every usable row, and counts the others by their reasons."""
+    for file in files:
+        for start, stop in file.chunks(None)[0]:
+            for _, row in file.read(start, stop):
                 try:
-                    conversation = to_conversation(json.loads(line), Fields(), None)
-                except (RowError, ValueError):
+                    if isinstance(row, Unreadable):
+                        raise row.error
+                    conversation = reader(row)
+                except RowError as error:
+                    dropped[error.reason] += 1
                     continue
-                yield "\n".join(f"{turn['role']}\n{turn.get('content') or ''}" for turn in conversation.messages)
+                turns = (f"{turn['role']}\n{turn['content']}" for turn in conversation.messages)
+                yield "\n".join(turns) if conversation.text is None else conversation.text
 
 
 def make_model(options: RehearsalOptions) -> None:
     """Trains the tokenizer, draws the weights, writes the directory."""
+    try:
+        files = [file for source in options.sources for file in open_source(source)]
+    except ValueError as error:
+        raise ValueError(f"--sources {error}") from error
+    dropped: Counter[str] = Counter()
+    rows = texts(files, RowReader(format=options.format, fields=options.fields), dropped)
+    first = next(rows, None)  # before the libraries that make models are loaded
+    if first is None:
+        reasons = ", ".join(f"{count:,} x {reason}" for reason, count in dropped.items())
+        raise ValueError(
+            f"--sources {' '.join(options.sources)}: no row can be used ({reasons or 'there are none'}):"
+            " name their --format, or their columns with --fields.*"
+        )
     from transformers import AutoModelForCausalLM
 
     from examples.demo.model import train_tokenizer, write_model
 
     fields = json.loads((Path(__file__).parent / "demo" / "model.json").read_text(encoding="utf-8"))
-    tokenizer = train_tokenizer(texts(options.sources), options.vocab_size)
+    tokenizer = train_tokenizer(itertools.chain([first], rows), options.vocab_size)
+    for reason, count in dropped.items():
+        print(f"left out {count:,} rows: {reason}")
     fields |= {
         "vocab_size": options.vocab_size,
         "hidden_size": options.hidden_size,

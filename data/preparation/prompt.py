@@ -1,83 +1,173 @@
-"""Prompt files: a template with `{problem}`-style fields that makes the messages before the answer."""
+"""Prompts: text with `{problem}`-style fields around a row's question, and what may stand before it.
 
+A prompt is a file of text (the user's turn), a YAML file or a mapping with `user` and, if wanted, `system` and
+`examples`. `{name}` is a column of the row, `{}` its question; `{{` and `}}` are literal braces, and so is an
+empty pair after a LaTeX command, as in `\\boxed{}`.
+"""
+
+import functools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-# `{{` and `}}` are literal braces; a lone brace, as in \boxed{}, is left as it is
-_FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}")
-# names of one thing, so that one prompt file serves training and evaluation
+from data.preparation.columns import listing, nearest
+from data.preparation.values import described
+
+PROMPTS = Path(__file__).parents[2] / "examples" / "prompts"  # prompts that go by their names
+_SUFFIXES = (".txt", ".yaml", ".yml")
+# literal braces; a LaTeX command with empty groups; a field
+_FIELD = re.compile(r"(\{\{|\}\})|(\\[A-Za-z]+\*?(?:\{\})+)|\{([A-Za-z_][A-Za-z0-9_]*)?\}")
+# names of one thing, so that one prompt serves training and evaluation
 QUESTIONS = ("problem", "question", "input")
 ANSWERS = ("output", "generated_solution", "solution", "answer")
+_DERIVED = "total_code_executions"
 _EXECUTIONS = re.compile(r"Remaining code executions: (\d+)")
 _NO_EXECUTIONS = "You have run out of code executions!"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A user turn with fields and, if `system` is not None, a system turn with fields."""
+    """A user turn with fields, a system turn with fields if `system` is not None, and answered turns between them."""
 
     user: str
     system: str | None = None
+    examples: tuple[tuple[str, str], ...] = ()  # (user, assistant), as they stand: braces mean nothing there
 
-    def messages(self, row: dict[str, Any]) -> list[dict[str, str]]:
-        """The system turn, if there is one, and the user turn for a row.
+    @property
+    def fields(self) -> frozenset[str]:
+        """The columns that the prompt names; "" is the question."""
+        return frozenset((*_fields(self.user), *_fields(self.system or "")))
 
-        Raises ValueError where the prompt names a field that the row does not have.
+    def messages(self, row: dict[str, Any], question: str | None = None) -> list[dict[str, str]]:
+        """The turns before the answer: the system's if there is one, the examples, the user's with the row's fields.
+
+        `question` names the column of the question where it has none of the usual names. Raises ValueError where the
+        prompt names a field that the row does not have.
         """
-        turns = [("system", self.system)] if self.system is not None else []
-        return [{"role": role, "content": _fill(text, row)} for role, text in [*turns, ("user", self.user)]]
+        return self.turns(row, None if question is None else row.get(question))
+
+    def turns(self, row: dict[str, Any], question: Any = None, answer: str | None = None) -> list[dict[str, str]]:
+        """The same for a row whose question and answer are known."""
+        turns = [] if self.system is None else [("system", _fill(self.system, row, question, answer))]
+        for asked, answered in self.examples:
+            turns += [("user", asked), ("assistant", answered)]
+        turns.append(("user", _fill(self.user, row, question, answer)))
+        return [{"role": role, "content": content} for role, content in turns]
 
 
-def load_prompt(path: str | Path) -> Prompt:
-    """A prompt from a text file (the user turn) or a YAML file with `user` and, if wanted, `system`.
+def load_prompt(prompt: str | Path | Mapping[str, Any] | Prompt) -> Prompt:
+    """A prompt by its name in `PROMPTS`, from a file, from a mapping, or a checked one. Raises ValueError.
 
-    Newlines at the end of a text file are the editor's, not the prompt's. Raises ValueError.
+    Newlines at the end of a text file are the editor's, not the prompt's. A prompt must name a field: without one
+    every row would lose its question.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"--prompt {path}: there is no such file")
-    text = path.read_text(encoding="utf-8")
+    if isinstance(prompt, Prompt):
+        return _checked(prompt, "prompt")
+    if isinstance(prompt, Mapping):
+        return _from_parts(prompt, "prompt")
+    path = find_prompt(prompt)
+    label = f"--prompt {path}"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{label}: not UTF-8 at byte {error.start}: save the file in this encoding") from error
     if path.suffix not in (".yaml", ".yml"):
         if not text.strip():
-            raise ValueError(f"--prompt {path}: the file is empty")
-        return Prompt(user=text.rstrip("\r\n"))
+            raise ValueError(f"{label}: the file is empty")
+        return _checked(Prompt(user=text.rstrip("\r\n")), label)
     try:
         parts = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"--prompt {path}: not YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(parts, dict) or not set(parts) <= {"system", "user"} or "user" not in parts:
-        raise ValueError(f"--prompt {path}: a YAML prompt has the keys `user` and, if wanted, `system`, and no others")
-    if not all(isinstance(part, str) for part in parts.values()):
-        raise ValueError(f"--prompt {path}: `user` and `system` must be text (quote them, or use `|`)")
-    return Prompt(**parts)
+        raise ValueError(f"{label}: not YAML ({str(error).splitlines()[0]})") from error
+    return _from_parts(parts, label)
 
 
-def _fill(text: str, row: dict[str, Any]) -> str:
+def find_prompt(prompt: str | Path) -> Path:
+    """The file of a path, or of a name in `PROMPTS`. Raises ValueError where there is neither."""
+    path = Path(prompt)
+    if path.is_file():
+        return path
+    named = [PROMPTS / f"{prompt}{suffix}" for suffix in ("", *_SUFFIXES)]
+    if found := next((file for file in named if file.is_file()), None):
+        return found
+    known = sorted({file.stem for file in PROMPTS.glob("*") if file.suffix in _SUFFIXES})
+    raise ValueError(
+        f"--prompt {prompt}: there is no such file, and no prompt of this name{nearest([str(prompt)], known)};"
+        f" known are {', '.join(known) or 'none'}"
+    )
+
+
+def _from_parts(parts: Any, label: str) -> Prompt:
+    known = {"user", "system", "examples"}
+    if not isinstance(parts, Mapping) or not set(parts) <= known or "user" not in parts:
+        raise ValueError(f"{label}: a prompt has the key `user` and, if wanted, `system` and `examples`, and no others")
+    texts = [parts["user"], parts.get("system") if parts.get("system") is not None else ""]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{label}: `user` and `system` must be text (quote them, or use `|`)")
+    examples = parts.get("examples") or []
+    if not isinstance(examples, list) or not all(map(_is_example, examples)):
+        raise ValueError(f"{label}: `examples` must be a list of {{user, assistant}}, each of them text")
+    answered = tuple((example["user"], example["assistant"]) for example in examples)
+    return _checked(Prompt(parts["user"], parts.get("system"), answered), label)
+
+
+def _is_example(example: Any) -> bool:
+    if not isinstance(example, Mapping) or set(example) != {"user", "assistant"}:
+        return False
+    return all(isinstance(text, str) and text.strip() for text in example.values())
+
+
+def _checked(prompt: Prompt, label: str) -> Prompt:
+    """The prompt, if it says which part of a row it takes, and says it once."""
+    named = [*_fields(prompt.system or ""), *_fields(prompt.user)]
+    doubled = "write {{}} where braces are meant"
+    if not set(named) - {_DERIVED}:
+        raise ValueError(f"{label} names no field: write {{}} or {{problem}} where the question of a row belongs")
+    if named.count("") > 1:
+        raise ValueError(f"{label} has {{}} {named.count('')} times, and it is the question: keep one, {doubled}")
+    if "" in named and (others := sorted({*named} & {*QUESTIONS})):
+        raise ValueError(f"{label} has {{}} and {{{others[0]}}}, and both are the question: keep one, {doubled}")
+    return prompt
+
+
+@functools.cache
+def _fields(text: str) -> tuple[str, ...]:
+    """The fields of a text in their order; "" is the question."""
+    matches = (match.groups() for match in _FIELD.finditer(text))
+    return tuple(name or "" for brace, command, name in matches if not brace and not command)
+
+
+def _fill(text: str, row: dict[str, Any], question: Any, answer: str | None) -> str:
     def replace(match: re.Match) -> str:
-        name = match.group(1)
-        return match.group()[0] if name is None else _field(name, row)
+        brace, command, name = match.groups()
+        if brace or command:
+            return brace[0] if brace else command
+        return _field(name or "", row, question, answer)
 
     return _FIELD.sub(replace, text)
 
 
-def _field(name: str, row: dict[str, Any]) -> str:
+def _field(name: str, row: dict[str, Any], question: Any, answer: str | None) -> str:
     """The text of a field: the row's own, or the question under its other names, or a derived one."""
-    value = row.get(name)
-    if value is None and name in QUESTIONS:
+    value = row.get(name) if name else None
+    if value is None and (not name or name in QUESTIONS):
         others = [row[other] for other in QUESTIONS if row.get(other) is not None]
-        value = others[0] if len(others) == 1 else None
-    if value is None and name == "total_code_executions":
-        value = total_code_executions(row)
+        value = question if question is not None else others[0] if len(others) == 1 else None
+    if value is None and name == _DERIVED:
+        value = total_code_executions(row if answer is None else {ANSWERS[0]: answer})
     if value is None:
         raise ValueError(
-            f"the prompt asks for {{{name}}}, the row has {', '.join(map(str, row)) or 'no fields'}"
+            f"the prompt asks for {{{name}}}, the row has {listing(row) or 'no fields'}{nearest([name], row)}"
             f" (write {{{{{name}}}}} where braces are meant)"
         )
-    return str(value)
+    try:
+        return str(value)
+    except RecursionError:
+        raise ValueError(f"{{{name}}} of the prompt is {described(value)} that is nested too deeply") from None
 
 
 def total_code_executions(row: dict[str, Any]) -> int | None:

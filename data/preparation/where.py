@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
+from data.preparation.columns import listing, nearest
 from data.preparation.conversation import RowError
 
 # What an expression may call beside methods of its values.
@@ -32,17 +33,15 @@ class Where:
     def __call__(self, row: Any) -> bool:
         """Whether a row meets every condition; RowError for a row that one of them fails on."""
         if not isinstance(row, dict):
-            return True  # `to_conversation` refuses it
+            return True  # what makes conversations of rows refuses it
         for expression, code in zip(self.expressions, self.codes, strict=True):
             names = {**row, **FUNCTIONS, "tokens": self.tokens, "row": row, "__builtins__": {}}
             try:
                 if not eval(code, names):  # the user's own expression
                     return False
             except NameError as error:
-                columns = ", ".join(map(str, row)) or "no columns"
-                raise RowError(
-                    "--where could not be evaluated", f"{expression}: {error}; the row has {columns}"
-                ) from error
+                there = f"the row has {listing(row) or 'no columns'}{nearest([str(error.name)], row)}"
+                raise RowError("--where could not be evaluated", f"{expression}: {error}; {there}") from error
             except Exception as error:
                 why = f"{expression}: {type(error).__name__}: {error}"
                 raise RowError("--where could not be evaluated", why) from error

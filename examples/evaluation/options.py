@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data.preparation.prompt import load_prompt
+
 
 class EvaluationError(ValueError):
     """A mistake of the user's; its text is the one sentence that is shown."""
@@ -22,7 +24,7 @@ class EvaluationOptions:
     split: str | None = None
     """The split of a hub data set."""
     prompt: Path | None = None
-    """The prompt file the model was trained with: text with {problem}-style fields, or YAML."""
+    """The prompt the model was trained with: a name in examples/prompts/, or a file of text or YAML."""
     chat_template: Path | None = None
     """A .jinja file, for models that ship without a chat template."""
     answer_field: str | None = None
@@ -69,10 +71,13 @@ def check_options(options: EvaluationOptions) -> None:
             f"--num-samples {options.num_samples} would give the same greedy answer each time: "
             "add --temperature 0.7, or leave --num-samples out"
         )
-    for name in ("prompt", "chat_template"):
-        path = getattr(options, name)
-        if path is not None and not path.is_file():
-            raise EvaluationError(f"{flag(name)} {path}: there is no such file")
+    if options.prompt is not None:
+        try:
+            load_prompt(options.prompt)
+        except ValueError as error:
+            raise EvaluationError(str(error)) from error
+    if options.chat_template is not None and not options.chat_template.is_file():
+        raise EvaluationError(f"--chat-template {options.chat_template}: there is no such file")
     _check_model(options.model)
 
 

@@ -27,10 +27,7 @@ def load_questions(options: EvaluationOptions) -> list[Question]:
     Raises `EvaluationError`, naming the row (counted from 1), where a row has no problem or no right answer.
     """
     rows = _read_rows(options)
-    try:
-        prompt = load_prompt(options.prompt) if options.prompt else None
-    except ValueError as error:
-        raise EvaluationError(str(error)) from error
+    prompt = load_prompt(options.prompt) if options.prompt else None  # `check_options` has read it once
     questions = []
     for index, row in enumerate(rows):
         where = f"--data {options.data}, row {index + 1}"

@@ -1,0 +1,61 @@
+"""What other columns of a row add to its conversation: a system's turn, tools, arguments for the template."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from data.preparation.columns import Columns
+from data.preparation.conversation import Messages, RowError
+from data.preparation.tool_calls import CALLS, OUTPUT, read_tools
+from data.preparation.values import described, from_json, is_blank, shown
+
+_SYSTEM, _TOOLS, _TEMPLATE_ARGS = ("system", "system_prompt"), ("tools", "functions"), "chat_template_kwargs"
+# in a row that takes nothing from one of these, something would be lost
+ADDING = (*_SYSTEM, *_TOOLS, _TEMPLATE_ARGS, CALLS, OUTPUT)
+_OTHERS = ("messages", "tools", "documents", "add_generation_prompt")  # a template gets these from the encoder
+
+
+def missing_system(columns: Columns, messages: Messages, given: str | None, taken: Iterable[str]) -> str | None:
+    """The system's turn that the messages lack: the one `given` to all rows, or that of a column.
+
+    `taken` are columns that have their place already. Raises RowError where the messages have another one.
+    """
+    own = messages[0]["content"] if messages[0]["role"] in ("system", "developer") else None
+    if own is not None and given not in (None, own):
+        raise RowError(
+            "two system turns",
+            f"--system is {shown(given)}, and the row has {shown(own)}: give --system to rows that have none",
+        )
+    text = given if own is None else own
+    column = _first(columns, [name for name in _SYSTEM if name not in taken])
+    if column is not None and text in (None, columns.row[column]):
+        text = columns.text(column)
+    return text if own is None else None
+
+
+def tools_of(columns: Columns) -> list[dict[str, Any]] | None:
+    """The row's tools, None where it has none. Raises RowError."""
+    column = _first(columns, _TOOLS)
+    return None if column is None else read_tools(columns.take(column), column)
+
+
+def template_args_of(columns: Columns) -> dict[str, Any] | None:
+    """What the row gives the chat template beside messages and tools, None for nothing. Raises RowError."""
+    value = columns.take(_TEMPLATE_ARGS)
+    if is_blank(value):
+        return None
+    reason = f"malformed {_TEMPLATE_ARGS}"
+    if isinstance(value, str):
+        value = from_json(value, reason, _TEMPLATE_ARGS)
+    if not isinstance(value, dict):
+        raise RowError(reason, f"{_TEMPLATE_ARGS} is {described(value)}, an object is needed")
+    if others := [name for name in _OTHERS if name in value]:
+        raise RowError(reason, f"{_TEMPLATE_ARGS} sets {', '.join(others)}, which it may not")
+    return value
+
+
+def _first(columns: Columns, names: Iterable[str]) -> str | None:
+    """The first of these columns that says something; those that say nothing count as used."""
+    names = [name for name in names if name in columns.row]
+    said = [name for name in names if not is_blank(columns.row[name])]
+    columns.used.update(name for name in names if name not in said)
+    return said[0] if said else None
