@@ -2,6 +2,7 @@
 
     python checkpoint_tools/average_steps.py --run RUN --steps 7500,15000 --output OUT [--format mcore|hf]
         [--dtype source|bf16|fp32] [--num-workers N]
+    python checkpoint_tools/average_steps.py recipe.yaml     (what its `average:` section says)
 
 The fp32 master weights are averaged where a checkpoint has them, else the model's weights. Memory depends
 neither on the number of steps nor on the size of the tensors.
@@ -116,4 +117,4 @@ def _complete_checkpoint(partial: Path, opened: Sequence[Checkpoint], dtype: tor
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, sys.argv[1:]))
+    sys.exit(run_script(main, sys.argv[1:], section="average"))

@@ -5,9 +5,11 @@ They import torch within their functions, after the command line: `--help` and a
 
 from __future__ import annotations
 
+import inspect
 import math
 import signal
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +27,7 @@ from rich.progress import (
 )
 
 from engine.checkpointing.workers import Advance, Bar
+from engine.cli import convert, read_section, take_files, unknown
 from models.description import ModelDescription
 
 if TYPE_CHECKING:
@@ -56,18 +59,35 @@ def total_bytes(description: ModelDescription, dtype: torch.dtype) -> int:
     return sum(math.prod(rule.shape) * dtype.itemsize for rule in description.rules)
 
 
-def run_script(main: Callable[..., int | None], arguments: list[str]) -> int:
-    """Run a script's function from its command line; a user's mistake is one sentence and exit status 2."""
+def run_script(main: Callable[..., int | None], arguments: list[str], section: str = "") -> int:
+    """Run a script's function from its command line; a user's mistake is one sentence and exit status 2.
+
+    With a `section`, recipes may stand before the flags; what that section of theirs says holds where no flag does.
+    """
     # As an exception, so that a terminated job removes its partial output.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        return tyro.cli(main, args=arguments) or 0
+        files, flags = take_files(arguments) if section else ([], arguments)
+        if files:
+            main = partial(main, **_values(main, read_section(files, section), section))
+        return tyro.cli(main, args=flags) or 0
     except (ValueError, OSError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         if isinstance(error, OSError) and error.filename:
             text = f"{text}: {error.filename}"
         print(f"error: {text}", file=sys.stderr)
         return 2
+
+
+def _values(main: Callable[..., int | None], given: dict[str, Any], section: str) -> dict[str, Any]:
+    """A section's values as the parameters of the script's function; ValueError for a key that is none of them."""
+    known, values = list(inspect.signature(main).parameters), {}
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(unknown(f"{section}.{name}", [f"{section}.{one}" for one in known], "recipe key"))
+        text = ",".join(map(str, value)) if isinstance(value, list) else value
+        values[name] = convert(text, typing.get_type_hints(main)[name], f"{section}.{name}")
+    return values
 
 
 @contextmanager

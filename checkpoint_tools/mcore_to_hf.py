@@ -2,6 +2,7 @@
 
 python checkpoint_tools/mcore_to_hf.py --checkpoint CKPT --output HF [--dtype source|bf16|fp32|mxfp4]
     [--max-sequence-length N] [--num-workers N]
+python checkpoint_tools/mcore_to_hf.py recipe.yaml     (what its `to_hf:` section says)
 """
 
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoint_tools.common import bar, run_script
-from engine.checkpointing.directory import HF, complete_or_absent
+from engine.checkpointing.directory import HF, complete_or_absent, find_latest
 from engine.checkpointing.workers import worker_count
 
 
@@ -23,7 +24,7 @@ def main(
     """Convert a checkpoint into a Hugging Face directory.
 
     Args:
-        checkpoint: a step directory.
+        checkpoint: a step directory, or a run's directory for its latest checkpoint.
         output: the directory to make; it must not exist, or be empty.
         dtype: of the weights; source is what the original model had, fp32 uses fp32 master weights if any, mxfp4
             writes MXFP4 again where the base model had it, where that loses nothing.
@@ -33,6 +34,8 @@ def main(
     if max_sequence_length is not None and max_sequence_length < 1:
         raise ValueError(f"--max-sequence-length {max_sequence_length}: give a positive number of tokens")
     workers = worker_count(num_workers)
+    latest = find_latest(checkpoint)
+    checkpoint = latest.directory if latest else checkpoint
     import torch
 
     from engine.checkpointing.hf_export import Export, dtype_name, dtype_of, export, open_checkpoint
@@ -61,4 +64,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, sys.argv[1:]))
+    sys.exit(run_script(main, sys.argv[1:], section="to_hf"))

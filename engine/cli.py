@@ -8,6 +8,7 @@ import fnmatch
 import sys
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import tyro
 import yaml
 
 from engine.config import RunConfig
+
+SECTIONS = ("prepare", "average", "to_hf", "evaluate")  # of a recipe, for those commands; other keys are the run's
 
 # Fields that --mcore does not take, by pattern: what the layout, the precision and the exactness of losses and resumes
 # rest on; what the model's weights were trained with; and what Lathe's layers would ignore, or get wrong.
@@ -59,14 +62,20 @@ def parse_run(arguments: list[str], defaults: RunConfig | None = None) -> RunCon
 
     A wrong flag ends the process with tyro's message, which names the nearest flags.
     """
-    arguments = list(arguments)
     config = defaults or RunConfig()
-    while arguments and not arguments[0].startswith("-"):
-        config = merge(config, read_recipe(Path(arguments.pop(0))))
+    files, arguments = take_files(arguments)
+    for file in files:
+        config = merge(config, read_recipe(file))
     arguments, extra = take_mcore(arguments)
     config = dataclasses.replace(config, mcore={**config.mcore, **extra})
     parsed = tyro.cli(RunConfig, args=arguments, default=config, prog=Path(sys.argv[0]).name)
     return dataclasses.replace(parsed, mcore=config.mcore)
+
+
+def take_files(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The YAML files that stand before the first flag, and the rest of the arguments."""
+    count = next((place for place, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    return [Path(word) for word in arguments[:count]], list(arguments[count:])
 
 
 def dump_run(config: RunConfig) -> str:
@@ -78,40 +87,86 @@ def dump_run(config: RunConfig) -> str:
 
 
 def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Reads a YAML file; its `base: FILE` (beside it) is read first and overlaid."""
+    """Reads a YAML file; its `base: FILE`, or list of files beside it, is read first and overlaid."""
     if not path.is_file():
         raise ValueError(f"{path}: there is no such recipe file")
     if path.resolve() in seen:
         raise ValueError(f"{path}: recipes name each other as base")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; save it in that encoding") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values, like the flags without their dashes")
-    base = content.pop("base", None)
-    if base is None:
-        return content
-    return _overlay(read_recipe(path.parent / base, (*seen, path.resolve())), content)
+    bases = content.pop("base", None) or []
+    below: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        below = overlay(below, read_recipe(path.parent / str(base), (*seen, path.resolve())))
+    return overlay(below, content)
 
 
-def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def read_section(files: Sequence[Path], name: str) -> dict[str, Any]:
+    """A section of a recipe (of several files the later wins), over what the run's own keys say of its paths.
+
+    Data are prepared for `model` into `data`; checkpoints of `output` are averaged into its folder `average`, or the
+    latest exported into `final`; what came of that is evaluated into `evaluation`. Raises ValueError where the recipe
+    has no such section.
+    """
+    recipe: dict[str, Any] = {}
+    for file in files:
+        recipe = overlay(recipe, _underscored(read_recipe(file)))
+    if not isinstance(recipe.get(name), dict):
+        there = ", ".join(one for one in SECTIONS if isinstance(recipe.get(one), dict)) or "none"
+        raise ValueError(f"{files[-1]} has no section `{name}:` with keys of its own; its sections: {there}")
+    return _implied(recipe, name) | _underscored(recipe[name])
+
+
+def _implied(recipe: dict[str, Any], name: str) -> dict[str, Any]:
+    run, data = recipe.get("output"), recipe.get("data") or []
+    if name == "prepare":
+        data = data if isinstance(data, list) else [data]
+        return {"model": recipe.get("model")} | ({"output": data[0]} if len(data) == 1 else {})
+    if run is None:
+        return {}
+    if name == "evaluate":
+        made = "average" if isinstance(recipe.get("average"), dict) else "to_hf"
+        model = (_implied(recipe, made) | (recipe.get(made) or {}))["output"]
+        return {"model": model, "output": f"{run}/evaluation"}
+    flag, folder = ("run", "average") if name == "average" else ("checkpoint", "final")
+    return {flag: run, "output": f"{run}/{folder}"}
+
+
+def _underscored(keys: dict[str, Any]) -> dict[str, Any]:
+    return {str(key).replace("-", "_"): value for key, value in keys.items()}
+
+
+def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """One mapping over another, key by key."""
     result = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = _overlay(result[key], value) if both else value
+        result[key] = overlay(result[key], value) if both else value
     return result
 
 
 def merge(config: Any, values: dict[str, Any], where: str = "") -> Any:
-    """Puts a recipe's values over a dataclass; ValueError for a key it has not, naming the nearest."""
+    """Puts a recipe's values over a dataclass; ValueError for a key it has not, naming the nearest.
+
+    Where no prefix `where` is given the values are a whole recipe's, and its sections are left alone.
+    """
+    sections = () if where else SECTIONS
     fields = {field.name: field for field in dataclasses.fields(config)}
     hints = typing.get_type_hints(type(config), include_extras=False)
     changes = {}
     for raw, value in values.items():
         name = str(raw).replace("-", "_")
+        if name in sections:
+            continue
         if name not in fields:
-            raise ValueError(_unknown(f"{where}{raw}", [f"{where}{known}" for known in fields], "recipe key"))
+            known = [f"{where}{one}" for one in (*fields, *sections)]
+            raise ValueError(unknown(f"{where}{raw}", known, "recipe key"))
         current = getattr(config, name)
         if value is None and not _takes_none(hints[name]):
             raise ValueError(f"recipe key {where}{raw} has no value; leave it out for its default, {current!r}")
@@ -180,13 +235,14 @@ def check_mcore(name: str, value: Any) -> Any:
 
     known = [field.name for field in dataclasses.fields(TransformerConfig)]
     if name not in known:
-        raise ValueError(_unknown(f"mcore.{name}", [f"mcore.{field}" for field in known], "flag"))
+        raise ValueError(unknown(f"mcore.{name}", [f"mcore.{field}" for field in known], "flag"))
     for pattern, reason in _REASONS.items():
         if fnmatch.fnmatchcase(name, pattern):
             raise ValueError(f"--mcore.{name} {reason}")
     return value
 
 
-def _unknown(name: str, known: list[str], kind: str) -> str:
+def unknown(name: str, known: list[str], kind: str) -> str:
+    """The sentence about a name that is not known."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     return f"unknown {kind} {name}; the nearest is {nearest[0]}"

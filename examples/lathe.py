@@ -1,4 +1,7 @@
-"""One entry beside the scripts: `lathe COMMAND ...` is the script of that command with the flags that follow."""
+"""One entry beside the scripts: `lathe COMMAND ...` is the script of that command with the flags that follow.
+
+A recipe may stand before the flags of prepare, train, average, to-hf and evaluate: each reads what is its own there.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ COMMANDS = {
 
 def usage() -> str:
     lines = [f"  {command:<10}{does}" for command, (_, does) in COMMANDS.items()]
-    return "\n".join(["usage: lathe COMMAND [flags], and lathe COMMAND --help for its flags", "", *lines])
+    return "\n".join(["usage: lathe COMMAND [recipe.yaml] [flags], and lathe COMMAND --help for its flags", "", *lines])
 
 
 def take_processes(arguments: list[str]) -> tuple[int | None, list[str]]:
@@ -79,8 +82,10 @@ def main(arguments: list[str] | None = None) -> int:
     sys.argv[0] = f"lathe {command}"  # which help and errors show
     if module.__name__.startswith("checkpoint_tools."):
         from checkpoint_tools.common import run_script
+        from engine.cli import SECTIONS
 
-        return run_script(module.main, rest)
+        section = command.replace("-", "_")
+        return run_script(module.main, rest, section=section if section in SECTIONS else "")
     return module.main(rest)
 
 
