@@ -25,8 +25,10 @@ class EvaluationOptions:
     """The split of a hub data set."""
     prompt: Path | None = None
     """The prompt the model was trained with: a name in examples/prompts/, or a file of text or YAML."""
+    system: str | None = None
+    """A system turn of this text, instead of the row's or the template's default; "" for an empty one."""
     chat_template: Path | None = None
-    """A .jinja file, for models that ship without a chat template."""
+    """A name in examples/chat_templates/ or a .jinja file, for models that ship without a chat template."""
     answer_field: str | None = None
     """The field with the right answer, where it has another name than expected_answer, answer or solution."""
     limit: int | None = None

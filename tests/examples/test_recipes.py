@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -12,16 +12,19 @@ import pytest
 import torch
 import yaml
 
-from engine.cli import parse_run
+from data.preparation.where import Where
+from engine.cli import parse_run, read_section
 from engine.config import RunConfig
 from engine.rehearsal.memory import StageMemory, plan_memory
+from examples.evaluate import read_options
+from examples.evaluation.options import check_options
 from models.hf_config import describe
 from tests.support.full_size import CONFIGS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a plan is made where no GPU is visible")
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "recipes"
-SHARED = {"common", "openmathreasoning"}  # bases that name no model
+SHARED = {"common", "openmathreasoning", "openmathreasoning-round2"}  # bases that name no model
 GIB = 2**30
 
 
@@ -83,9 +86,8 @@ ROUND_2 = [name for name in EXPECTED if name.endswith("round2")]
 
 
 def parse(name: str) -> RunConfig:
-    """The recipe as a user starts it; a second round is given its model."""
-    flags = ["--model", "AVERAGE"] if name in ROUND_2 else []
-    return parse_run([str(FOLDER / f"{name}.yaml"), *flags])
+    """The recipe as a user starts it."""
+    return parse_run([str(FOLDER / f"{name}.yaml")])
 
 
 @cache
@@ -104,7 +106,8 @@ def test_no_recipe_is_left_out():
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_recipe_says_what_the_published_run_did(name):
     config, expected = parse(name), EXPECTED[name]
-    assert config.model == ("AVERAGE" if name in ROUND_2 else f"{config.model.split('/')[0]}/{expected.model}")
+    first_round = f"runs/{name.removesuffix('-round2')}/average"
+    assert config.model == (first_round if name in ROUND_2 else f"{config.model.split('/')[0]}/{expected.model}")
     assert (config.tp, config.cp, config.pp, config.ep) == expected.degrees
     assert (config.seq_len, config.global_batch_size) == expected.batch
     assert (config.steps or config.epochs) == expected.length
@@ -136,6 +139,8 @@ def test_batches_and_optimizers_are_those_of_the_published_runs():
     instruct = parse("openmathinstruct2-llama3.1-8b").optim
     assert (instruct.schedule, instruct.beta1, instruct.beta2, instruct.eps) == ("constant", 0.9, 0.98, 1e-8)
     assert (instruct.weight_decay, instruct.clip_grad) == (0.01, 0)
+    config = parse("openmathinstruct2-llama3.1-8b")
+    assert (config.valid_every, config.valid_at_start, config.checkpoint.keep, config.seed) == (500, True, 0, 42)
     for name in (name for name in EXPECTED if name.startswith("openmathreasoning")):
         config = parse(name)
         rounds = 10 if name in ROUND_2 else 1
@@ -163,7 +168,47 @@ def test_batches_and_optimizers_are_those_of_the_published_runs():
     for name in (name for name in EXPECTED if name.startswith("numinamath")):
         config = parse(name)
         assert (config.batch_unit, config.optim.schedule, config.optim.weight_decay) == ("conversations", "linear", 0.1)
-        assert config.optim.warmup_steps == round(0.03 * 859_494 / config.global_batch_size, -1)
+        assert config.optim.warmup_steps == round(0.03 * (859_494 + 72_441) / config.global_batch_size)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_what_one_command_makes_is_what_the_next_one_takes(name):
+    config, recipe = parse(name), [FOLDER / f"{name}.yaml"]
+    prepared = read_section(recipe, "prepare")
+    assert config.output == Path("runs") / name
+    assert config.data == (prepared["output"],) == (f"runs/{name}/data",)
+    assert config.valid == ((f"runs/{name}/data/valid",) if prepared.get("hold_out") else ())
+    assert prepared["model"] == (None if name in ROUND_2 else config.model)
+    if config.checkpoint.keep:
+        made = read_section(recipe, "to_hf")
+        assert made["checkpoint"] == f"runs/{name}"
+    else:  # all checkpoints stay for the average, or as the source keeps them
+        made = read_section(recipe, "average" if "reasoning" in name else "to_hf")
+    if "reasoning" in name:
+        steps = list(map(int, made["steps"].split(",")))
+        assert steps == list(range(config.checkpoint.every, config.steps + 1, config.checkpoint.every))
+        assert (made["run"], made["format"]) == (f"runs/{name}", "hf")
+    options = read_options([str(*recipe)])
+    assert (options.model, options.output) == (made["output"], Path("runs") / name / "evaluation")
+    check_options(replace(options, model="HUB/NAME"))
+
+
+def test_the_data_of_a_second_round_is_filtered_as_the_guide_recommends():
+    sources = {
+        source["name"]: source.get("where")
+        for source in read_section([FOLDER / "openmathreasoning-qwen2.5-14b-round2.yaml"], "prepare")["sources"]
+    }
+    common = read_section([FOLDER / "openmathreasoning-qwen2.5-14b-round2.yaml"], "prepare")["where"]
+    assert sources == {
+        "cot": [*common, "tokens(generated_solution) >= 5000"],
+        "tir": [*common, "tokens(generated_solution) >= 5000"],
+        "genselect": None,  # those of all sources
+    }
+    row = {"problem_source": "aops_c6_high_school_olympiads", "pass_rate_72b_tir": "0.3"}
+    keep = Where(tuple(common), len)
+    assert keep(row)
+    assert not keep(row | {"pass_rate_72b_tir": "n/a"}) and not keep(row | {"pass_rate_72b_tir": "0.31"})
+    assert not keep(row | {"problem_source": "aops_c4_high_school_math"})
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
