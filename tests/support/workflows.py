@@ -1,4 +1,4 @@
-"""Made-up rows in the shapes of the published data sets, and small files and models in the place of what recipes name."""
+"""Made-up rows in the shapes of published data sets, and small files and models in the place of what recipes name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def instruct(number: int) -> dict[str, Any]:
 def _reasoning(number: int, solution: str, problem: str, mode: str) -> dict[str, Any]:
     """A hard row is every twentieth, and so long that a second round takes it: each character is a token or less."""
     hard = number % 20 == 0
-    thinking = "so on, " * 1800 if hard and mode != "genselect" else "so on. "
+    thinking = "so on, " * 800 if hard and mode != "genselect" else "so on. "
     return {
         "expected_answer": str(number),
         "problem_type": "has_answer_extracted",
