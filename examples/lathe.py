@@ -16,6 +16,7 @@ from examples.flags import take_flag
 # command -> (module, what it does)
 COMMANDS = {
     "prepare": ("examples.prepare_data", "rows of conversations into tokens and supervised spans"),
+    "inspect-data": ("examples.inspect_data", "documents of prepared data, their supervised tokens marked"),
     "train": ("examples.pretrain_sft", "one process, or --nproc N of them on this node"),
     "average": ("checkpoint_tools.average_steps", "several checkpoints of a run into their mean"),
     "to-hf": ("checkpoint_tools.mcore_to_hf", "a checkpoint into a Hugging Face directory"),
@@ -29,7 +30,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    lines = [f"  {command:<10}{does}" for command, (_, does) in COMMANDS.items()]
+    lines = [f"  {command:<14}{does}" for command, (_, does) in COMMANDS.items()]
     return "\n".join(["usage: lathe COMMAND [recipe.yaml] [flags], and lathe COMMAND --help for its flags", "", *lines])
 
 
