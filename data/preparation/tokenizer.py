@@ -65,13 +65,13 @@ def load_tokenizer(name: str, chat_template: str | Path | None = None, *, needs_
     if model.is_file() and not (Path(name) / "tokenizer.json").is_file():
         _cut_as_sentencepiece(tokenizer, model)
     if chat_template is not None:
-        tokenizer.chat_template = _template_file(chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = template_file(chat_template).read_text(encoding="utf-8")
     elif needs_template or tokenizer.chat_template:
         tokenizer.chat_template = templates_of(tokenizer)
     return tokenizer
 
 
-def _template_file(given: str | Path) -> Path:
+def template_file(given: str | Path) -> Path:
     """The file of a chat template given by its path or by the name of one of the project's own."""
     named = CHAT_TEMPLATES / f"{given}.jinja"
     for file in (Path(given), named):

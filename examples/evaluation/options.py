@@ -78,8 +78,6 @@ def check_options(options: EvaluationOptions) -> None:
             load_prompt(options.prompt)
         except ValueError as error:
             raise EvaluationError(str(error)) from error
-    if options.chat_template is not None and not options.chat_template.is_file():
-        raise EvaluationError(f"--chat-template {options.chat_template}: there is no such file")
     _check_model(options.model)
 
 

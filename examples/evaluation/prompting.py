@@ -29,13 +29,18 @@ def load_tokenizer(options: EvaluationOptions) -> Any:
     """
     from transformers import AutoTokenizer
 
+    from data.preparation.tokenizer import template_file
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
     except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EvaluationError(f"--model {options.model} cannot be loaded: {first}") from error
     if options.chat_template is not None:
-        tokenizer.chat_template = options.chat_template.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = template_file(options.chat_template).read_text(encoding="utf-8")
+        except ValueError as error:
+            raise EvaluationError(str(error)) from error
     if not tokenizer.chat_template:
         raise EvaluationError(f"--model {options.model} has no chat template; give one with --chat-template FILE.jinja")
     return tokenizer
