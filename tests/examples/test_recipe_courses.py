@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -22,6 +24,7 @@ from transformers import AutoTokenizer
 from data.index import DocumentIndex
 from engine.cli import parse_run, read_section
 from engine.run_folder import RunFolder
+from examples.evaluation import grading
 from tests.examples.test_recipes import EXPECTED, FOLDER, ROUND_2
 from tests.support import workflows
 from tests.support.marks import slow
@@ -118,6 +121,26 @@ def toy(name: str, folder: Path) -> Path:
     return path
 
 
+class KeptGrader(grading.Grader):
+    """A grading process that outlives one evaluation: to start one takes seconds. It ends with its parent."""
+
+    asking = False
+
+    def _ask(self, kind: str, gold: str, text: str) -> Any:
+        self.asking = True
+        try:
+            return super()._ask(kind, gold, text)
+        finally:
+            self.asking = False
+
+    def close(self) -> None:
+        if self.asking:  # it hangs, and the next request starts another
+            super().close()
+
+
+keep_grader = functools.cache(KeptGrader)
+
+
 def run_course(path: Path) -> tuple[list[int], str]:
     """The commands of a recipe, one after the other in this process; their statuses and what they said."""
     from examples import lathe, pretrain_sft
@@ -125,7 +148,8 @@ def run_course(path: Path) -> tuple[list[int], str]:
     name, run = str(path), f"runs/{path.stem}"
     before = Path.cwd()
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    patched = mock.patch.object(grading, "Grader", keep_grader)
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), patched:
         os.chdir(path.parent)
         try:
             statuses = [lathe.main(["prepare", name]), pretrain_sft.main([name])]
@@ -245,7 +269,9 @@ def check_export(folder: Path, name: str) -> Path:
     """The model that is evaluated: its tensors, its positions, what it is asked through and where it stops."""
     made = folder / read_section([folder / f"{name}.yaml"], "evaluate")["model"]
     config = json.loads((made / "config.json").read_text())
-    expected = 131072 if "math" in name.removeprefix("openmath") else 65536 if name.startswith("olmo") else 256
+    expected = (
+        131072 if "math" in name.removeprefix("openmath") else 65536 if name.startswith("olmo") else workflows.POSITIONS
+    )
     assert config["max_position_embeddings"] == expected
     if expected == 131072:
         assert config["rope_parameters"]["rope_theta"] == 500000

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.support.golden import golden_tokenizer
 from tests.support.tiny import save_model
 
 ROWS = 200
 QUESTIONS = 4
 VOCABULARY = 384  # room for the tokenizers of tests.support.golden
+POSITIONS = 8192
 HARD = {"problem_source": "aops_c6_high_school_olympiads", "pass_rate_72b_tir": "0.25"}
 EASY = {"problem_source": "aops_c4_high_school_math", "pass_rate_72b_tir": "n/a"}
 
@@ -121,5 +124,6 @@ def write_model(folder: Path, family: str, tokenizer: str, *, template: bool) ->
     if family == "gpt_oss":
         sizes |= {"intermediate_size": 32, "head_dim": 8}
     eos = golden_tokenizer(tokenizer).eos_token_id
-    save_model(family, folder, layers=2, vocab_size=VOCABULARY, eos_token_id=eos, **sizes)
+    sizes |= {"vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "eos_token_id": eos}
+    save_model(family, folder, layers=2, dtype=torch.bfloat16, **sizes)
     return write_tokenizer(folder, tokenizer, template=template)
