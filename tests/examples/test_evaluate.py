@@ -169,6 +169,25 @@ def test_questions_and_gold_answers_of_the_usual_rows(model_dir, tmp_path):
     assert question.gold == "3"
 
 
+def test_a_system_turn_stands_in_the_place_of_the_rows_own(model_dir, data_file, tmp_path):
+    own = [question.messages for question in load_questions(options_for(model_dir, data_file, tmp_path))]
+    assert [len(messages) for messages in own] == [1, 1, 1, 1, 2, 1, 1, 1, 1]
+    for text in ("", "Elm."):
+        given = load_questions(options_for(model_dir, data_file, tmp_path, system=text))
+        system = {"role": "system", "content": text}
+        assert [question.messages for question in given] == [[system, messages[-1]] for messages in own]
+
+
+def test_all_files_of_a_directory_are_asked(model_dir, tmp_path):
+    (tmp_path / "data").mkdir()
+    for number in range(3):
+        row = {"problem": f"q{number}", "answer": number}
+        write_rows(tmp_path / "data" / f"{number}.jsonl", [row, row])
+    for limit, golds in ((None, "001122"), (3, "001"), (5, "00112")):
+        questions = load_questions(options_for(model_dir, tmp_path / "data", tmp_path, limit=limit))
+        assert "".join(question.gold for question in questions) == golds
+
+
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
@@ -265,3 +284,7 @@ def test_no_chat_template_is_refused_and_one_can_be_given(model_dir, data_file, 
     given = build_prompts(load_tokenizer(options), load_questions(options), options)
     options = options_for(model_dir, data_file, tmp_path)
     assert given.ids == build_prompts(load_tokenizer(options), load_questions(options), options).ids
+    ours = load_tokenizer(options_for(bare, data_file, tmp_path, chat_template=Path("chatml"))).chat_template
+    assert ours == (ROOT / "examples" / "chat_templates" / "chatml.jinja").read_text()
+    with pytest.raises(EvaluationError, match=r"--chat-template chatnl: there is no such file, and no template"):
+        load_tokenizer(options_for(bare, data_file, tmp_path, chat_template=Path("chatnl")))
