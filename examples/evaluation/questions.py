@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.preparation.files import open_source
 from data.preparation.prompt import Prompt, load_prompt
-from data.preparation.rows import Unreadable, open_source
+from data.preparation.rows import Unreadable
 from examples.evaluation.extraction import last_boxed, stated_answer
 from examples.evaluation.options import EvaluationError, EvaluationOptions, flag
 
@@ -51,15 +52,22 @@ def dataset_name(data: str) -> str:
 def _read_rows(options: EvaluationOptions) -> list[Any]:
     """All rows, or the first `--limit` of them."""
     try:
-        source = open_source(options.data, split=options.split)
+        files = open_source(options.data, split=options.split)
     except ValueError as error:
         raise EvaluationError(f"--data {str(error).removeprefix('--sources ')}") from error
-    ranges, _ = source.chunks(options.limit)
-    rows = list(source.read(ranges[0][0], ranges[-1][1])) if ranges else []
-    for number, row in rows:
-        if isinstance(row, Unreadable):
-            raise EvaluationError(f"--data {options.data}, line {number + 1} is {row.error}")
-    return [row for _, row in rows]
+    rows: list[Any] = []
+    for file in files:
+        left = None if options.limit is None else options.limit - len(rows)
+        if left == 0:
+            break
+        for start, stop in file.chunks(left)[0]:
+            for number, row in file.read(start, stop):
+                if isinstance(row, Unreadable):
+                    raise EvaluationError(
+                        f"--data {file.name}, line {file.lines(0, start) + number + 1} is {row.error}"
+                    )
+                rows.append(row)
+    return rows
 
 
 def _messages(row: dict[str, Any], prompt: Prompt | None) -> list[dict[str, Any]]:
