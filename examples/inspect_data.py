@@ -144,7 +144,7 @@ def print_dropped(index: Documents, reason: str, options: InspectOptions, consol
 
     dropped = index.meta.get("dropped", {})
     if reason and reason not in dropped:
-        raise ValueError(f"--dropped {reason}: {index.path} has {', '.join(dropped) or 'no dropped rows'}")
+        raise ValueError(f"--dropped {reason}: {index.path} has the reasons {', '.join(dropped) or '(none)'}")
     if not dropped:
         console.print("no row was dropped")
         return
@@ -163,31 +163,27 @@ def print_dropped(index: Documents, reason: str, options: InspectOptions, consol
 def print_summary(index: Documents, console: Console) -> None:
     """Prints what became of the rows, and a table of the sources and of the kinds of rows."""
     from rich.table import Table
+    from rich.text import Text
 
     from data.preparation.measures import read_contents
     from data.preparation.report_parts import percent
 
     contents = read_contents(index)
-    counts = [f"{contents.count(name):,} {name.replace('_', ' ')}" for name in ("held_out", "filtered")]
+    names = [name for name in ("held_out", "not_taken", "filtered") if contents.count(name)]
+    counts = [f"{contents.count(name):,} {name.replace('_', ' ')}" for name in names]
     line = ", ".join([f"{len(index):,} documents", *counts, f"{contents.drops:,} dropped"])
     console.print(f"{index.path}: {contents.rows:,} rows, {line}", soft_wrap=True, markup=False, highlight=False)
-    table = Table("", "documents", "tokens", "supervised", "mean length", "longest")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for heading, groups in (("source", contents.sources), ("kind", contents.kinds), ("", [contents.all])):
-        for group in groups if len(groups) > 1 or not heading else ():
+    sources = [*contents.sources, contents.all] if len(contents.sources) > 1 else contents.sources
+    for heading, groups in (("source", sources), ("kind", contents.kinds)):
+        table = Table(heading, "documents", "tokens", "supervised", "mean", "longest")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for group in groups:
             share = percent(group.supervised_tokens, group.tokens)
             mean = group.tokens / max(1, group.documents)
-            numbers = (
-                f"{group.documents:,}",
-                f"{group.tokens:,}",
-                share,
-                f"{mean:,.1f}",
-                f"{group.longest:,}",
-            )
-            table.add_row(f"{heading} {group.name}".strip(), *numbers)
-        table.add_section()
-    console.print(table)
+            numbers = (f"{group.documents:,}", f"{group.tokens:,}", share, f"{mean:,.1f}", f"{group.longest:,}")
+            table.add_row(Text(group.name), *numbers)
+        console.print(table)
 
 
 def main(arguments: list[str]) -> int:

@@ -59,11 +59,11 @@ def write_data_report(directory: Path, tokenizer: Any) -> Path:
         sources_card(contents),
         kinds_card(contents),
         _notes_card(contents),
-        _samples_card(contents, tokenizer),
-        _dropped_card(contents),
         lengths_card(contents),
         packing_card(contents),
         share_card(contents),
+        _samples_card(contents, tokenizer),
+        _dropped_card(contents),
         repeats_card(contents, tokenizer),
         _preparation_card(contents),
     ]
@@ -81,8 +81,8 @@ def write_data_report(directory: Path, tokenizer: Any) -> Path:
 
 
 def _links() -> str:
-    anchors = ("sources", "samples", "dropped", "lengths", "packing", "repeats", "preparation")
-    return "<nav>" + "".join(f'<a href="#{anchor}">{anchor}</a>' for anchor in anchors) + "</nav>"
+    anchors = ("sources", "lengths", "packing", "samples", "dropped", "repeats", "preparation")
+    return "<nav>" + " ".join(f'<a href="#{anchor}">{anchor}</a>' for anchor in anchors) + "</nav>"
 
 
 def _tiles(contents: Contents) -> str:

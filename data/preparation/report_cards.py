@@ -169,7 +169,9 @@ def share_card(contents: Contents) -> str:
         f" ({percent(everything.supervised_tokens, everything.tokens)})."
     )
     none = int(np.count_nonzero(supervised == 0))
-    warning = f'<div class="warning">{none:,} documents have no supervised token.</div>' if none else ""
+    warning = (
+        f'<div class="warning">{none:,} of {len(lengths):,} documents have no supervised token.</div>' if none else ""
+    )
     return card("share", "Share of supervised tokens", note, chart + warning)
 
 
