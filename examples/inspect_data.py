@@ -62,13 +62,14 @@ def inspect_data(options: InspectOptions, console: Console) -> None:
         return
     tokenizer = load_tokenizer(index, options.tokenizer)
     if options.report:
-        console.print(write_report(index, tokenizer), soft_wrap=True, highlight=False)
+        console.print(write_report(index, tokenizer), soft_wrap=True, markup=False, highlight=False)
         return
     documents = options.row or chosen_documents(index, options)
+    for document in documents:
+        check_document(index, document, tokenizer, options)
     if not options.row and not chosen:
         print_summary(index, console)
     for document in documents:
-        check_document(index, document, tokenizer, options)
         tokens, spans = index.tokens(document), index.spans(document)
         print_document(console, tokenizer, tokens, spans, title_of(index, document), full=options.full)
         console.print()

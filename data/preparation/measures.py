@@ -19,7 +19,7 @@ from data.packing import pack
 CAPACITIES = tuple(2**power for power in range(11, 18))  # 2048 ... 131072 tokens
 PACKED_DOCUMENTS = 200_000
 COMPARED_DOCUMENTS, COMPARED_TOKENS = 2_000_000, 400_000_000
-_BLOCK = 1 << 20  # documents whose spans are looked at at once
+_BLOCK = 1 << 20  # documents whose spans are read together
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,10 @@ def repeats(index: Documents, supervised: np.ndarray, shown: int = 5) -> Repeats
 
 
 def _compared(lengths: np.ndarray, supervised: np.ndarray) -> np.ndarray:
-    """The documents that are compared, rising: all, or a sample that holds either all copies of a document or none.
+    """The documents that are compared, rising: all, or a sample in which copies meet.
 
-    Copies agree in length and supervised tokens. Documents are taken in the order of a hash of the two.
+    Copies agree in length and supervised tokens. Documents are taken in the order of a hash of the two, so that the
+    sample holds all copies of a document or none; only of the last hash that it reaches it may hold a part.
     """
     tokens = int(lengths.sum(dtype=np.int64))
     if len(lengths) <= COMPARED_DOCUMENTS and tokens <= COMPARED_TOKENS:
@@ -166,7 +167,7 @@ def _compared(lengths: np.ndarray, supervised: np.ndarray) -> np.ndarray:
 def choose_samples(index: Documents, each: int, most: int) -> list[int]:
     """Documents to look at: up to `each` of every kind of every source, at most `most`, in their order there.
 
-    Where that are too many, every kind of every source comes to its first before any comes to its second.
+    Where those are too many, every kind of every source comes to its first before any comes to its second.
     """
     pairs = index.sources.astype(np.int64) * len(index.kinds) + index.kind_numbers
     pairs = pairs.astype(np.min_scalar_type(len(index.source_names) * len(index.kinds)))  # small types sort fast

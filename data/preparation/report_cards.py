@@ -184,7 +184,7 @@ def repeats_card(contents: Contents, tokenizer: Any) -> str:
         " tokens as an earlier one."
     )
     if found.compared < len(index):
-        note += f" That is a sample of {short(len(index))} documents, drawn so that equal documents are drawn together."
+        note += f" That is a sample of {short(len(index))} documents, chosen by length, so that copies meet."
     shown = [
         document_html(
             tokenizer,

@@ -23,6 +23,7 @@ def show(capsys):
     def run(*arguments, status: int = 0) -> str:
         assert inspect_data.main(list(map(str, arguments))) == status
         captured = capsys.readouterr()
+        assert status == 0 or not captured.out
         return captured.out if status == 0 else captured.err
 
     return run
