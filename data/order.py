@@ -13,7 +13,7 @@ import numpy as np
 from data.packing import Bins, pack
 
 if TYPE_CHECKING:
-    from data.index import DocumentIndex
+    from data.documents import Documents
 
 # The first word of every random stream, so that no two uses of one seed share numbers.
 _DOCUMENTS, _EPOCH, _BINS = 1, 2, 3
@@ -67,7 +67,7 @@ class GlobalOrder:
 
     def __init__(
         self,
-        blend: Sequence[tuple[DocumentIndex, float]],
+        blend: Sequence[tuple[Documents, float]],
         *,
         seq_len: int,
         global_batch_size: int,
@@ -227,7 +227,7 @@ class GlobalOrder:
         return permutation(size, self.seed, use, turn, dataset) if self._shuffle else np.arange(size)
 
 
-def _check_blend(blend: Sequence[tuple[DocumentIndex, float]]) -> None:
+def _check_blend(blend: Sequence[tuple[Documents, float]]) -> None:
     for index, weight in blend:
         if not 0 < weight < float("inf"):
             raise ValueError(f"--data {index.path} has weight {weight}; give one above 0, or leave it out.")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from data.index import DocumentIndex
+from data.documents import Documents
+from data.index import open_index
 from data.order import GlobalOrder
 from engine.base_model import BaseModel, find_base_model, resumed_model
 from engine.checkpointing.directory import ResumePoint, find_latest
@@ -47,7 +48,7 @@ class Prepared:
         return self.base_model.description
 
     @property
-    def indexes(self) -> list[DocumentIndex]:
+    def indexes(self) -> list[Documents]:
         """All data directories, held-out ones last."""
         return self.order.indexes + (self.valid_order.indexes if self.valid_order else [])
 
@@ -102,7 +103,7 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     )
 
 
-def open_data(arguments: tuple[str, ...], flag: str) -> tuple[tuple[DocumentIndex, float], ...]:
+def open_data(arguments: tuple[str, ...], flag: str) -> tuple[tuple[Documents, float], ...]:
     """Opens DATA or DATA:WEIGHT arguments; ValueError in one sentence for a path or weight that is wrong."""
     opened = []
     for argument in arguments:
@@ -115,7 +116,7 @@ def open_data(arguments: tuple[str, ...], flag: str) -> tuple[tuple[DocumentInde
             path, factor = argument, 1.0
         if factor <= 0:
             raise ValueError(f"{flag} {argument}: the weight must be above 0")
-        opened.append((DocumentIndex(path), factor))
+        opened.append((open_index(path), factor))
     return tuple(opened)
 
 
@@ -180,7 +181,7 @@ def _kept_padding(resume: ResumePoint, asked: int | None, cp: int) -> int:
     return kept
 
 
-def check_data(indexes: list[DocumentIndex], vocab_size: int) -> None:
+def check_data(indexes: list[Documents], vocab_size: int) -> None:
     """Refuses tokens that the model does not have, and data directories whose conversations end differently."""
     for index in indexes:
         if (tokens := index.meta.get("vocab_size", 0)) > vocab_size:

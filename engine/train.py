@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from data.index import DocumentIndex
+from data.documents import Documents
 from engine import host
 from engine.base_model import config_overrides
 from engine.checkpointing.model_files import write_model_files
@@ -72,7 +72,7 @@ def begin(prepared: Prepared, lines: str) -> None:
         print(f"saves and stops at {at}, before the job's end", flush=True)
 
 
-def data_files(indexes: list[DocumentIndex]) -> dict[str, Any]:
+def data_files(indexes: list[Documents]) -> dict[str, Any]:
     """What `write_model_files` takes from the data: of several directories, from the one that has most tokens."""
     largest = max(indexes, key=lambda index: index.meta.get("vocab_size", 0))
     return largest.meta | {"tokenizer": largest.path / "tokenizer"}

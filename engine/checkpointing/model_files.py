@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data.index import DocumentIndex
+from data.documents import Documents
 from data.preparation.encoder import template_of, tokenizer_fingerprint
 from models.conversion.hf_reader import copy_side_files
 from models.hf_config import apply_overrides, read_config
@@ -36,7 +36,7 @@ def write_model_files(files: Path, target: Path, *, overrides: dict[str, Any], d
     _add_end_tokens(target, data.get("end_token_ids") or [])
 
 
-def check_tokenizers(model: Path, indexes: Iterable[DocumentIndex], *, resized: bool = False) -> None:
+def check_tokenizers(model: Path, indexes: Iterable[Documents], *, resized: bool = False) -> None:
     """Refuses data whose tokens mean other text to this model; a model without a tokenizer takes the data's.
 
     resized: the data's tokenizer may have tokens that the model's has not, as long as the others stay what they are.

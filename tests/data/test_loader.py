@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.documents import Documents
 from data.loader import deal
 from tests.support.loading import make_loader
 
 
-class FakeIndex:
-    """Documents in memory with the attributes of `data.index.DocumentIndex` that the loader uses."""
+class FakeIndex(Documents):
+    """Documents in memory."""
 
-    def __init__(self, documents, spans=None, name="data"):
+    def __init__(self, documents, spans=None, name="data", sources=None):
         self.path, self.fingerprint = Path(name), f"of-{name}"
+        self.sources = np.zeros(len(documents), np.uint16) if sources is None else np.array(sources, np.uint16)
+        self.source_names = [name] if sources is None else [f"{name}{n}" for n in range(max(sources) + 1)]
         self.documents = [np.asarray(document, np.int32) for document in documents]
         self.lengths = np.array([len(document) for document in documents], np.int32)
         self.supervised = spans or [[(len(document) // 2, len(document))] for document in documents]
-
-    def __len__(self):
-        return len(self.documents)
 
     def tokens(self, document):
         return self.documents[document]
