@@ -73,6 +73,25 @@ def test_every_array_of_a_hand_made_microbatch():
     assert [array.dtype.name for array in types] == ["int64", "int64", "int64", "int32"]
 
 
+def test_every_document_says_its_source():
+    first = FakeIndex([[1] * 3, [2] * 5, [3] * 3], name="mixed", sources=[1, 0, 1])
+    second = FakeIndex([[4] * 9, [5] * 2], name="single")
+    loader = _loader(first, second, seq_len=12, micro_batch_size=3, global_batch_size=5, shuffle=False)
+    assert loader.source_names == ["mixed0", "mixed1", "single"]
+    (microbatch,) = loader.next_step()
+    assert microbatch.sample_ids == [(1, 0), (0, 1), (0, 0), (0, 2), (1, 1)]
+    assert microbatch.document_lengths.tolist() == [9, 5, 3, 3, 2, 0]
+    assert microbatch.document_sources.tolist() == [2, 0, 1, 1, 2, -1]
+    assert microbatch.document_sources.dtype == np.int32
+
+
+def test_sources_of_one_name_are_told_apart():
+    runs = [FakeIndex([[1]], name=name) for name in ("a/data", "b/data", "b/data", "c")]
+    for index in runs:
+        index.source_names = [Path(index.path).name]
+    assert _loader(*runs).source_names == ["a/data: data", "b/data: data", "b/data: data (2)", "c"]
+
+
 @pytest.mark.parametrize("unit", ["conversations", "sequences"])
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
 def test_every_token_and_label_of_an_epoch_comes_out_once(unit, micro_batch_size):
