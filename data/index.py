@@ -1,43 +1,42 @@
 """Prepared documents on disk: tokens as megatron-core's IndexedDataset, supervised spans beside them.
 
 tokens.bin          all tokens, one document after the other, uint16 or int32 by the vocabulary's size
-tokens.idx          9 bytes magic, u64 version, u8 dtype code, u64 sequences, u64 documents + 1,
-                    int32 [sequences] lengths, int64 [sequences] byte offsets, int64 [documents + 1]
-                    sequence numbers at document boundaries (here 0..n: a document is one sequence)
+tokens.idx          where each document lies, see `data.token_files`: a document is one sequence
 spans.npy           int32 [all spans, 2] half-open token ranges within their document
 spans_offsets.npy   int64 [documents + 1]: document d has the spans [offsets[d], offsets[d + 1])
+sources.npy         uint16 [documents]: the document's source, by its place in meta.json's "sources"
+kinds.npy           uint8 [documents]: the kind of row it was made of, by its place in meta.json's "kinds"
 meta.json           counts, drops, fingerprints, template, options
 tokenizer/          the tokenizer with the chat template that was used
+
+Older directories have neither sources.npy nor kinds.npy: all their documents are of one source and kind.
 """
 
 import hashlib
 import json
-import mmap
 import os
 import shutil
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_DTYPES: dict[int, np.dtype] = {8: np.dtype(np.uint16), 4: np.dtype(np.int32)}  # megatron-core's codes
+from data.documents import Documents, constant
+from data.prefix import PrefixIndex, prefix_of
+from data.token_files import map_token_files, write_idx
+
+_NUMBERS: dict[str, type] = {"sources": np.uint16, "kinds": np.uint8}
+_LARGEST = {name: int(np.iinfo(dtype).max) for name, dtype in _NUMBERS.items()}
 _FILES = ("meta.json", "tokens.bin", "tokens.idx", "spans.npy", "spans_offsets.npy")
 
 
-class DocumentIndex:
+class DocumentIndex(Documents):
     """Memory-mapped documents of one prepared data directory.
 
-    Raises ValueError, in one sentence, where the directory is missing, half-written or damaged.
+    The fingerprint is that of tokens, spans and the tokenizer. Raises ValueError, in one sentence, where the
+    directory is missing, half-written or damaged.
     """
-
-    path: Path
-    meta: dict[str, Any]
-    fingerprint: str  # of tokens, spans and the tokenizer: equal where training on them is
-    lengths: np.ndarray  # int32 [documents], tokens per document
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -45,36 +44,28 @@ class DocumentIndex:
         try:
             self.meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
             self.fingerprint = self.meta["fingerprint"]
-        except (ValueError, KeyError, TypeError):
+            self.source_names = [source["name"] for source in self.meta.get("sources", [])]
+            self.kinds = list(self.meta.get("kinds", []))
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{self.path}: meta.json is damaged, prepare the data again") from None
-        index = _map(self.path / "tokens.idx")
-        if len(index) < _HEADER.size:
-            raise ValueError(f"{self.path}: tokens.idx is cut off, prepare the data again")
-        magic, _, code, count, boundaries = _HEADER.unpack_from(index)
-        if magic != _MAGIC or code not in _DTYPES or boundaries != count + 1:
-            raise ValueError(f"{self.path}: tokens.idx is not an index that was written here")
-        if len(index) != _HEADER.size + 4 * count + 8 * count + 8 * boundaries:
-            raise ValueError(f"{self.path}: tokens.idx is cut off, prepare the data again")
-        # a copy, because the header's 34 bytes leave the mapped numbers unaligned
-        self.lengths = np.frombuffer(index, np.int32, count, _HEADER.size).copy()
-        self._pointers = np.frombuffer(index, np.int64, count, _HEADER.size + 4 * count)
-        self._tokens = np.frombuffer(_map(self.path / "tokens.bin"), _DTYPES[code])
-        self._spans = np.load(self.path / "spans.npy", mmap_mode="r").view(np.ndarray)
-        self._offsets = np.load(self.path / "spans_offsets.npy", mmap_mode="r").view(np.ndarray)
-        whole = len(self._tokens) == self.lengths.sum(dtype=np.int64)
-        if not whole or len(self._offsets) != count + 1 or self._offsets[-1] != len(self._spans):
-            raise ValueError(f"{self.path}: tokens and index do not belong together, prepare the data again")
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+        try:
+            self._files = map_token_files(self.path / "tokens.idx", self.path / "tokens.bin")
+        except ValueError as error:
+            raise ValueError(f"{error}; prepare the data again") from None
+        self.lengths = self._files.lengths
+        self._spans, self._offsets = self._map("spans.npy"), self._map("spans_offsets.npy")
+        if len(self._offsets) != len(self) + 1 or self._offsets[-1] != len(self._spans):
+            raise ValueError(f"{self.path}: spans and tokens do not belong together, prepare the data again")
+        self.may_be_cut = bool(self.meta.get("may_be_cut"))
+        self.sources = self._numbers("sources.npy", self.source_names, self.path.absolute().name, np.uint16)
+        self.kind_numbers = self._numbers("kinds.npy", self.kinds, "unknown", np.uint8)
 
     def __reduce__(self):
         return DocumentIndex, (self.path,)  # a process that is handed an index maps the files itself
 
     def tokens(self, document: int) -> np.ndarray:
         """Token ids [length] of a document, a read-only view on the memory map."""
-        start = int(self._pointers[document]) // self._tokens.itemsize
-        return self._tokens[start : start + int(self.lengths[document])]
+        return self._files.sequence(document)
 
     def spans(self, document: int) -> np.ndarray:
         """Supervised tokens of a document: int32 [n, 2] half-open ranges, sorted and disjoint."""
@@ -82,10 +73,32 @@ class DocumentIndex:
             document += len(self)
         return self._spans[self._offsets[document] : self._offsets[document + 1]]
 
+    def spans_of(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        first, counts = self._offsets[documents], self._offsets[documents + 1] - self._offsets[documents]
+        # The spans of a document are consecutive: its first one plus 0, 1, 2, ...
+        before = np.cumsum(counts) - counts
+        return self._spans[np.arange(counts.sum()) + np.repeat(first - before, counts)], counts
 
-def _map(path: Path):
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def _map(self, name: str) -> np.ndarray:
+        return np.load(self.path / name, mmap_mode="r").view(np.ndarray)
+
+    def _numbers(self, name: str, names: list[str], otherwise: str, dtype: type) -> np.ndarray:
+        """Map the number of each document's name; without the file `names` becomes the one name `otherwise`."""
+        if not (self.path / name).is_file():
+            names[:] = [otherwise]
+            return constant(0, len(self), dtype)
+        numbers = self._map(name)
+        if numbers.dtype != dtype or len(numbers) != len(self):
+            raise ValueError(f"{self.path}: {name} and tokens.idx do not belong together, prepare the data again")
+        if int(numbers.max(initial=0)) >= len(names):
+            raise ValueError(f"{self.path}: {name} has numbers that meta.json does not name, prepare the data again")
+        return numbers
+
+
+def open_index(path: str | Path) -> Documents:
+    """Opens a prepared data directory, or PREFIX.bin and PREFIX.idx of megatron-core; ValueError in one sentence."""
+    prefix = None if Path(path).is_dir() else prefix_of(path)
+    return DocumentIndex(path) if prefix is None else PrefixIndex(prefix)
 
 
 def _check_files(path: Path) -> None:
@@ -93,7 +106,10 @@ def _check_files(path: Path) -> None:
         unfinished = [path.with_name(path.name + ending) for ending in (".parts", ".partial")]
         if any(other.exists() for other in unfinished):
             raise ValueError(f"{path} is half-written: run examples/prepare_data.py again, it will continue")
-        raise ValueError(f"{path}: there is no such data directory, make one with examples/prepare_data.py")
+        raise ValueError(
+            f"{path}: there is no such data directory, nor {path}.bin with {path.name}.idx; make a directory with "
+            "examples/prepare_data.py"
+        )
     missing = [name for name in _FILES if not (path / name).is_file()]
     if missing:
         raise ValueError(f"{path} is no prepared data directory: {', '.join(missing)} missing")
@@ -117,12 +133,23 @@ class IndexWriter:
         self._lengths: list[np.ndarray] = []
         self._spans: list[np.ndarray] = []
         self._counts: list[np.ndarray] = []  # spans of each document
+        self._numbers: dict[str, list[np.ndarray]] = {"sources": [], "kinds": []}
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray, spans: np.ndarray, counts: np.ndarray) -> None:
+    def add(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        spans: np.ndarray,
+        counts: np.ndarray,
+        sources: np.ndarray | None = None,
+        kinds: np.ndarray | None = None,
+    ) -> None:
         """Adds documents laid end to end.
 
         Shapes: tokens [sum of lengths], lengths [documents], spans [sum of counts, 2] with ranges within
-        their document, counts [documents]. Raises ValueError for spans or ids out of range.
+        their document, counts [documents]; sources and kinds [documents] are places in the lists of those names
+        that `close` is given, and are given for all documents or for none. Raises ValueError for spans or ids out
+        of range.
         """
         spans = np.asarray(spans, dtype=np.int32).reshape(-1, 2)
         if len(tokens) != np.sum(lengths) or len(spans) != np.sum(counts) or len(lengths) != len(counts):
@@ -135,12 +162,24 @@ class IndexWriter:
         outside = (spans[:, 0] < 0) | (spans[:, 0] >= spans[:, 1]) | (spans[:, 1] > ends)
         if outside.any() or overlap.any():
             raise ValueError("supervised spans must be sorted, disjoint, not empty and inside their document")
+        self._add_numbers("sources", sources, len(lengths))
+        self._add_numbers("kinds", kinds, len(lengths))
         data = np.ascontiguousarray(tokens, dtype=self.dtype).data
         self._bin.write(data)
         self._hash.update(data)
         self._lengths.append(np.asarray(lengths, dtype=np.int32))
         self._spans.append(spans)
         self._counts.append(np.asarray(counts, dtype=np.int64))
+
+    def _add_numbers(self, name: str, numbers: np.ndarray | None, documents: int) -> None:
+        added = self._numbers[name]
+        if len(added) != (0 if numbers is None else len(self._lengths)):
+            raise ValueError(f"{name} are given for all documents or for none")
+        if numbers is not None:
+            numbers = np.asarray(numbers)
+            if len(numbers) != documents or not 0 <= numbers.min(initial=0) <= numbers.max(initial=0) <= _LARGEST[name]:
+                raise ValueError(f"{name} are a number from 0 to {_LARGEST[name]} for each document")
+            added.append(numbers.astype(_NUMBERS[name]))
 
     @property
     def documents(self) -> int:
@@ -155,9 +194,12 @@ class IndexWriter:
         self._bin.flush()
         os.fsync(self._bin.fileno())
         self._bin.close()
-        self._write_idx(lengths)
+        write_idx(self.directory / "tokens.idx", self.dtype, lengths)
         np.save(self.directory / "spans.npy", spans)
         np.save(self.directory / "spans_offsets.npy", offsets)
+        for name, numbers in self._numbers.items():
+            if numbers:
+                np.save(self.directory / f"{name}.npy", np.concatenate(numbers))
         for part in (lengths, spans, offsets, str(meta.get("tokenizer_fingerprint")).encode()):
             self._hash.update(part)
         meta = {
@@ -180,15 +222,6 @@ class IndexWriter:
         """Removes what was written."""
         self._bin.close()
         shutil.rmtree(self.directory, ignore_errors=True)
-
-    def _write_idx(self, lengths: np.ndarray) -> None:
-        code = next(code for code, dtype in _DTYPES.items() if dtype == self.dtype)
-        pointers = np.zeros(len(lengths), dtype=np.int64)
-        np.cumsum(lengths[:-1].astype(np.int64) * self.dtype.itemsize, out=pointers[1:])
-        with open(self.directory / "tokens.idx", "wb") as file:
-            file.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1))
-            for part in (lengths, pointers, np.arange(len(lengths) + 1, dtype=np.int64)):
-                file.write(part.tobytes())
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

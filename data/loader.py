@@ -28,6 +28,7 @@ class Microbatch:
     positions: np.ndarray  # int64 [n], from 0 in every document
     cu_seqlens: np.ndarray  # int32 [documents + 1], padded boundaries from 0 to n
     document_lengths: np.ndarray  # int32 [documents], tokens before padding; 0 where all is padding
+    document_sources: np.ndarray  # int32 [documents], places in `GlobalOrder.source_names`; -1 where all is padding
     max_seqlen: int  # the longest stretch between two boundaries
     sample_ids: list[tuple[int, int]]  # (data set, document) of the real documents, as they lie
     real_tokens: int
@@ -70,6 +71,11 @@ class Loader:
     def counts(self) -> Counts:
         """How many documents there are, and how many of them were dropped or truncated."""
         return self._order.counts
+
+    @property
+    def source_names(self) -> list[str]:
+        """What the numbers in `Microbatch.document_sources` stand for."""
+        return self._order.source_names
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Return the number of steps in the epoch; counted in sequences, it has to be packed first."""
@@ -144,6 +150,7 @@ def without_padding_documents(batch: Microbatch, multiple: int) -> Microbatch:
         positions=np.concatenate((batch.positions[rows], np.arange(len(tail)))),
         cu_seqlens=cu_seqlens,
         document_lengths=np.append(batch.document_lengths[kept], [0] * (size > filled)).astype(np.int32),
+        document_sources=np.append(batch.document_sources[kept], [-1] * (size > filled)).astype(np.int32),
         max_seqlen=int(np.diff(cu_seqlens).max()),
         sample_ids=batch.sample_ids,
         real_tokens=batch.real_tokens,
@@ -194,7 +201,9 @@ def assemble(order: GlobalOrder, bins: list[np.ndarray], pad_token: int) -> Micr
     loss_mask = np.append(supervised[1:], False)
     real_tokens = int(lengths.sum())
     document_lengths = np.zeros(len(cu_seqlens) - 1, np.int32)
-    document_lengths[np.searchsorted(cu_seqlens, starts)] = lengths
+    document_sources = np.full(len(document_lengths), -1, np.int32)
+    real = np.searchsorted(cu_seqlens, starts)
+    document_lengths[real], document_sources[real] = lengths, order.sources(datasets, numbers)
     return Microbatch(
         tokens=tokens,
         labels=np.where(loss_mask, np.append(tokens[1:], 0), 0),
@@ -202,6 +211,7 @@ def assemble(order: GlobalOrder, bins: list[np.ndarray], pad_token: int) -> Micr
         positions=np.arange(size) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens)),
         cu_seqlens=cu_seqlens.astype(np.int32),
         document_lengths=document_lengths,
+        document_sources=document_sources,
         max_seqlen=int(np.diff(cu_seqlens).max()),
         sample_ids=sample_ids,
         real_tokens=real_tokens,

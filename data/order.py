@@ -13,7 +13,7 @@ import numpy as np
 from data.packing import Bins, pack
 
 if TYPE_CHECKING:
-    from data.index import DocumentIndex
+    from data.documents import Documents
 
 # The first word of every random stream, so that no two uses of one seed share numbers.
 _DOCUMENTS, _EPOCH, _BINS = 1, 2, 3
@@ -67,7 +67,7 @@ class GlobalOrder:
 
     def __init__(
         self,
-        blend: Sequence[tuple[DocumentIndex, float]],
+        blend: Sequence[tuple[Documents, float]],
         *,
         seq_len: int,
         global_batch_size: int,
@@ -96,6 +96,8 @@ class GlobalOrder:
         self._batch_size, self._shuffle = global_batch_size, shuffle
         self._by_conversation = batch_unit == "conversations"
         self._bounds = np.cumsum([0, *map(len, self.indexes)])  # [data sets + 1], in ordinals
+        self.source_names = _source_names(self.indexes)
+        self._first_sources = np.cumsum([0, *(len(index.source_names) for index in self.indexes)])
         self._read_lengths(too_long)
         # Packing an epoch takes seconds at millions of documents, so one plan is kept; a loader
         # asks from two threads.
@@ -146,6 +148,14 @@ class GlobalOrder:
         """Return (data set, document within it) of each ordinal."""
         dataset = np.searchsorted(self._bounds, documents, side="right") - 1
         return dataset, documents - self._bounds[dataset]
+
+    def sources(self, datasets: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """Return the places in `source_names`, int32, of (data set, document within it) as `locate` gives them."""
+        found = self._first_sources[datasets].astype(np.int32)
+        for dataset in np.unique(datasets):
+            own = datasets == dataset
+            found[own] += self.indexes[dataset].sources[documents[own]]
+        return found
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Return the number of batches in the epoch, the last of which may be smaller."""
@@ -227,7 +237,17 @@ class GlobalOrder:
         return permutation(size, self.seed, use, turn, dataset) if self._shuffle else np.arange(size)
 
 
-def _check_blend(blend: Sequence[tuple[DocumentIndex, float]]) -> None:
+def _source_names(indexes: Sequence[Documents]) -> list[str]:
+    """Name the sources of all data sets in their order; where a name comes twice, by their data set's path too."""
+    names = [name for index in indexes for name in index.source_names]
+    paths = [str(index.path) for index in indexes for _ in index.source_names]
+    longer = [name if names.count(name) == 1 else f"{path}: {name}" for name, path in zip(names, paths, strict=True)]
+    # One data set given twice is still two, with weights of their own.
+    times = [longer[: number + 1].count(name) for number, name in enumerate(longer)]
+    return [name if time == 1 else f"{name} ({time})" for name, time in zip(longer, times, strict=True)]
+
+
+def _check_blend(blend: Sequence[tuple[Documents, float]]) -> None:
     for index, weight in blend:
         if not 0 < weight < float("inf"):
             raise ValueError(f"--data {index.path} has weight {weight}; give one above 0, or leave it out.")

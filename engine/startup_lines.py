@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from data.index import DocumentIndex
+from data.documents import Documents
 from engine.mesh import Mesh
 from engine.prepare import Prepared
 
@@ -39,7 +39,7 @@ def start_lines(prepared: Prepared, mesh: Mesh, step: int, on_host: bool) -> str
     return "\n".join(lines)
 
 
-def sample_document(index: DocumentIndex) -> list[tuple[str, bool]] | None:
+def sample_document(index: Documents) -> list[tuple[str, bool]] | None:
     """Its first document as (token text, supervised), for the report; None where the data has no tokenizer."""
     if not (index.path / "tokenizer").is_dir():
         return None

@@ -24,6 +24,7 @@ ENTRY_ROOMS = ("examples", "checkpoint_tools")
 OURS = " ".join(ROOMS)
 HEAVY = "torch transformers megatron datasets safetensors"
 PURE = "pure files lead to no torch, so that they answer before it is loaded"
+LOADER = "loader order packing index prefix documents token_files"
 OFFLINE = "directory store_reader store_writer hf_export model_files workers"
 
 # The walls inside the rooms; those between them are ROOMS. They hold for imports that are made at run time, those
@@ -31,7 +32,7 @@ OFFLINE = "directory store_reader store_writer hf_export model_files workers"
 WALLS = (
     Wall(
         files="engine/*",
-        order="rehearsal/ train trainer startup_lines prepare base_model checkpointing/ step optim mesh host "
+        order="rehearsal/ train trainer startup_lines prepare run_data base_model checkpointing/ step optim mesh host "
         "reporting/ signals cli schedule config run_folder layout quiet",
         why="inside engine/ imports point down the list, and nothing knows of the rehearsal at its top",
     ),
@@ -42,7 +43,7 @@ WALLS = (
     ),
     Wall(
         files="data/*",
-        order="preparation/ loader order packing index",
+        order=f"preparation/ {LOADER}",
         why="inside data/ imports point down the list",
     ),
     Wall(
@@ -70,7 +71,7 @@ WALLS = (
         why="the offline readers and writers of checkpoints know no mesh",
     ),
     Wall(
-        files="data/loader.py data/order.py data/packing.py data/index.py",
+        files=" ".join(f"data/{name}.py" for name in LOADER.split()),
         closed="data.preparation transformers tokenizers jinja2",
         why="the loader knows no templates",
     ),

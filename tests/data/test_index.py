@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from data.index import DocumentIndex, write_index
+from data.index import DocumentIndex, IndexWriter, open_index, write_index
 
 
 def test_megatron_reads_the_index(tmp_path):
@@ -62,3 +62,45 @@ def test_damaged_directories_are_refused(tmp_path):
     (tmp_path / "a" / "meta.json").unlink()
     with pytest.raises(ValueError, match="meta.json missing"):
         DocumentIndex(tmp_path / "a")
+
+
+def test_documents_know_their_source_and_kind(tmp_path):
+    writer = IndexWriter(tmp_path / "mixed", vocab_size=10)
+    one = (np.array([1, 2, 3]), np.array([3]), np.array([[1, 3]]), np.array([1]))
+    two = (np.array([4, 5, 6]), np.array([2, 1]), np.array([[0, 1]]), np.array([0, 1]))
+    writer.add(*one, sources=np.array([2]), kinds=np.array([1]))
+    with pytest.raises(ValueError, match="sources are given for all documents or for none"):
+        writer.add(*two)
+    with pytest.raises(ValueError, match="sources are a number from 0 to 65535 for each document"):
+        writer.add(*two, sources=np.array([0, 70_000]), kinds=np.array([0, 0]))
+    writer.add(*two, sources=np.array([0, 2]), kinds=np.array([0, 1]))
+    writer.close({"sources": [{"name": name} for name in ("cot", "tir", "genselect")], "kinds": ["messages", "text"]})
+    index = open_index(tmp_path / "mixed")
+    assert index.source_names == ["cot", "tir", "genselect"] and index.kinds == ["messages", "text"]
+    assert index.sources.tolist() == [2, 0, 2] and index.kind_numbers.tolist() == [1, 0, 1]
+    assert (index.sources.dtype, index.kind_numbers.dtype) == (np.uint16, np.uint8)
+    assert not index.sources.flags.writeable and not index.may_be_cut
+    # training on the same documents is the same, wherever they came from
+    write_index(tmp_path / "plain", [([1, 2, 3], [[1, 3]]), ([4, 5], []), ([6], [[0, 1]])], vocab_size=10)
+    older = DocumentIndex(tmp_path / "plain")
+    assert older.fingerprint == index.fingerprint
+    assert older.source_names == ["plain"] and older.kinds == ["unknown"]
+    assert older.sources.tolist() == older.kind_numbers.tolist() == [0, 0, 0]
+    assert (older.sources.dtype, older.kind_numbers.dtype) == (np.uint16, np.uint8)
+
+    np.save(tmp_path / "mixed" / "sources.npy", np.array([2, 0, 3], np.uint16))
+    with pytest.raises(ValueError, match="sources.npy has numbers that meta.json does not name"):
+        DocumentIndex(tmp_path / "mixed")
+    np.save(tmp_path / "mixed" / "sources.npy", np.array([2, 0], np.uint16))
+    with pytest.raises(ValueError, match="sources.npy and tokens.idx do not belong together"):
+        DocumentIndex(tmp_path / "mixed")
+
+
+def test_spans_of_many_documents(tmp_path):
+    documents = [([1] * 9, [[1, 3], [5, 9]]), ([2] * 4, []), ([3] * 2, [[0, 2]])]
+    write_index(tmp_path / "a", documents, vocab_size=10)
+    index = DocumentIndex(tmp_path / "a")
+    spans, counts = index.spans_of(np.array([2, 1, 0]))
+    assert spans.tolist() == [[0, 2], [1, 3], [5, 9]] and counts.tolist() == [1, 0, 2]
+    spans, counts = index.spans_of(np.array([], np.int64))
+    assert spans.shape == (0, 2) and counts.shape == (0,)

@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.documents import Documents
 from data.loader import deal
 from tests.support.loading import make_loader
 
 
-class FakeIndex:
-    """Documents in memory with the attributes of `data.index.DocumentIndex` that the loader uses."""
+class FakeIndex(Documents):
+    """Documents in memory."""
 
-    def __init__(self, documents, spans=None, name="data"):
+    def __init__(self, documents, spans=None, name="data", sources=None):
         self.path, self.fingerprint = Path(name), f"of-{name}"
+        self.sources = np.zeros(len(documents), np.uint16) if sources is None else np.array(sources, np.uint16)
+        self.source_names = [name] if sources is None else [f"{name}{n}" for n in range(max(sources) + 1)]
         self.documents = [np.asarray(document, np.int32) for document in documents]
         self.lengths = np.array([len(document) for document in documents], np.int32)
         self.supervised = spans or [[(len(document) // 2, len(document))] for document in documents]
-
-    def __len__(self):
-        return len(self.documents)
 
     def tokens(self, document):
         return self.documents[document]
@@ -71,6 +71,25 @@ def test_every_array_of_a_hand_made_microbatch():
     assert microbatch.padding_tokens == 14
     types = [microbatch.tokens, microbatch.labels, microbatch.positions, microbatch.cu_seqlens]
     assert [array.dtype.name for array in types] == ["int64", "int64", "int64", "int32"]
+
+
+def test_every_document_says_its_source():
+    first = FakeIndex([[1] * 3, [2] * 5, [3] * 3], name="mixed", sources=[1, 0, 1])
+    second = FakeIndex([[4] * 9, [5] * 2], name="single")
+    loader = _loader(first, second, seq_len=12, micro_batch_size=3, global_batch_size=5, shuffle=False)
+    assert loader.source_names == ["mixed0", "mixed1", "single"]
+    (microbatch,) = loader.next_step()
+    assert microbatch.sample_ids == [(1, 0), (0, 1), (0, 0), (0, 2), (1, 1)]
+    assert microbatch.document_lengths.tolist() == [9, 5, 3, 3, 2, 0]
+    assert microbatch.document_sources.tolist() == [2, 0, 1, 1, 2, -1]
+    assert microbatch.document_sources.dtype == np.int32
+
+
+def test_sources_of_one_name_are_told_apart():
+    runs = [FakeIndex([[1]], name=name) for name in ("a/data", "b/data", "b/data", "c")]
+    for index in runs:
+        index.source_names = [Path(index.path).name]
+    assert _loader(*runs).source_names == ["a/data: data", "b/data: data", "b/data: data (2)", "c"]
 
 
 @pytest.mark.parametrize("unit", ["conversations", "sequences"])

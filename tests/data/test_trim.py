@@ -33,7 +33,8 @@ def documents(batch) -> list[tuple]:
     for number in np.flatnonzero(batch.document_lengths):
         span = slice(batch.cu_seqlens[number], batch.cu_seqlens[number + 1])
         parts = (batch.tokens, batch.labels, batch.loss_mask, batch.positions)
-        found.append((int(batch.document_lengths[number]), *(tuple(part[span]) for part in parts)))
+        known = (int(batch.document_lengths[number]), int(batch.document_sources[number]))
+        found.append((*known, *(tuple(part[span]) for part in parts)))
     return found
 
 
@@ -48,6 +49,8 @@ def test_real_documents_stay_as_they_were(micro_batch_size, multiple):
         assert size % multiple == 0 and size - batch.cu_seqlens[0] < len(batch.tokens)
         kept = sum(np.diff(batch.cu_seqlens)[batch.document_lengths > 0])
         assert size - kept < multiple
+        padding = trimmed.document_lengths == 0
+        assert (trimmed.document_sources[padding] == -1).all() and (trimmed.document_sources[~padding] >= 0).all()
         assert trimmed.cu_seqlens[0] == 0 and trimmed.cu_seqlens[-1] == size
         assert (np.diff(trimmed.cu_seqlens) > 0).all() and len(trimmed.document_lengths) == len(trimmed.cu_seqlens) - 1
         assert trimmed.padding_tokens == size - batch.real_tokens

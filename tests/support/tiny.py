@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from data.documents import Documents
+
 VOCABULARY = 131  # no tensor-parallel size divides it
 PLAIN = {"rope_type": "default", "rope_theta": 1e6}
 YARN = {
@@ -161,8 +163,8 @@ class Memory(dict):
         return part.clone() if out is None else out.copy_(part)
 
 
-class MemoryIndex:
-    """A `data.index.DocumentIndex` in memory."""
+class MemoryIndex(Documents):
+    """Documents in memory."""
 
     def __init__(self, documents: list[tuple[np.ndarray, np.ndarray]], name: str = "memory"):
         self.documents = documents
@@ -170,9 +172,9 @@ class MemoryIndex:
         self.meta: dict = {}
         self.fingerprint = name
         self.lengths = np.array([len(tokens) for tokens, _ in documents], dtype=np.int32)
-
-    def __len__(self) -> int:
-        return len(self.documents)
+        self.source_names, self.kinds = [name], ["unknown"]
+        self.sources = np.zeros(len(documents), np.uint16)
+        self.kind_numbers = np.zeros(len(documents), np.uint8)
 
     def tokens(self, document: int) -> np.ndarray:
         return self.documents[document][0]
