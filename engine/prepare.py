@@ -82,12 +82,13 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
         seq_len=config.seq_len,
         pad_documents_to=pad_multiple,
         too_long=config.too_long,
-        allow_unsupervised=config.allow_unsupervised,
         seed=config.seed,
     )
     order = make_order(blend, global_batch_size=config.global_batch_size, batch_unit=config.batch_unit)
-    in_sequences = {"global_batch_size": VALID_SEQUENCES, "batch_unit": "sequences", "shuffle": False}
-    valid_orders = {name: make_order([one], **in_sequences) for name, one in valid.items()}
+    valid_orders = {
+        name: make_order([one], global_batch_size=VALID_SEQUENCES, batch_unit="sequences", shuffle=False)
+        for name, one in valid.items()
+    }
     if resume is not None:
         order.check_state(resume.manifest["data"])
         _check_length(resume, config.steps)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,11 @@ def open_valid(arguments: tuple[str, ...]) -> dict[str, tuple[Documents, float]]
         if named and not (name and place):
             raise ValueError(f"--valid {argument}: give NAME=DATA, or DATA alone")
         opened.append((name if named else "", *_open(place if named else argument, "--valid")))
-    given = Counter(name or index.path.name for name, index, _ in opened)
+    short = [name or index.path.absolute().name for name, index, _ in opened]
     sets: dict[str, tuple[Documents, float]] = {}
-    for name, index, weight in opened:
-        name = name or (index.path.name if given[index.path.name] == 1 else str(index.path))
+    for (given, index, weight), name in zip(opened, short, strict=True):
+        if not given and short.count(name) > 1:
+            name = str(index.path)
         if name in sets:
             raise ValueError(f"--valid names two sets {name}: give each a name of its own, as NAME=DATA")
         sets[name] = (index, weight)
@@ -102,41 +103,51 @@ def audit(indexes: Iterable[Documents], *, max_dropped: float, allow_unsupervise
     Reads what meta.json says; data of which it says nothing passes. Raises ValueError in one sentence.
     """
     for index in indexes:
-        lost, rows = lost_rows(index.meta), rows_kept(index.meta)
-        count = sum(lost.values())
-        if count > max_dropped * rows:
-            reason, most = max(lost.items(), key=lambda pair: pair[1])
-            enough = math.ceil(1000 * count / max(rows, 1)) / 1000
+        lost = lost_rows(index.meta)
+        if lost and lost.count > max_dropped * lost.rows:
+            enough = math.ceil(1000 * lost.count / lost.rows) / 1000
             raise ValueError(
-                f"--data {index.path}: {count:,} of its {rows:,} rows ({count / max(rows, 1):.2%}) were dropped when it "
-                f"was prepared, {most:,} of them because: {reason}; see {index.path / 'dropped.jsonl'} and prepare the "
-                f"data again, or allow it with --max-dropped {enough:g}"
+                f"--data {index.path}: its preparation dropped {lost}; look at {index.path / 'dropped.jsonl'} and "
+                f"prepare the data again, or allow it with --max-dropped {enough:g}"
             )
         silent = unsupervised(index.meta)
         if silent and not allow_unsupervised:
             raise ValueError(
-                f"--data {index.path}: nothing is learnt from {' and '.join(silent)}, which have no supervised token; "
-                "prepare the data again without them, or allow it with --allow-unsupervised"
+                f"--data {index.path}: no token is supervised in {' and '.join(silent)}; prepare the data again "
+                "without them or with --train-on, or allow it with --allow-unsupervised"
             )
 
 
-def lost_rows(meta: Mapping[str, Any]) -> dict[str, int]:
-    """The rows that were dropped without having been asked for, by reason."""
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """Rows that a preparation dropped without having been asked to."""
+
+    rows: int  # that passed --where
+    count: int  # of them dropped
+    reason: str  # the commonest
+    most: int  # dropped for it
+
+    def __str__(self) -> str:
+        share = self.count / self.rows
+        return f'{self.count:,} of {self.rows:,} rows ({share:.2%}), {self.most:,} of them for "{self.reason}"'
+
+
+def lost_rows(meta: Mapping[str, Any]) -> Lost | None:
+    """What a directory's meta.json says of lost rows; None where there are none or it says nothing."""
     dropped = {reason: drop["count"] for reason, drop in meta.get("dropped", {}).items()}
-    return {reason: count for reason, count in dropped.items() if not reason.startswith(ON_REQUEST)}
-
-
-def rows_kept(meta: Mapping[str, Any]) -> int:
-    """The rows that passed --where."""
-    return meta.get("rows", 0) - meta.get("filtered", 0)
+    lost = {reason: count for reason, count in dropped.items() if not reason.startswith(ON_REQUEST)}
+    rows = meta.get("rows", 0) - meta.get("filtered", 0)
+    if not lost or not rows:
+        return None
+    reason = max(lost, key=lost.__getitem__)
+    return Lost(rows=rows, count=sum(lost.values()), reason=reason, most=lost[reason])
 
 
 def unsupervised(meta: Mapping[str, Any]) -> list[str]:
     """The sources and kinds of row that have rows and no supervised token, in words."""
-    kinds = meta.get("kind_counts", {})
-    silent = [f"rows of kind {kind} ({one['rows']:,})" for kind, one in kinds.items() if _is_silent(one)]
-    sources = (one for one in meta.get("sources", []) if isinstance(one, Mapping) and _is_silent(one))
-    return silent + [f"source {one['name']} ({one['rows']:,} rows)" for one in sources]
+    kinds, sources = meta.get("kind_counts", {}), meta.get("sources", [])
+    silent = [f"the {one['rows']:,} rows of kind {kind}" for kind, one in kinds.items() if _is_silent(one)]
+    return silent + [f"the {one['rows']:,} rows of source {one['name']}" for one in sources if _is_silent(one)]
 
 
 def _is_silent(counts: Mapping[str, Any]) -> bool:

@@ -239,5 +239,5 @@ def test_tokenizer_that_does_not_match(inputs, tmp_path):
     write_index(tmp_path / "same", documents, vocab_size=VOCABULARY, meta=meta)
     config = parse_run(arguments(inputs, tmp_path / "run", "--data", str(tmp_path / "same"), model=model))
     assert np.array_equal(
-        prepare_run(config, world_size=1, cuda=False).indexes[0].lengths, [len(t) for t, _ in documents]
+        prepare_run(config, world_size=1, cuda=False).order.indexes[0].lengths, [len(t) for t, _ in documents]
     )
