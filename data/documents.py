@@ -13,6 +13,7 @@ class Documents:
     meta: dict[str, Any]  # what is known of the data beside its documents; any key may be missing
     fingerprint: str  # equal where training on the documents is
     lengths: np.ndarray  # int32 [documents], tokens per document
+    largest_sampled: int = -1  # the largest token of those that were looked at when the data was opened
     may_be_cut: bool = False  # plain text: a document that is too long is trained in pieces
 
     source_names: list[str]

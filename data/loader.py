@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.order import Counts, GlobalOrder
+from data.order import GlobalOrder, outside_vocabulary
+from data.too_long import Counts, left_bare
 
 # Free space is cut into padding documents of about this many tokens: attention over one filler bin
 # as a single document would cost more than any bin of real ones.
@@ -190,7 +191,11 @@ def assemble(order: GlobalOrder, bins: list[np.ndarray], pad_token: int) -> Micr
         if len(stored) > length:  # truncated: it still has to end, or a model learns never to stop
             end = int(spans[-1][-1, 1]) if len(spans[-1]) else len(stored)
             tokens[start + length - 1] = stored[end - 1]
+            if left_bare(spans[-1], np.array([len(spans[-1])]), length)[0]:
+                spans[-1] = spans[-1][:0]
 
+    if order.vocab_size is not None:
+        _check_tokens(order, tokens, sample_ids, starts)
     # A span beyond the cut of a truncated document becomes empty and adds nothing.
     spans_in = [len(own) for own in spans[1:]]  # [real documents]
     ranges = np.minimum(np.concatenate(spans), np.repeat(lengths, spans_in)[:, None])
@@ -219,6 +224,17 @@ def assemble(order: GlobalOrder, bins: list[np.ndarray], pad_token: int) -> Micr
         padding_tokens=size - real_tokens,
         bins=sum(len(documents) > 0 for documents in bins),
     )
+
+
+def _check_tokens(
+    order: GlobalOrder, tokens: np.ndarray, sample_ids: list[tuple[int, int]], starts: np.ndarray
+) -> None:
+    """Raise ValueError where a token has no row in the embedding."""
+    assert order.vocab_size is not None
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < order.vocab_size:
+        at = int(np.flatnonzero((tokens < 0) | (tokens >= order.vocab_size))[0])
+        dataset, document = sample_ids[int(np.searchsorted(starts, at, side="right")) - 1]
+        raise ValueError(outside_vocabulary(order.indexes[dataset].place(document), int(tokens[at]), order.vocab_size))
 
 
 def _boundaries(order: GlobalOrder, bins: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from data.packing import Bins, pack
+from data.too_long import CHOICES, fit
 
 if TYPE_CHECKING:
     from data.documents import Documents
 
 # The first word of every random stream, so that no two uses of one seed share numbers.
 _DOCUMENTS, _EPOCH, _BINS = 1, 2, 3
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What becomes of the documents of all data sets, each counted once whatever its weight."""
-
-    documents: int
-    dropped: int
-    dropped_tokens: int
-    truncated: int
-    truncated_tokens: int  # the tokens cut away, not those kept
 
 
 class Plan(NamedTuple):
@@ -59,8 +48,10 @@ class GlobalOrder:
     blend: (index, weight) of each data set. One of weight w is a stream of permutations of its documents, of
     which each epoch takes the next w times as many as there are documents: a fraction visits all before it
     repeats one. Documents are named by ordinals that count through the data sets in their order. With
-    `shuffle=False` documents and packed sequences stay in that order, as held-out data wants it. Lengths are in
-    tokens; `global_batch_size` counts what `batch_unit` says.
+    `shuffle=False` documents and packed sequences stay in that order, as held-out data wants it. Documents that are
+    cut are data sets of pieces (`data.cutting`); in all that is said here a piece is a document. Lengths are in
+    tokens; `global_batch_size` counts what `batch_unit` says. With `vocab_size` no token outside the vocabulary
+    passes: what an index knows of its tokens is checked here, every token when a microbatch is assembled.
 
     Raises ValueError where no order can be made of what the user gave.
     """
@@ -76,10 +67,18 @@ class GlobalOrder:
         too_long: str,
         seed: int,
         shuffle: bool = True,
+        allow_unsupervised: bool = False,
+        vocab_size: int | None = None,
     ):
         _check_settings(seq_len, global_batch_size, batch_unit, pad_documents_to, too_long, seed)
-        _check_blend(blend)
-        self.indexes = [index for index, _ in blend]
+        _check_blend(blend, vocab_size)
+        self.indexes, self._offered, self.counts = fit(
+            [index for index, _ in blend], seq_len, too_long, allow_unsupervised=allow_unsupervised
+        )
+        self._sizes = [
+            len(index) if offered is None else len(offered)
+            for index, offered in zip(self.indexes, self._offered, strict=True)
+        ]
         # Through its decimal form, so that a weight of 0.3 is three tenths and epochs come out even.
         self._weights = [Fraction(repr(float(weight))) for _, weight in blend]
         self._settings = {
@@ -93,52 +92,19 @@ class GlobalOrder:
             "shuffling": shuffle,
         }
         self.seq_len, self.pad_documents_to, self.seed = seq_len, pad_documents_to, seed
+        self.vocab_size = vocab_size
         self._batch_size, self._shuffle = global_batch_size, shuffle
         self._by_conversation = batch_unit == "conversations"
         self._bounds = np.cumsum([0, *map(len, self.indexes)])  # [data sets + 1], in ordinals
         self.source_names = _source_names(self.indexes)
         self._first_sources = np.cumsum([0, *(len(index.source_names) for index in self.indexes)])
-        self._read_lengths(too_long)
+        # int32 [documents], as trained
+        self.lengths = np.concatenate([np.minimum(index.lengths, np.int32(seq_len)) for index in self.indexes])
         # Packing an epoch takes seconds at millions of documents, so one plan is kept; a loader
         # asks from two threads.
         self._lock = threading.Lock()
         self._plan: Plan | None = None
         self._bins_in_epoch: dict[int, int] = {}
-
-    def _read_lengths(self, too_long: str) -> None:
-        """Set `lengths` (int32, as trained), the documents each data set offers, and `counts`."""
-        lengths = np.concatenate([np.zeros(0, np.int32), *(index.lengths for index in self.indexes)])
-        long = np.flatnonzero(lengths > self.seq_len)
-        if len(long) and too_long == "error":
-            raise ValueError(
-                f"{len(long):,} of {len(lengths):,} documents are longer than --seq-len {self.seq_len} "
-                f"(the longest has {int(lengths.max()):,} tokens): raise --seq-len, or choose "
-                "--too-long drop or --too-long truncate."
-            )
-        drops = too_long == "drop"
-        excess = int((lengths[long] - (0 if drops else self.seq_len)).sum(dtype=np.int64))
-        self.counts = Counts(
-            documents=len(lengths),
-            dropped=len(long) if drops else 0,
-            dropped_tokens=excess if drops else 0,
-            truncated=0 if drops else len(long),
-            truncated_tokens=0 if drops else excess,
-        )
-        if len(lengths) == self.counts.dropped:
-            raise ValueError(
-                f"--data leaves nothing to train on: it has {len(lengths):,} documents, of which "
-                f"{self.counts.dropped:,} are dropped as longer than --seq-len {self.seq_len}; give other "
-                "data or a larger --seq-len."
-            )
-        self.lengths = np.minimum(lengths, np.int32(self.seq_len))
-        # [documents offered] for each data set, ordinals within it; None: all of them.
-        self._offered: list[np.ndarray | None] = [
-            np.flatnonzero(index.lengths <= self.seq_len) if drops else None for index in self.indexes
-        ]
-        self._sizes = [
-            len(index) if offered is None else len(offered)
-            for index, offered in zip(self.indexes, self._offered, strict=True)
-        ]
 
     def padded(self, documents: np.ndarray) -> np.ndarray:
         """Return the padded lengths, in tokens, of the documents: int32, the shape of `documents`."""
@@ -247,12 +213,22 @@ def _source_names(indexes: Sequence[Documents]) -> list[str]:
     return [name if time == 1 else f"{name} ({time})" for name, time in zip(longer, times, strict=True)]
 
 
-def _check_blend(blend: Sequence[tuple[Documents, float]]) -> None:
+def outside_vocabulary(place: str, token: int, vocab_size: int) -> str:
+    """The sentence about a token that the model does not have."""
+    return (
+        f"--data {place} holds token {token:,} and the model has {vocab_size:,} tokens; tokenise the data with the "
+        "model's own tokenizer, or give the model rows for the new tokens with --override.resize-embeddings."
+    )
+
+
+def _check_blend(blend: Sequence[tuple[Documents, float]], vocab_size: int | None) -> None:
     for index, weight in blend:
         if not 0 < weight < float("inf"):
             raise ValueError(f"--data {index.path} has weight {weight}; give one above 0, or leave it out.")
         if len(index) and int(index.lengths.min()) < 1:
             raise ValueError(f"--data {index.path} has documents without a single token; prepare it again.")
+        if vocab_size is not None and index.largest_sampled >= vocab_size:
+            raise ValueError(outside_vocabulary(str(index.path), index.largest_sampled, vocab_size))
 
 
 def _check_settings(
@@ -268,7 +244,7 @@ def _check_settings(
             raise ValueError(f"{flag} is {value}; it must be at least {least}.")
     for flag, word, choices in (
         ("--batch-unit", batch_unit, ("sequences", "conversations")),
-        ("--too-long", too_long, ("error", "drop", "truncate")),
+        ("--too-long", too_long, CHOICES),
     ):
         if word not in choices:
             raise ValueError(f"{flag} is {word!r}; choose one of {', '.join(choices)}.")

@@ -8,40 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.documents import Documents
 from data.loader import deal
-from tests.support.loading import make_loader
-
-
-class FakeIndex(Documents):
-    """Documents in memory."""
-
-    def __init__(self, documents, spans=None, name="data", sources=None):
-        self.path, self.fingerprint = Path(name), f"of-{name}"
-        self.sources = np.zeros(len(documents), np.uint16) if sources is None else np.array(sources, np.uint16)
-        self.source_names = [name] if sources is None else [f"{name}{n}" for n in range(max(sources) + 1)]
-        self.documents = [np.asarray(document, np.int32) for document in documents]
-        self.lengths = np.array([len(document) for document in documents], np.int32)
-        self.supervised = spans or [[(len(document) // 2, len(document))] for document in documents]
-
-    def tokens(self, document):
-        return self.documents[document]
-
-    def spans(self, document):
-        return np.array(self.supervised[document], np.int32).reshape(-1, 2)
+from tests.support.loading import in_memory, small_loader
 
 
 def _random_index(documents, longest=16, seed=0, name="data"):
     draw = np.random.default_rng(seed)
     lengths = draw.integers(1, longest + 1, documents)
-    return FakeIndex([draw.integers(1, 100, length) for length in lengths], name=name)
-
-
-def _loader(*sources, **changes):
-    sources = [source if isinstance(source, tuple) else (source, 1.0) for source in sources]
-    settings = dict(seq_len=16, micro_batch_size=1, global_batch_size=4, batch_unit="conversations")
-    settings |= dict(pad_documents_to=4, too_long="error", seed=7, dp_rank=0, dp_size=1)
-    return make_loader(sources, **{**settings, **changes})
+    return in_memory([draw.integers(1, 100, length) for length in lengths], name=name)
 
 
 def _flat(lists):
@@ -58,8 +32,8 @@ def _epoch(loader, epoch=0):
 
 def test_every_array_of_a_hand_made_microbatch():
     # 5 tokens, two supervised stretches; 3 tokens of which the first is supervised in vain; 2 tokens, none.
-    index = FakeIndex([[11, 12, 13, 14, 15], [21, 22, 23], [31, 32]], [[(1, 2), (3, 5)], [(0, 2)], []])
-    loader = _loader(index, seq_len=12, micro_batch_size=2, pad_documents_to=2, pad_token=9, shuffle=False)
+    index = in_memory([[11, 12, 13, 14, 15], [21, 22, 23], [31, 32]], [[(1, 2), (3, 5)], [(0, 2)], []])
+    loader = small_loader(index, seq_len=12, micro_batch_size=2, pad_documents_to=2, pad_token=9, shuffle=False)
     (microbatch,) = loader.next_step()
     assert microbatch.sample_ids == [(0, 0), (0, 1), (0, 2)]
     assert microbatch.tokens.tolist() == [11, 12, 13, 14, 15, 9, 21, 22, 23, 9, 31, 32, *[9] * 12]
@@ -74,9 +48,9 @@ def test_every_array_of_a_hand_made_microbatch():
 
 
 def test_every_document_says_its_source():
-    first = FakeIndex([[1] * 3, [2] * 5, [3] * 3], name="mixed", sources=[1, 0, 1])
-    second = FakeIndex([[4] * 9, [5] * 2], name="single")
-    loader = _loader(first, second, seq_len=12, micro_batch_size=3, global_batch_size=5, shuffle=False)
+    first = in_memory([[1] * 3, [2] * 5, [3] * 3], name="mixed", sources=[1, 0, 1])
+    second = in_memory([[4] * 9, [5] * 2], name="single")
+    loader = small_loader(first, second, seq_len=12, micro_batch_size=3, global_batch_size=5, shuffle=False)
     assert loader.source_names == ["mixed0", "mixed1", "single"]
     (microbatch,) = loader.next_step()
     assert microbatch.sample_ids == [(1, 0), (0, 1), (0, 0), (0, 2), (1, 1)]
@@ -86,17 +60,17 @@ def test_every_document_says_its_source():
 
 
 def test_sources_of_one_name_are_told_apart():
-    runs = [FakeIndex([[1]], name=name) for name in ("a/data", "b/data", "b/data", "c")]
+    runs = [in_memory([[1]], name=name) for name in ("a/data", "b/data", "b/data", "c")]
     for index in runs:
         index.source_names = [Path(index.path).name]
-    assert _loader(*runs).source_names == ["a/data: data", "b/data: data", "b/data: data (2)", "c"]
+    assert small_loader(*runs).source_names == ["a/data: data", "b/data: data", "b/data: data (2)", "c"]
 
 
 @pytest.mark.parametrize("unit", ["conversations", "sequences"])
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
 def test_every_token_and_label_of_an_epoch_comes_out_once(unit, micro_batch_size):
     index = _random_index(97)
-    loader = _loader(index, batch_unit=unit, micro_batch_size=micro_batch_size, global_batch_size=5)
+    loader = small_loader(index, batch_unit=unit, micro_batch_size=micro_batch_size, global_batch_size=5)
     for epoch in range(2):
         microbatches = _flat(loader.next_step() for _ in range(loader.steps_in_epoch(epoch)))
         assert sorted(_ids(microbatches)) == [(0, document) for document in range(97)]
@@ -121,34 +95,34 @@ def _starts(microbatch, index):
 @pytest.mark.parametrize("unit", ["conversations", "sequences"])
 def test_ranks_share_out_the_same_steps_whatever_the_layout(unit):
     index = _random_index(61)
-    whole = [sorted(step) for step in _epoch(_loader(index, batch_unit=unit))]
+    whole = [sorted(step) for step in _epoch(small_loader(index, batch_unit=unit))]
     for dp_size, micro_batch_size, multiple in [(1, 2, 1), (2, 1, 4), (4, 2, 1), (3, 1, 2)]:
         layout = dict(dp_size=dp_size, micro_batch_size=micro_batch_size, microbatch_multiple=multiple)
-        ranks = [_loader(index, batch_unit=unit, **layout, dp_rank=rank) for rank in range(dp_size)]
+        ranks = [small_loader(index, batch_unit=unit, **layout, dp_rank=rank) for rank in range(dp_size)]
         for number, expected in enumerate(whole):
             steps = [loader.next_step() for loader in ranks]
             assert sorted(_flat(map(_ids, steps))) == expected
             (microbatches,) = {len(step) for step in steps}
-            bins = len(_loader(index, batch_unit=unit).step(0, number))
+            bins = len(small_loader(index, batch_unit=unit).step(0, number))
             least = -(-bins // (dp_size * micro_batch_size))
             assert microbatches == -(-least // multiple) * multiple
 
 
 def test_each_epoch_and_seed_has_an_order_of_its_own():
     index = _random_index(40)
-    orders = [_epoch(_loader(index, seed=seed), epoch) for seed in (1, 2) for epoch in (0, 1)]
+    orders = [_epoch(small_loader(index, seed=seed), epoch) for seed in (1, 2) for epoch in (0, 1)]
     assert len({json.dumps(order) for order in orders}) == 4
-    assert orders[0] == _epoch(_loader(index, seed=1), 0)
+    assert orders[0] == _epoch(small_loader(index, seed=1), 0)
 
 
 def test_the_order_does_not_change_between_versions():
     """Written down once: a changed order would make every resumed run silently repeat data."""
-    batches = [[document for _, document in step] for step in _epoch(_loader(FakeIndex([[1]] * 10)))]
+    batches = [[document for _, document in step] for step in _epoch(small_loader(in_memory([[1]] * 10)))]
     assert batches == [[5, 1, 6, 2], [4, 3, 7, 0], [8, 9]]
 
 
 def test_unshuffled_data_keep_their_order():
-    loader = _loader(FakeIndex([[1]] * 6), FakeIndex([[1]] * 5, name="more"), shuffle=False)
+    loader = small_loader(in_memory([[1]] * 6), in_memory([[1]] * 5, name="more"), shuffle=False)
     expected = [(0, document) for document in range(6)] + [(1, document) for document in range(5)]
     assert _flat(_epoch(loader)) == _flat(_epoch(loader, 3)) == expected
 
@@ -158,14 +132,14 @@ def test_unshuffled_data_keep_their_order():
 def test_a_run_continues_in_the_same_order_under_another_layout(unit, stop):
     sources = (_random_index(33), 0.7), (_random_index(20, seed=1, name="more"), 1.5)
     settings = dict(batch_unit=unit, global_batch_size=4)
-    straight = _loader(*sources, **settings)
+    straight = small_loader(*sources, **settings)
     expected = [sorted(_ids(straight.next_step())) for _ in range(24)]
 
-    first = _loader(*sources, **settings)
+    first = small_loader(*sources, **settings)
     for _ in range(stop):
         first.next_step()
     state = json.loads(json.dumps(first.state_dict()))
-    ranks = [_loader(*sources, **settings, dp_rank=r, dp_size=2, micro_batch_size=2) for r in range(2)]
+    ranks = [small_loader(*sources, **settings, dp_rank=r, dp_size=2, micro_batch_size=2) for r in range(2)]
     for loader in ranks:
         loader.next_step()  # what was prepared ahead must not survive the load
         loader.load_state_dict(state)
@@ -174,7 +148,7 @@ def test_a_run_continues_in_the_same_order_under_another_layout(unit, stop):
 
 
 def test_the_state_counts_what_was_handed_out():
-    loader = _loader(_random_index(10))
+    loader = small_loader(_random_index(10))
     seen = []
     for _ in range(4):
         seen.append((loader.state_dict()["epoch"], loader.state_dict()["consumed"]))
@@ -193,22 +167,22 @@ def test_the_state_counts_what_was_handed_out():
     ],
 )
 def test_a_state_of_another_order_is_refused(flag, change):
-    state = _loader(_random_index(9)).state_dict()
+    state = small_loader(_random_index(9)).state_dict()
     with pytest.raises(ValueError, match=f"a changed {flag} \\(was .*, is .*\\): put it back"):
-        _loader(_random_index(9), **change).load_state_dict(state)
+        small_loader(_random_index(9), **change).load_state_dict(state)
 
 
 def test_a_state_of_other_data_or_weights_is_refused():
-    state = _loader(_random_index(9)).state_dict()
+    state = small_loader(_random_index(9)).state_dict()
     with pytest.raises(ValueError, match=r"--data \(was \['of-data'\], is \['of-other'\]\)"):
-        _loader(_random_index(9, name="other")).load_state_dict(state)
+        small_loader(_random_index(9, name="other")).load_state_dict(state)
     with pytest.raises(ValueError, match=r"the weights of --data \(was \[1.0\], is \[2.0\]\)"):
-        _loader((_random_index(9), 2)).load_state_dict(state)
+        small_loader((_random_index(9), 2)).load_state_dict(state)
 
 
 def test_weights_are_exact_over_epochs():
-    tenths, many = FakeIndex([[1]] * 10), FakeIndex([[2]] * 7, name="many")
-    loader = _loader((tenths, 0.3), (many, 2.5))
+    tenths, many = in_memory([[1]] * 10), in_memory([[2]] * 7, name="many")
+    loader = small_loader((tenths, 0.3), (many, 2.5))
     seen = Counter()
     for epoch in range(10):
         ids = _flat(_epoch(loader, epoch))
@@ -224,16 +198,16 @@ def test_weights_are_exact_over_epochs():
 
 
 def test_an_epoch_that_is_empty_is_passed_over():
-    loader = _loader((FakeIndex([[1], [2]]), 0.2))
+    loader = small_loader((in_memory([[1], [2]]), 0.2))
     assert [loader.steps_in_epoch(epoch) for epoch in range(6)] == [0, 0, 1, 0, 1, 0]
     assert len({_ids(loader.next_step())[0] for _ in range(2)}) == 2
 
 
 def test_filler_bins_make_up_the_count_and_bear_nothing():
-    index = FakeIndex([[1, 2, 3]])
+    index = in_memory([[1, 2, 3]])
     settings = dict(seq_len=1200, pad_documents_to=6, pad_token=5, dp_size=2, microbatch_multiple=2)
     for rank in range(2):
-        step = _loader(index, **settings, dp_rank=rank).next_step()
+        step = small_loader(index, **settings, dp_rank=rank).next_step()
         assert [len(microbatch.sample_ids) for microbatch in step] == [1 - rank, 0]
         filler = step[1]
         assert filler.cu_seqlens.tolist() == [0, 516, 1032, 1200] and filler.max_seqlen == 516
@@ -250,48 +224,12 @@ def test_work_is_dealt_evenly():
 
 
 def test_a_batch_without_supervision_has_no_labels():
-    (microbatch,) = _loader(FakeIndex([[1, 2, 3]], [[]])).next_step()
+    (microbatch,) = small_loader(in_memory([[1, 2, 3]], [[]])).next_step()
     assert not microbatch.loss_mask.any() and not microbatch.labels.any()
     assert (microbatch.supervised_tokens, microbatch.real_tokens) == (0, 3)
 
 
-LONG = FakeIndex([[1, 2, 3], list(range(1, 21)), list(range(1, 18))], [[(1, 3)], [(4, 6), (12, 18)], []])
-
-
-def test_too_long_is_an_error_that_says_what_to_do():
-    with pytest.raises(ValueError) as error:
-        _loader(LONG)
-    assert str(error.value) == (
-        "2 of 3 documents are longer than --seq-len 16 (the longest has 20 tokens): raise --seq-len, "
-        "or choose --too-long drop or --too-long truncate."
-    )
-
-
-def test_too_long_dropped_is_counted():
-    loader = _loader(LONG, FakeIndex([[5] * 30, [5], [5] * 17, [5]], name="more"), too_long="drop")
-    assert (loader.counts.documents, loader.counts.dropped, loader.counts.dropped_tokens) == (7, 4, 84)
-    assert (loader.counts.truncated, loader.counts.truncated_tokens) == (0, 0)
-    assert sorted(_flat(_epoch(loader))) == [(0, 0), (1, 1), (1, 3)]
-
-
-def test_too_long_truncated_keeps_its_end_token():
-    loader = _loader(LONG, too_long="truncate", shuffle=False)
-    counts = loader.counts
-    assert (counts.dropped, counts.truncated, counts.truncated_tokens) == (0, 2, 5)
-    by_id = {microbatch.sample_ids[0]: microbatch for microbatch in loader.next_step()}
-    cut = by_id[0, 1]  # cut within the span that ends with token 18
-    assert cut.tokens.tolist() == [*range(1, 16), 18]
-    assert np.flatnonzero(cut.loss_mask).tolist() == [3, 4, 11, 12, 13, 14] and cut.labels[14] == 18
-    assert cut.real_tokens == 16 and cut.padding_tokens == 0
-    unsupervised = by_id[0, 2]  # without a span its own last token ends it
-    assert unsupervised.tokens.tolist() == [*range(1, 16), 17] and not unsupervised.loss_mask.any()
-
-
-def test_truncation_outside_a_supervised_span_adds_no_supervision():
-    index = FakeIndex([list(range(1, 31))], [[(2, 5), (20, 25)]])
-    (microbatch,) = _loader(index, too_long="truncate").next_step()
-    assert microbatch.tokens.tolist() == [*range(1, 16), 25]
-    assert np.flatnonzero(microbatch.loss_mask).tolist() == [1, 2, 3]
+LONG = in_memory([[1, 2, 3], [4] * 20])
 
 
 @pytest.mark.parametrize(
@@ -301,14 +239,28 @@ def test_truncation_outside_a_supervised_span_adds_no_supervision():
         ([LONG], {"seq_len": 2, "too_long": "drop"}, "choose --seq-len 4"),
         ([(LONG, 0)], {}, "--data data has weight 0; give one above 0"),
         ([(LONG, float("nan"))], {}, "--data data has weight nan"),
-        ([FakeIndex([[1], []])], {}, "documents without a single token"),
-        ([FakeIndex([[1] * 17])], {"too_long": "drop"}, "nothing to train on: it has 1 documents"),
+        ([in_memory([[1], []])], {}, "documents without a single token"),
+        ([in_memory([[1] * 17])], {"too_long": "drop"}, "nothing to train on: it has 1 documents"),
         ([], {}, "nothing to train on"),
         ([LONG], {"batch_unit": "bins"}, "--batch-unit is 'bins'; choose one of sequences, conversations"),
-        ([FakeIndex([[1]])], {"micro_batch_size": 0}, "--micro-batch-size is 0; it must be at least 1"),
+        ([in_memory([[1]])], {"micro_batch_size": 0}, "--micro-batch-size is 0; it must be at least 1"),
         ([LONG], {"seed": -1}, "--seed is -1; it must be at least 0"),
     ],
 )
 def test_mistakes_get_one_sentence(sources, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        _loader(*sources, **changes)
+        small_loader(*sources, **changes)
+
+
+def test_no_token_outside_the_vocabulary_reaches_the_model():
+    index, more = in_memory([[98, 98], [98] * 5]), in_memory([[1, 98], [2, 3, 99], [-1, 4]], name="more")
+    settings = dict(vocab_size=99, shuffle=False, global_batch_size=3)
+    for micro_batch_size in (1, 2):
+        loader = small_loader(index, more, micro_batch_size=micro_batch_size, **settings)
+        loader.step(0, 0)  # 98 is the last there is
+        with pytest.raises(ValueError, match=r"--data more:[12] holds token (99|-1) and the model has 99 tokens"):
+            loader.step(0, 1)
+    small_loader(index, more, **{**settings, "vocab_size": 100}).step(0, 0)
+    more.largest_sampled = 99
+    with pytest.raises(ValueError, match="--data more holds token 99 and the model has 99 tokens; tokenise the data w"):
+        small_loader(index, more, **settings)

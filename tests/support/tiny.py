@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from data.documents import Documents
+from tests.support.loading import MemoryIndex
 
 VOCABULARY = 131  # no tensor-parallel size divides it
 PLAIN = {"rope_type": "default", "rope_theta": 1e6}
@@ -161,26 +161,6 @@ class Memory(dict):
         self.reads[name] += 1
         self.read_bytes[name] += part.nbytes
         return part.clone() if out is None else out.copy_(part)
-
-
-class MemoryIndex(Documents):
-    """Documents in memory."""
-
-    def __init__(self, documents: list[tuple[np.ndarray, np.ndarray]], name: str = "memory"):
-        self.documents = documents
-        self.path = Path(name)
-        self.meta: dict = {}
-        self.fingerprint = name
-        self.lengths = np.array([len(tokens) for tokens, _ in documents], dtype=np.int32)
-        self.source_names, self.kinds = [name], ["unknown"]
-        self.sources = np.zeros(len(documents), np.uint16)
-        self.kind_numbers = np.zeros(len(documents), np.uint8)
-
-    def tokens(self, document: int) -> np.ndarray:
-        return self.documents[document][0]
-
-    def spans(self, document: int) -> np.ndarray:
-        return self.documents[document][1]
 
 
 def conversations(count: int, seed: int = 0, longest: int = 45) -> MemoryIndex:
