@@ -82,6 +82,8 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
         seq_len=config.seq_len,
         pad_documents_to=pad_multiple,
         too_long=config.too_long,
+        allow_unsupervised=config.allow_unsupervised,
+        vocab_size=description.vocab_size,
         seed=config.seed,
     )
     order = make_order(blend, global_batch_size=config.global_batch_size, batch_unit=config.batch_unit)

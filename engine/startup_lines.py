@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from data.documents import Documents
-from data.order import Counts
 from engine.mesh import Mesh
 from engine.prepare import Prepared
 from engine.run_data import lost_rows
@@ -24,7 +23,7 @@ def start_lines(prepared: Prepared, mesh: Mesh, step: int, on_host: bool) -> str
         f"model: {description.family}, {parameters / 1e6:,.1f} M parameters from {base.weights}",
         f"layout: {mesh.layout.product(mesh.world_size)}, sp {'on' if mesh.layout.sp else 'off'}, {where}",
         f"backend: {prepared.backend} ({prepared.backend_reason}), {config.precision}",
-        f"data: {told(prepared.order.counts)}, packed sequences of {config.seq_len:,} tokens, documents padded to "
+        f"data: {prepared.order.counts}, packed sequences of {config.seq_len:,} tokens, documents padded to "
         f"{prepared.pad_multiple}",
         f"run: {prepared.total_steps:,} steps of {config.global_batch_size} {config.batch_unit} in {config.output}",
     ]
@@ -33,18 +32,13 @@ def start_lines(prepared: Prepared, mesh: Mesh, step: int, on_host: bool) -> str
     for index in prepared.order.indexes:
         if lost := lost_rows(index.meta):
             lines.append(f"dropped when {index.path} was prepared: {lost}")
-    lines += [f"held out, {name}: {told(order.counts)}" for name, order in prepared.valid_orders.items()]
+    lines += [f"held out, {name}: {order.counts}" for name, order in prepared.valid_orders.items()]
     for index in prepared.order.indexes + prepared.held_out:
         if not index.meta.get("tokenizer_fingerprint"):
             lines.append(f"tokenizer: {index.path} does not say which made its ids, so it could not be compared")
     if prepared.resume is not None:
         lines.append(f"resumed from {prepared.resume.directory} after step {step}")
     return "\n".join(lines)
-
-
-def told(counts: Counts) -> str:
-    """What becomes of documents, in words."""
-    return f"{counts.documents:,} documents, dropped {counts.dropped:,}, truncated {counts.truncated:,}"
 
 
 def sample_document(index: Documents) -> list[tuple[str, bool]] | None:
