@@ -33,9 +33,12 @@ def start_lines(prepared: Prepared, mesh: Mesh, step: int, on_host: bool) -> str
         if lost := lost_rows(index.meta):
             lines.append(f"dropped when {index.path} was prepared: {lost}")
     lines += [f"held out, {name}: {order.counts}" for name, order in prepared.valid_orders.items()]
-    for index in prepared.order.indexes + prepared.held_out:
-        if not index.meta.get("tokenizer_fingerprint"):
-            lines.append(f"tokenizer: {index.path} does not say which made its ids, so it could not be compared")
+    silent = [
+        index for index in prepared.order.indexes + prepared.held_out if not index.meta.get("tokenizer_fingerprint")
+    ]
+    if silent:
+        paths = ", ".join(dict.fromkeys(str(index.path) for index in silent))
+        lines.append(f"tokenizer: the model's could not be compared with that of {paths}, which is not recorded")
     if prepared.resume is not None:
         lines.append(f"resumed from {prepared.resume.directory} after step {step}")
     return "\n".join(lines)

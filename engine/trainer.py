@@ -60,7 +60,7 @@ class Trainer:
         config, description = prepared.config, prepared.description
         self.prepared, self.config, self.mesh = prepared, config, mesh
         self.loader = self._make_loader(prepared.order)
-        self.sources = told_apart(prepared.order)
+        self.sources = told_apart(self.loader)
         self.valid_loaders = {name: self._make_loader(order) for name, order in prepared.valid_orders.items()}
         self.kernel = attention_kernel(prepared.backend, mesh.device, parameter_dtype(config.precision))
         chunks = build_chunks(description, prepared.transformer, backend=prepared.backend, groups=mesh.groups)
@@ -120,9 +120,9 @@ class Trainer:
         return StepResult(step=step, totals=totals, grad_norm=done.grad_norm, lr=lr, seconds=seconds, routers=routers)
 
     def _names(self, samples: tuple[tuple[int, int], ...]) -> str:
-        """Samples as DATA:document, at most twenty of them."""
+        """Where at most twenty samples lie, as DATA:document."""
         indexes = self.prepared.order.indexes
-        names = [f"{indexes[dataset].path}:{document}" for dataset, document in samples[:20]]
+        names = [indexes[dataset].place(document) for dataset, document in samples[:20]]
         return ", ".join(names) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
 
     def held_out_losses(self) -> HeldOutLosses:
@@ -131,7 +131,7 @@ class Trainer:
         for chunk in self.chunks:
             chunk.eval()
         for name, loader in self.valid_loaders.items():
-            sources = told_apart(self.prepared.valid_orders[name])
+            sources = told_apart(loader)
             sums = self._held_out_sums(loader, len(sources))
             whole += sums[0]
             losses[name] = mean_loss(*sums[0])
@@ -195,9 +195,9 @@ class Trainer:
         return target
 
 
-def told_apart(order: GlobalOrder) -> list[str]:
+def told_apart(loader: Loader) -> list[str]:
     """The sources whose losses are measured one by one: none where there is but one."""
-    return order.source_names if len(order.source_names) > 1 else []
+    return loader.source_names if len(loader.source_names) > 1 else []
 
 
 def mean_loss(loss_sum: float, supervised: float) -> float | None:
