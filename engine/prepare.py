@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -87,10 +88,7 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
         seed=config.seed,
     )
     order = make_order(blend, global_batch_size=config.global_batch_size, batch_unit=config.batch_unit)
-    valid_orders = {
-        name: make_order([one], global_batch_size=VALID_SEQUENCES, batch_unit="sequences", shuffle=False)
-        for name, one in valid.items()
-    }
+    valid_orders = {name: _held_out_order(name, one, make_order) for name, one in valid.items()}
     if resume is not None:
         order.check_state(resume.manifest["data"])
         _check_length(resume, config.steps)
@@ -108,6 +106,14 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
         pad_multiple=pad_multiple,
         stop_at=stop_at,
     )
+
+
+def _held_out_order(name: str, data: tuple[Documents, float], make_order: Callable[..., GlobalOrder]) -> GlobalOrder:
+    """The order of a held-out set; what is wrong with it is said under its name."""
+    try:
+        return make_order([data], global_batch_size=VALID_SEQUENCES, batch_unit="sequences", shuffle=False)
+    except ValueError as error:
+        raise ValueError(f"--valid {name}: {error}") from None
 
 
 def check_model(config: RunConfig, description: ModelDescription, world_size: int, *, pad_multiple: int) -> None:

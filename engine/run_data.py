@@ -110,7 +110,8 @@ def audit(indexes: Iterable[Documents], *, max_dropped: float, allow_unsupervise
                 f"--data {index.path}: its preparation dropped {lost}; look at {index.path / 'dropped.jsonl'} and "
                 f"prepare the data again, or allow it with --max-dropped {enough:g}"
             )
-        silent = unsupervised(index.meta)
+        # A directory of held-out documents counts the rows of the whole that it was taken from.
+        silent = [] if "held_out_of" in index.meta else unsupervised(index.meta)
         if silent and not allow_unsupervised:
             raise ValueError(
                 f"--data {index.path}: no token is supervised in {' and '.join(silent)}; prepare the data again "
@@ -134,8 +135,7 @@ class Lost:
 
 def lost_rows(meta: Mapping[str, Any]) -> Lost | None:
     """What a directory's meta.json says of lost rows; None where there are none or it says nothing."""
-    dropped = {reason: drop["count"] for reason, drop in meta.get("dropped", {}).items()}
-    lost = {reason: count for reason, count in dropped.items() if not reason.startswith(ON_REQUEST)}
+    lost = {reason: count for reason, count in _dropped(meta).items() if not reason.startswith(ON_REQUEST)}
     rows = meta.get("rows", 0) - meta.get("filtered", 0)
     if not lost or not rows:
         return None
@@ -143,12 +143,30 @@ def lost_rows(meta: Mapping[str, Any]) -> Lost | None:
     return Lost(rows=rows, count=sum(lost.values()), reason=reason, most=lost[reason])
 
 
+def _dropped(counts: Mapping[str, Any]) -> dict[str, int]:
+    """Dropped rows of a directory or a source by reason."""
+    dropped = counts.get("dropped", {})
+    return {reason: drop["count"] if isinstance(drop, Mapping) else drop for reason, drop in dropped.items()}
+
+
 def unsupervised(meta: Mapping[str, Any]) -> list[str]:
     """The sources and kinds of row that have rows and no supervised token, in words."""
     kinds, sources = meta.get("kind_counts", {}), meta.get("sources", [])
-    silent = [f"the {one['rows']:,} rows of kind {kind}" for kind, one in kinds.items() if _is_silent(one)]
-    return silent + [f"the {one['rows']:,} rows of source {one['name']}" for one in sources if _is_silent(one)]
+    left_out = _left_out(meta)  # of which kind, it does not say
+    silent = [f"the {one['rows']:,} rows of kind {kind}" for kind, one in kinds.items() if _is_silent(one, left_out)]
+    for one in sources:
+        if _is_silent(one, _left_out(one) + one.get("filtered", 0)):
+            silent.append(f"the {one['rows']:,} rows of source {one['name']}")
+    return silent
 
 
-def _is_silent(counts: Mapping[str, Any]) -> bool:
-    return counts.get("rows", 0) > counts.get("filtered", 0) and counts.get("supervised_tokens") == 0
+def _left_out(counts: Mapping[str, Any]) -> int:
+    """The rows of a directory or source that are none of its documents because it was prepared so."""
+    dropped = sum(drop for reason, drop in _dropped(counts).items() if reason.startswith(ON_REQUEST))
+    return counts.get("held_out", 0) + counts.get("not_taken", 0) + dropped
+
+
+def _is_silent(counts: Mapping[str, Any], left_out: int) -> bool:
+    """Whether there are rows that should be trained, and no supervised token."""
+    expected = counts.get("documents", 0) or counts.get("rows", 0) > left_out
+    return bool(expected) and counts.get("supervised_tokens") == 0

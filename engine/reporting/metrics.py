@@ -148,8 +148,9 @@ class MetricsLog:
             # Takes seconds to import, which a run without it should not pay.
             from torch.utils.tensorboard import SummaryWriter
 
-            # TensorBoard hides what earlier event files hold from this step on: the rewinding of its mirror.
-            self.tensorboard = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
+            # TensorBoard hides what earlier event files hold from this step on: the rewinding of its mirror. Step 0
+            # holds what was measured before the first one, which a run that starts anew measures anew.
+            self.tensorboard = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1 if start_step else 0)
         self.file = self.path.open("a", encoding="utf-8")
         self.progress = ProgressLine(start_step, total_steps, max(1, progress_every), stream or sys.stderr)
 

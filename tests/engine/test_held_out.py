@@ -131,18 +131,22 @@ def test_the_start_is_the_model_that_was_given(pool, inputs, whole, tmp_path):
 
 def test_truncation_to_nothing_is_refused_or_null(pool, inputs, tmp_path):
     """Only the prompts of these fit into a sequence."""
-    documents = [(np.arange(60) % VOCABULARY, [[40, 60]]) for _ in range(6)]
+    documents = [(np.arange(60) % VOCABULARY, [[50, 60]]) for _ in range(6)]
     write_index(tmp_path / "long", documents, vocab_size=VOCABULARY)
     extra = ("--data", str(tmp_path / "long"), "--valid", str(tmp_path / "long"), "--seq-len", "32", "--steps", "1")
     sentence = refused(inputs, tmp_path / "run", *extra, "--too-long", "truncate")
     assert "leaves 6 of 6 documents without a supervised token" in sentence and "--allow-unsupervised" in sentence
+    only_held_out = ("--data", str(inputs / "plain"), "--seq-len", "48", "--too-long", "truncate")
+    assert "--valid long: --too-long truncate leaves 6 of 6" in refused(
+        inputs, tmp_path / "run", *extra, *only_held_out
+    )
     allowed = arguments(inputs, tmp_path / "run", *extra, "--too-long", "truncate", "--allow-unsupervised")
     assert pool.run(outcome, 1, allowed) == [""]
     (line,) = metrics(tmp_path / "run")
     assert (line["loss"], line["valid_loss"], line["valid_losses"]) == (None, None, {"long": None})
     assert pool.run(outcome, 1, arguments(inputs, tmp_path / "cut", *extra, "--too-long", "cut")) == [""]
     (line,) = metrics(tmp_path / "cut")
-    assert line["supervised_tokens"] == 6 * 20 and line["valid_loss"] > 0
+    assert line["supervised_tokens"] == 6 * 10 and line["valid_loss"] > 0
 
 
 def refused(inputs: Path, output: Path, *extra: str) -> str:

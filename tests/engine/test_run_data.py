@@ -95,21 +95,26 @@ def test_what_trains_nothing_stops_a_run(tmp_path):
     kinds = {
         "chat": {"rows": 90, "documents": 90, "supervised_tokens": 400},
         "tool calls": {"rows": 10, "documents": 10, "supervised_tokens": 0},
-        "text": {"rows": 0, "documents": 0, "supervised_tokens": 0},
+        "text": {"rows": 3, "documents": 0, "supervised_tokens": 0},  # perhaps the three that were left out
+        "rendered": {"rows": 4, "documents": 0, "supervised_tokens": 0},  # one of them at least was lost
     }
     sources = [
         {"name": "math", "rows": 95, "filtered": 0, "supervised_tokens": 400},
         {"name": "code", "rows": 5, "filtered": 0, "supervised_tokens": 0},
-        {"name": "unwanted", "rows": 7, "filtered": 7, "supervised_tokens": 0},
+        {"name": "kept back", "rows": 9, "filtered": 3, "held_out": 5, "documents": 0, "supervised_tokens": 0},
     ]
-    path = made(tmp_path / "data", rows=107, filtered=7, dropped={})
+    sources[2]["dropped"] = {"duplicate prompt": 1}
+    more = {"held_out": 1, "not_taken": 1, "dropped": drops(duplicate_prompt=1, no_answer=1)}
+    path = made(tmp_path / "data", rows=109, filtered=0, **more)
     meta = json.loads((path / "meta.json").read_text())
     (path / "meta.json").write_text(json.dumps(meta | {"kind_counts": kinds, "sources": sources}))
     index = open_data((str(path),))[0][0]
     sentence = refused(index)
-    assert "no token is supervised in the 10 rows of kind tool calls and the 5 rows of source code; " in sentence
-    assert "--allow-unsupervised" in sentence and "unwanted" not in sentence and "text" not in sentence
+    silent = "the 10 rows of kind tool calls and the 4 rows of kind rendered and the 5 rows of source code; "
+    assert f"no token is supervised in {silent}" in sentence and "--allow-unsupervised" in sentence
     audit([index], max_dropped=0.01, allow_unsupervised=True)
+    index.meta["held_out_of"] = "data"
+    audit([index], max_dropped=0.01, allow_unsupervised=False)
 
 
 def test_templates_are_compared_as_they_are(tmp_path):

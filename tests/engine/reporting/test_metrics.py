@@ -140,6 +140,11 @@ def test_fields_by_names_are_mirrored_one_by_one(tmp_path):
     before = {f"{name}_at_start": value for name, value in fields.items()}
     sources = {"source_losses": {"a": 0.5, "b": None}, "source_tokens": {"a": 300, "b": 0}}
     with quiet(tmp_path, tensorboard=True) as log:
+        write_steps(log, 1, 1, valid_loss_at_start=9.0)
+    # Event files are named by the second and read in the order of their names.
+    abandoned = next((tmp_path / "tensorboard").iterdir())
+    abandoned.rename(abandoned.with_name(abandoned.name.replace("tfevents.", "tfevents.0")))
+    with quiet(tmp_path, tensorboard=True) as log:
         write_steps(log, 1, 1, **before, **sources)
         write_steps(log, 2, 2, **fields)
     first, second = read_metrics(log.path)
