@@ -56,7 +56,7 @@ def draw(shape: tuple[float, float], documents: int) -> np.ndarray:
 
 
 def measure(shape: tuple[float, float], unit: str, batch: int, options: Options) -> tuple[np.ndarray, float, float]:
-    """Returns slowest over mean [steps, (in turn, dealt, least)], packed sequences a rank, and ms that dealing takes."""
+    """Returns slowest over mean [steps, (in turn, dealt, least)], packed sequences a rank, ms that dealing takes."""
     documents = batch if unit == "conversations" else round(batch * CAPACITY / draw(shape, 100_000).mean())
     order = GlobalOrder(
         [(Lengths(draw(shape, documents * options.steps)), 1.0)],

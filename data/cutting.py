@@ -20,7 +20,7 @@ class Pieces(Documents):
         self._index, self._longest = index, longest
         self.path, self.meta, self.may_be_cut = index.path, index.meta, index.may_be_cut
         self.fingerprint = f"{index.fingerprint}, cut at {longest}"
-        self.source_names, self.kinds = index.source_names, index.kinds
+        self.largest_sampled, self.source_names, self.kinds = index.largest_sampled, index.source_names, index.kinds
         self._long = np.flatnonzero(index.lengths > longest)
         blocks = [self._long[first : first + _AT_ONCE] for first in range(0, len(self._long), _AT_ONCE)]
         nothing = (np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32), 0)

@@ -199,13 +199,14 @@ class GlobalOrder:
         """Return the ordinals that the data set gives to the epoch, in the order of its stream."""
         begin, end = self._stream(dataset, epoch)
         size, offered = self._sizes[dataset], self._offered[dataset]
-        ordinal = np.int32 if self._bounds[-1] < 2**31 else np.int64
+        ordinal = np.dtype(np.int32 if self._bounds[-1] < 2**31 else np.int64)
         taken = [np.zeros(0, ordinal)]
         for turn in range(begin // size, -(-end // size)) if end > begin else ():
             drawn = self._permutation(size, _DOCUMENTS, turn, dataset)
             drawn = drawn[max(begin - turn * size, 0) : end - turn * size]
-            taken.append((drawn if offered is None else offered[drawn]).astype(ordinal))
-            taken[-1] += ordinal(self._bounds[dataset])
+            own = (drawn if offered is None else offered[drawn]).astype(ordinal)
+            own += int(self._bounds[dataset])
+            taken.append(own)
         return np.concatenate(taken)
 
     def _permutation(self, size: int, use: int, turn: int, dataset: int = 0) -> np.ndarray:

@@ -36,7 +36,10 @@ class PrefixIndex(Documents):
             self.lengths = self.lengths[self._kept]
         if not len(self):
             raise ValueError(f"{bin_} is empty: there is no document in it")
-        self.fingerprint, self.largest_sampled = _sample(self._files.tokens, self._files.lengths)
+        self.fingerprint, largest = _sample(self._files.tokens, self._files.lengths)
+        if not np.isfinite(largest):
+            raise ValueError(f"{bin_} holds numbers that are no token ids, such as {largest}")
+        self.largest_sampled = int(largest)
         self.meta: dict[str, Any] = {
             "documents": len(self),
             "tokens": len(self._files.tokens),
@@ -97,15 +100,15 @@ def _check_sequences(
         raise ValueError(f"{idx} is multimodal: {other:,} of {len(modes):,} sequences are not text")
 
 
-def _sample(tokens: np.ndarray, lengths: np.ndarray) -> tuple[str, int]:
+def _sample(tokens: np.ndarray, lengths: np.ndarray) -> tuple[str, float]:
     """Return the fingerprint, and the largest token of the blocks that it covers."""
     digest = hashlib.sha256(tokens.dtype.name.encode())
     digest.update(lengths)
     block = _SAMPLE_BYTES // tokens.itemsize
     starts = np.unique(np.linspace(0, max(len(tokens) - block, 0), _SAMPLES).astype(np.int64))
-    largest = 0
+    largest = []
     for start in starts.tolist():
         sampled = tokens[start : start + block]
         digest.update(np.ascontiguousarray(sampled))
-        largest = max(largest, int(sampled.max(initial=0)))
-    return digest.hexdigest()[:32], largest
+        largest.append(sampled.max())
+    return digest.hexdigest()[:32], np.max(largest)
