@@ -4,13 +4,15 @@ import numpy as np
 
 from data.documents import Documents
 
+_AT_ONCE = 2**18  # long documents that are cut at once
+
 
 class Pieces(Documents):
     """A view of documents in which those longer than `longest` tokens are pieces of at most that many.
 
     A piece begins with the last token of the piece before, so the pieces predict what the whole document did, each
-    token once. Pieces in which nothing supervised is predicted are left out. Documents and pieces keep their order;
-    what is held in memory beside lengths and sources is 12 bytes for each piece of a long document.
+    token once. Pieces in which nothing supervised is predicted are left out. Documents and pieces keep their order.
+    Beside lengths, sources and kinds the view takes 4 bytes for each piece and 24 for each long document.
     """
 
     def __init__(self, index: Documents, longest: int):
@@ -18,25 +20,31 @@ class Pieces(Documents):
         self._index, self._longest = index, longest
         self.path, self.meta, self.may_be_cut = index.path, index.meta, index.may_be_cut
         self.fingerprint = f"{index.fingerprint}, cut at {longest}"
-        self.source_names, self.kinds = index.source_names, index.kinds
+        self.largest_sampled, self.source_names, self.kinds = index.largest_sampled, index.source_names, index.kinds
         self._long = np.flatnonzero(index.lengths > longest)
-        # How many documents that stay whole come before each long one.
-        self._whole_before = self._long - np.arange(len(self._long))
-        stored = index.lengths[self._long].astype(np.int64)
-        owners, starts, ends = _cut(stored, longest)
-        kept = _predicts(*index.spans_of(self._long), stored, owners, starts, ends)
-        self.dropped = int(np.count_nonzero(~kept))
-        owners, starts, ends = owners[kept], starts[kept], ends[kept]
-        self._owners, self._starts = owners.astype(np.int32), starts.astype(np.int32)
-        ordinals = self._whole_before[owners] + np.arange(len(owners))
-        self._ordinals = ordinals.astype(np.int32 if len(index) + len(owners) < 2**31 else np.int64)
+        blocks = [self._long[first : first + _AT_ONCE] for first in range(0, len(self._long), _AT_ONCE)]
+        nothing = (np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32), 0)
+        pieces_of, starts, lengths, dropped = zip(
+            nothing, *(_cut(index, block, longest) for block in blocks), strict=True
+        )
+        kept, self._starts, own_lengths = map(np.concatenate, (pieces_of, starts, lengths))
+        self._pieces_before = np.cumsum(np.append(0, kept))  # [long documents + 1]
+        # The number that the first piece of each long document has; those that stay whole are counted, too.
+        self._first = self._long - np.arange(len(self._long)) + self._pieces_before[:-1]
 
+        self.dropped = sum(dropped)
         # Two pieces side by side share one token; what no kept piece holds is lost.
-        self.repeated_tokens = int(np.count_nonzero((owners[1:] == owners[:-1]) & (starts[1:] == ends[:-1] - 1)))
-        self.lost_tokens = int(stored.sum() - (ends - starts).sum()) + self.repeated_tokens
-        self.lengths = self._merged(index.lengths, (ends - starts).astype(np.int32))
-        self.sources = self._merged(index.sources, index.sources[self._long[owners]])
-        self.kind_numbers = self._merged(index.kind_numbers, index.kind_numbers[self._long[owners]])
+        beside = np.diff(self._starts, append=0) == longest - 1
+        beside[self._pieces_before[1:][kept > 0] - 1] = False  # the last piece of each document
+        self.repeated_tokens = int(np.count_nonzero(beside))
+        stored = index.lengths[self._long].sum(dtype=np.int64)
+        self.lost_tokens = int(stored - own_lengths.sum(dtype=np.int64)) + self.repeated_tokens
+
+        times = np.ones(len(index), np.int64)
+        times[self._long] = kept
+        self.lengths = np.repeat(index.lengths, times)
+        self.lengths[self.lengths > longest] = own_lengths
+        self.sources, self.kind_numbers = np.repeat(index.sources, times), np.repeat(index.kind_numbers, times)
 
     def __reduce__(self):
         return Pieces, (self._index, self._longest)
@@ -49,7 +57,7 @@ class Pieces(Documents):
     @property
     def pieces(self) -> int:
         """How many pieces of these documents are left."""
-        return len(self._owners)
+        return len(self._starts)
 
     def tokens(self, document: int) -> np.ndarray:
         """Token ids [length] of a whole document or a piece, a view of the stored ones."""
@@ -74,42 +82,31 @@ class Pieces(Documents):
     def _find(self, document: int) -> tuple[int, int]:
         """The stored document, and the first token in it."""
         document = range(len(self))[document]
-        piece = int(np.searchsorted(self._ordinals, document))
-        if piece < self.pieces and self._ordinals[piece] == document:
-            return int(self._long[self._owners[piece]]), int(self._starts[piece])
-        rank = document - piece  # among the documents that stay whole
-        return rank + int(np.searchsorted(self._whole_before, rank, side="right")), 0
-
-    def _merged(self, values: np.ndarray, of_pieces: np.ndarray) -> np.ndarray:
-        """Values [stored documents] with those of the pieces in place of the long documents' own."""
-        merged = np.empty(len(values) - self.cut + self.pieces, values.dtype)
-        whole = np.ones(len(merged), bool)
-        whole[self._ordinals] = False
-        merged[self._ordinals] = of_pieces
-        merged[whole] = np.delete(values, self._long)
-        return merged
+        begun = int(np.searchsorted(self._first, document, side="right"))  # long documents that begin at or before it
+        if begun:
+            piece = int(self._pieces_before[begun - 1] + document - self._first[begun - 1])
+            if piece < self._pieces_before[begun]:
+                return int(self._long[begun - 1]), int(self._starts[piece])
+        return document + begun - int(self._pieces_before[begun]), 0
 
 
-def _cut(lengths: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return of every piece, in order, which length of `lengths` it belongs to, its first token and its end."""
+def _cut(index: Documents, long: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Cut some documents: how many pieces of each stay, where these start, how long they are, and how many go."""
+    lengths = index.lengths[long].astype(np.int64)
     counts = -(-(lengths - 1) // (longest - 1))
-    owners = np.repeat(np.arange(len(lengths)), counts)
-    first = np.cumsum(counts) - counts
-    starts = (np.arange(len(owners)) - first[owners]) * (longest - 1)
-    return owners, starts, np.minimum(starts + longest, lengths[owners])
+    owners = np.repeat(np.arange(len(long)), counts)
+    starts = (np.arange(len(owners)) - (np.cumsum(counts) - counts)[owners]) * (longest - 1)
+    ends = np.minimum(starts + longest, lengths[owners])
 
-
-def _predicts(
-    spans: np.ndarray,
-    spans_in: np.ndarray,
-    lengths: np.ndarray,
-    owners: np.ndarray,
-    starts: np.ndarray,
-    ends: np.ndarray,
-) -> np.ndarray:
-    """Return of every piece whether a supervised token lies behind its first one: bool [pieces]."""
     # All documents end to end, so that one sorted search finds the first span that reaches behind a piece's start.
     base = np.cumsum(lengths) - lengths
-    begin_end = np.append(spans + np.repeat(base, spans_in)[:, None], [[np.iinfo(np.int64).max] * 2], axis=0)
-    reaching = np.searchsorted(begin_end[:, 1], base[owners] + starts + 1, side="right")
-    return begin_end[reaching, 0] < base[owners] + ends
+    spans, spans_in = index.spans_of(long)
+    spans = np.append(spans + np.repeat(base, spans_in)[:, None], [[np.iinfo(np.int64).max] * 2], axis=0)
+    reaching = np.searchsorted(spans[:, 1], base[owners] + starts + 1, side="right")
+    kept = spans[reaching, 0] < base[owners] + ends
+    return (
+        np.bincount(owners[kept], minlength=len(long)),
+        starts[kept].astype(np.int32),
+        (ends - starts)[kept].astype(np.int32),
+        int(np.count_nonzero(~kept)),
+    )

@@ -106,8 +106,9 @@ def _check_files(path: Path) -> None:
         unfinished = [path.with_name(path.name + ending) for ending in (".parts", ".partial")]
         if any(other.exists() for other in unfinished):
             raise ValueError(f"{path} is half-written: run examples/prepare_data.py again, it will continue")
+        prefix = str(path).removesuffix(".bin").removesuffix(".idx")
         raise ValueError(
-            f"{path}: there is no such data directory, nor {path}.bin with {path.name}.idx; make a directory with "
+            f"{path}: there is no such data directory, nor {prefix}.bin with {prefix}.idx; make a directory with "
             "examples/prepare_data.py"
         )
     missing = [name for name in _FILES if not (path / name).is_file()]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.dealing import deal
 from data.order import GlobalOrder, outside_vocabulary
 from data.too_long import Counts, left_bare
 
@@ -102,8 +103,7 @@ class Loader:
         work = batch.sums(np.square(self._order.padded(batch.items), dtype=np.int64))
         a_round = self._dp_size * self._micro_batch_size * self._microbatch_multiple
         microbatches = -(-len(batch) // a_round) * self._microbatch_multiple
-        mine = deal(work, self._dp_rank, self._dp_size)
-        bins = [batch[row] for row in mine]
+        bins = [batch[row] for row in deal(work, self._dp_size)[self._dp_rank]]
         bins += [batch.items[:0]] * (microbatches * self._micro_batch_size - len(bins))
         return [
             assemble(self._order, bins[first : first + self._micro_batch_size], self._pad_token)
@@ -159,19 +159,6 @@ def without_padding_documents(batch: Microbatch, multiple: int) -> Microbatch:
         padding_tokens=size - batch.real_tokens,
         bins=batch.bins,
     )
-
-
-def deal(work: np.ndarray, dp_rank: int, dp_size: int) -> np.ndarray:
-    """Return the numbers of the bins that one rank gets, heaviest first.
-
-    work: [bins], what a bin costs beyond its fixed number of tokens: the squares of its documents'
-    lengths, as attention has it. Bins are dealt by falling work, forwards and backwards in turn, so
-    that ranks differ by little in sum and all work on bins of like weight at the same time.
-    """
-    heaviest_first = np.argsort(-work, kind="stable")
-    rounds = np.arange(-(-len(work) // dp_size))
-    places = rounds * dp_size + np.where(rounds % 2 == 0, dp_rank, dp_size - 1 - dp_rank)
-    return heaviest_first[places[places < len(work)]]
 
 
 def assemble(order: GlobalOrder, bins: list[np.ndarray], pad_token: int) -> Microbatch:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # The first word of every random stream, so that no two uses of one seed share numbers.
 _DOCUMENTS, _EPOCH, _BINS = 1, 2, 3
+_AT_ONCE = 2**20  # numbers that are made at once, so that millions of documents take little memory
 
 
 class Plan(NamedTuple):
@@ -37,9 +38,13 @@ def permutation(size: int, *entropy: int) -> np.ndarray:
     bits = np.uint64(max(size - 1, 1).bit_length())
     keys = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(size)
     # The index sits in the low bits: keys are distinct, so any sorting algorithm gives one result.
-    keys = (keys << bits) | np.arange(size, dtype=np.uint64)
+    keys <<= bits
+    for begin in range(0, size, _AT_ONCE):
+        end = min(begin + _AT_ONCE, size)
+        keys[begin:end] |= np.arange(begin, end, dtype=np.uint64)
     keys.sort()
-    return (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+    keys &= (np.uint64(1) << bits) - np.uint64(1)
+    return keys.view(np.int64)
 
 
 class GlobalOrder:
@@ -98,8 +103,10 @@ class GlobalOrder:
         self._bounds = np.cumsum([0, *map(len, self.indexes)])  # [data sets + 1], in ordinals
         self.source_names = _source_names(self.indexes)
         self._first_sources = np.cumsum([0, *(len(index.source_names) for index in self.indexes)])
-        # int32 [documents], as trained
-        self.lengths = np.concatenate([np.minimum(index.lengths, np.int32(seq_len)) for index in self.indexes])
+        lengths = [index.lengths for index in self.indexes]
+        if self.counts.truncated:
+            lengths = [np.minimum(own, np.int32(seq_len)) for own in lengths]
+        self.lengths = lengths[0] if len(lengths) == 1 else np.concatenate(lengths)  # int32 [documents], as trained
         # Packing an epoch takes seconds at millions of documents, so one plan is kept; a loader
         # asks from two threads.
         self._lock = threading.Lock()
@@ -191,13 +198,16 @@ class GlobalOrder:
     def _take(self, dataset: int, epoch: int) -> np.ndarray:
         """Return the ordinals that the data set gives to the epoch, in the order of its stream."""
         begin, end = self._stream(dataset, epoch)
-        size, pieces = self._sizes[dataset], [np.zeros(0, np.int64)]
+        size, offered = self._sizes[dataset], self._offered[dataset]
+        ordinal = np.dtype(np.int32 if self._bounds[-1] < 2**31 else np.int64)
+        taken = [np.zeros(0, ordinal)]
         for turn in range(begin // size, -(-end // size)) if end > begin else ():
             drawn = self._permutation(size, _DOCUMENTS, turn, dataset)
-            pieces.append(drawn[max(begin - turn * size, 0) : end - turn * size])
-        taken, offered = np.concatenate(pieces), self._offered[dataset]
-        taken = (taken if offered is None else offered[taken]) + self._bounds[dataset]
-        return taken.astype(np.int32 if self._bounds[-1] < 2**31 else np.int64)
+            drawn = drawn[max(begin - turn * size, 0) : end - turn * size]
+            own = (drawn if offered is None else offered[drawn]).astype(ordinal)
+            own += int(self._bounds[dataset])
+            taken.append(own)
+        return np.concatenate(taken)
 
     def _permutation(self, size: int, use: int, turn: int, dataset: int = 0) -> np.ndarray:
         return permutation(size, self.seed, use, turn, dataset) if self._shuffle else np.arange(size)

@@ -11,7 +11,7 @@ class Bins:
     """Which documents share a bin, as compressed rows: bin b holds items[offsets[b]:offsets[b + 1]]."""
 
     offsets: np.ndarray  # int64 [bins + 1], rising from 0 to the number of documents
-    items: np.ndarray  # int64 [documents], ordinals into the lengths that were packed
+    items: np.ndarray  # int32, int64 beyond 2**31: [documents], ordinals into the lengths that were packed
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -49,15 +49,15 @@ def pack(lengths: np.ndarray, capacity: int) -> Bins:
         wrong = shortest if shortest < 1 else longest
         raise ValueError(f"a document of {wrong} tokens cannot be packed into sequences of 1 to {capacity} tokens")
 
-    by_length = _stable_argsort(lengths, longest)
+    by_length = _stable_argsort(lengths, longest).astype(np.int32 if len(lengths) < 2**31 else np.int64)
     ascending = lengths[by_length]
     first = np.concatenate(([0], np.flatnonzero(ascending[1:] != ascending[:-1]) + 1))
     distinct = ascending[first]  # [distinct lengths], rising
     counts = np.diff(np.append(first, len(lengths)))
-    del ascending
+    del ascending, lengths  # at millions of documents each array counts
 
     offsets, slots = _expand(*_patterns(distinct.tolist(), counts.tolist(), capacity))
-    items = np.empty(len(lengths), np.int64)
+    items = np.empty_like(by_length)
     # Both sides group the same lengths in the same order: slot by slot, document by document.
     items[_stable_argsort(slots, len(distinct) - 1)] = by_length
     return Bins(offsets, items)
@@ -122,12 +122,18 @@ def _expand(
     times = np.asarray(stretch_times, np.int64)
     first_stretch = np.cumsum(stretches_in) - stretches_in  # [patterns]
     size = np.add.reduceat(times, first_stretch)  # documents in a bin of the pattern
-    pattern = np.repeat(np.arange(len(stretches_in)), pattern_bins)  # [bins]
+    documents = int(np.dot(size, pattern_bins))
+    number = np.int32 if documents < 2**31 else np.int64  # none of the counts below is larger than `documents`
+    pattern = np.repeat(np.arange(len(stretches_in), dtype=number), pattern_bins)  # [bins]
     offsets = np.concatenate(([0], np.cumsum(size[pattern])))
 
-    stretches = stretches_in[pattern]  # [bins]
     # The stretches of a bin are consecutive: its pattern's first stretch plus 0, 1, 2, ...
-    before = np.cumsum(stretches) - stretches  # stretches of all earlier bins
-    stretch = np.arange(stretches.sum()) + np.repeat(first_stretch[pattern] - before, stretches)
+    stretches = stretches_in.astype(number)[pattern]  # [bins]
+    stretch = first_stretch.astype(number)[pattern]
+    del pattern
+    stretch += stretches
+    stretch -= np.cumsum(stretches, dtype=number)  # less the stretches of all earlier bins
+    stretch = np.repeat(stretch, stretches)
+    stretch += np.arange(len(stretch), dtype=number)
     index = np.asarray(stretch_length, np.uint16 if max(stretch_length) < 2**16 else np.int64)
     return offsets, np.repeat(index[stretch], times[stretch])

@@ -10,6 +10,7 @@ from data.documents import Documents, constant
 from data.token_files import map_token_files
 
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
+_AT_ONCE = 2**20  # sequences that are checked at once
 
 
 class PrefixIndex(Documents):
@@ -35,7 +36,10 @@ class PrefixIndex(Documents):
             self.lengths = self.lengths[self._kept]
         if not len(self):
             raise ValueError(f"{bin_} is empty: there is no document in it")
-        self.fingerprint, self.largest_sampled = _sample(self._files.tokens, self._files.lengths)
+        self.fingerprint, largest = _sample(self._files.tokens, self._files.lengths)
+        if not np.isfinite(largest):
+            raise ValueError(f"{bin_} holds numbers that are no token ids, such as {largest}")
+        self.largest_sampled = int(largest)
         self.meta: dict[str, Any] = {
             "documents": len(self),
             "tokens": len(self._files.tokens),
@@ -82,28 +86,29 @@ def prefix_of(path: str | Path) -> Path | None:
 def _check_sequences(
     idx: Path, tokens: np.ndarray, lengths: np.ndarray, pointers: np.ndarray, modes: np.ndarray | None
 ) -> None:
-    """Refuse what lies outside the tokens or is not text."""
-    ends = pointers + lengths.astype(np.int64) * tokens.itemsize
-    if len(lengths) and (lengths.min() < 0 or pointers.min() < 0 or ends.max() > tokens.nbytes):
-        raise ValueError(f"{idx} is damaged: it places sequences outside the tokens")
-    if (pointers % tokens.itemsize).any():
-        raise ValueError(f"{idx} is damaged: it places sequences between two tokens")
+    """Refuse sequences that do not lie end to end, and what is not text."""
+    if len(lengths) and lengths.min() < 0:
+        raise ValueError(f"{idx} is damaged: it has a sequence of {lengths.min()} tokens")
+    start = 0
+    for first in range(0, len(lengths), _AT_ONCE):
+        ends = start + np.cumsum(lengths[first : first + _AT_ONCE], dtype=np.int64) * tokens.itemsize
+        if pointers[first] != start or (pointers[first + 1 : first + _AT_ONCE] != ends[:-1]).any():
+            raise ValueError(f"{idx} is damaged: it does not place its sequences end to end")
+        start = int(ends[-1])
     if modes is not None and modes.any():
         other = np.count_nonzero(modes)
-        raise ValueError(
-            f"{idx} is multimodal: {other:,} of {len(modes):,} sequences are not text, which is all we train"
-        )
+        raise ValueError(f"{idx} is multimodal: {other:,} of {len(modes):,} sequences are not text")
 
 
-def _sample(tokens: np.ndarray, lengths: np.ndarray) -> tuple[str, int]:
+def _sample(tokens: np.ndarray, lengths: np.ndarray) -> tuple[str, float]:
     """Return the fingerprint, and the largest token of the blocks that it covers."""
     digest = hashlib.sha256(tokens.dtype.name.encode())
     digest.update(lengths)
     block = _SAMPLE_BYTES // tokens.itemsize
     starts = np.unique(np.linspace(0, max(len(tokens) - block, 0), _SAMPLES).astype(np.int64))
-    largest = 0
+    largest = []
     for start in starts.tolist():
         sampled = tokens[start : start + block]
         digest.update(np.ascontiguousarray(sampled))
-        largest = max(largest, int(sampled.max(initial=0)))
-    return digest.hexdigest()[:32], largest
+        largest.append(sampled.max())
+    return digest.hexdigest()[:32], np.max(largest)

@@ -35,8 +35,8 @@ class TokenFiles(NamedTuple):
 
 def map_token_files(idx: Path, bin_: Path) -> TokenFiles:
     """Map both files; ValueError where they are no such files, cut off, or do not belong together."""
-    index = map_file(idx)
-    if len(index) < _HEADER.size or index[: len(_MAGIC)] != _MAGIC:
+    index = map_file(idx) if idx.stat().st_size >= _HEADER.size else b""
+    if index[: len(_MAGIC)] != _MAGIC:
         raise ValueError(f"{idx} is not the index of a megatron-core data set, or is cut off")
     _, version, code, count, boundaries = _HEADER.unpack_from(index)
     if version != 1 or code not in DTYPES:

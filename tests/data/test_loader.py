@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.loader import deal
 from tests.support.loading import in_memory, small_loader
 
 
@@ -214,13 +213,6 @@ def test_filler_bins_make_up_the_count_and_bear_nothing():
         assert (filler.tokens == 5).all() and not filler.loss_mask.any() and not filler.labels.any()
         assert (filler.real_tokens, filler.supervised_tokens, filler.padding_tokens) == (0, 0, 1200)
         assert filler.positions.tolist() == [*range(516), *range(516), *range(168)]
-
-
-def test_work_is_dealt_evenly():
-    work = np.array([9, 1, 8, 2, 7, 3, 6, 4, 5])
-    shares = [deal(work, rank, 4) for rank in range(4)]
-    assert sorted(np.concatenate(shares).tolist()) == list(range(9))
-    assert [work[share].tolist() for share in shares] == [[9, 2, 1], [8, 3], [7, 4], [6, 5]]
 
 
 def test_a_batch_without_supervision_has_no_labels():

@@ -89,12 +89,13 @@ def test_damaged_prefixes_are_refused(tmp_path):
         with pytest.raises(ValueError, match=sentence):
             open_index(write_prefix(tmp_path / "a", **changes))
 
-    refused("sequences outside the tokens", pointers=[0, 12, 12, 20])
-    refused("sequences outside the tokens", pointers=[-4, 8, 8, 12])
-    refused("sequences between two tokens", pointers=[1, 12, 12, 16])
+    for pointers in ([0, 12, 12, 20], [-4, 12, 12, 16], [0, 13, 12, 16], [0, 12, 12 - 2**32, 16]):
+        refused("does not place its sequences end to end", pointers=pointers)
     refused("is empty", sequences=[[], []])
     refused("2 of 4 sequences are not text", modes=[0, 1, 0, 1])
     assert len(open_index(write_prefix(tmp_path / "a", modes=[0, 0, 0, 0]))) == 3
+    with pytest.raises(ValueError, match=r"a.bin holds numbers that are no token ids, such as (nan|inf)"):
+        open_index(write_prefix(tmp_path / "a", [[1, 2], [float("nan"), 3]], dtype=np.float64))
     with pytest.raises(ValueError, match=r"a:0 holds numbers that are no token ids, such as 0.5"):
         open_index(write_prefix(tmp_path / "a", [[0.5]], dtype=np.float32)).tokens(0)
 
@@ -102,6 +103,7 @@ def test_damaged_prefixes_are_refused(tmp_path):
     whole = idx.read_bytes()
     for content, sentence in (
         (whole[:-3], "a.idx is cut off: its header asks for 98 bytes and it has 95"),
+        (b"", "a.idx is not the index of a megatron-core data set, or is cut off"),
         (whole[:20], "a.idx is not the index of a megatron-core data set, or is cut off"),
         (b"x" + whole[1:], "a.idx is not the index of a megatron-core data set"),
         (whole[:17] + b"\x09" + whole[18:], "dtype code 9, which megatron-core does not know"),
@@ -114,5 +116,6 @@ def test_damaged_prefixes_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"a.bin and a.idx do not belong together"):
         open_index(tmp_path / "a")
     os.remove(tmp_path / "a.bin")
-    with pytest.raises(ValueError, match=r"no such data directory, nor .*a.bin with a.idx"):
-        open_index(tmp_path / "a")
+    for name in ("a", "a.bin", "a.idx"):
+        with pytest.raises(ValueError, match=r"no such data directory, nor .*/a.bin with .*/a.idx; make a directory"):
+            open_index(tmp_path / name)
