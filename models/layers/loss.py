@@ -50,6 +50,12 @@ class BySource:
     sources: Tensor  # int64 [tokens], a number below the count of sources for each supervised token
     sums: Tensor  # float64 [sources], shared by the microbatches of a step
 
+    def add(self, rows: slice, losses: Tensor) -> None:
+        """Adds the losses [tokens] of these rows. Not by index_add_, whose order on a GPU is another in every run."""
+        numbers = torch.arange(len(self.sums), device=losses.device)
+        belongs = self.sources[rows] == numbers[:, None]  # [sources, tokens]
+        self.sums.add_(torch.where(belongs, losses.double(), 0.0).sum(1))
+
 
 class _LossSum(torch.autograd.Function):
     """Sum of token losses; gradients are computed with the losses, while a chunk's logits exist."""
@@ -74,7 +80,7 @@ class _LossSum(torch.autograd.Function):
             losses, sums = _chunk_losses(logits, local[rows], owned[rows], group)
             total += losses.sum(dtype=torch.float64)
             if by_source is not None:
-                by_source.sums.index_add_(0, by_source.sources[rows], losses.double())
+                by_source.add(rows, losses)
             if not (wants_hidden or wants_weight):
                 del logits
                 continue
