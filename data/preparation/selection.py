@@ -43,7 +43,8 @@ def select(
     duplicate_of = find_duplicates(hashes) if hashes is not None else np.full(documents, -1)
     taken = duplicate_of < 0
     for source, places, chance in zip(sources, ranges, chances, strict=True):
-        _keep(taken[places], _part(source, int(taken[places].sum())), chance)
+        different = int(taken[places].sum())
+        _keep(taken[places], _part(source, different, places.stop - places.start - different), chance)
     held_out = np.zeros(documents, bool)
     for source, places, chance in zip(sources, ranges, chances, strict=True):
         if source.hold_out is not None:
@@ -72,12 +73,13 @@ def find_duplicates(hashes: np.ndarray) -> np.ndarray:
     return found
 
 
-def _part(source: Source, documents: int) -> int:
+def _part(source: Source, documents: int, duplicates: int) -> int:
     """How many different documents of a source are taken."""
     if isinstance(source.take, float):
         return round(min(source.take, 1.0) * documents)
     if source.take > documents:
-        raise ValueError(f"--sources {source.name}: take {source.take} is more than its {documents:,} documents")
+        left = f"{documents:,} documents" + (f" (without {duplicates:,} duplicates)" if duplicates else "")
+        raise ValueError(f"--sources {source.name}: take {source.take} is more than its {left}")
     return source.take
 
 

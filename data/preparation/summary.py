@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from data.preparation.columns import listing
+
 _ALWAYS = ("rows", "dropped", "documents", "tokens", "supervised_tokens")  # the others only where there are any
 _COLUMNS = ("rows", "filtered", "dropped", "cut", "not_taken", "held_out", "repeated", *_ALWAYS[2:])
-_FILES = 20  # of a source that are named
+_FILES, _WIDTH = 20, 140  # files of a source that are named; columns of the table by source
 _NOTES = {
     "open_turns": "assistant turns end with no end token or text in this template",
     "rewritten_turns": "assistant turns were changed by the template (such as earlier thinking left out)",
@@ -22,53 +25,54 @@ _NOTES = {
 
 def print_summary(meta: dict[str, Any], output: Path, console: Console) -> None:
     """Prints the counts, every reason for which rows were dropped, and what deserves a look."""
-
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
     sources = [source | {"dropped": sum(source["dropped"].values())} for source in meta["sources"]]
-    dropped = sum(drop["count"] for drop in meta["dropped"].values())
-    everything = meta | {"dropped": dropped, "name": "all"}
+    everything = meta | {"dropped": sum(drop["count"] for drop in meta["dropped"].values())}
     if len(sources) > 1:
-        names = [name for name in _COLUMNS if name in _ALWAYS or everything[name]]
-        by_source = Table(title="sources")
-        for name in ("", *names):
-            by_source.add_column(name.replace("_", " "), justify="right" if name else "left", overflow="fold")
-        for source in (*sources, everything):
-            by_source.add_row(source["name"], *(f"{source[name]:,}" for name in names))
-        console.print(by_source)
+        # wider than some terminals: a line that wraps is easier to read than columns of three letters
+        console.print(_by_source(sources), width=max(console.width, _WIDTH), crop=False)
     table = Table(title=str(output), show_header=False)
     for name in (*_COLUMNS, "longest"):
         if name in (*_ALWAYS, "held_out", "longest") or everything[name]:
             table.add_row(name.replace("_", " "), f"{everything[name]:,}")
     console.print(table)
+    for line in [line for source in sources for line in _of_source(source)] + _of_all(meta, output):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _by_source(sources: list[dict[str, Any]]) -> Table:
+    names = [name for name in _COLUMNS if name in _ALWAYS or any(source[name] for source in sources)]
+    table = Table("source", box=box.SIMPLE_HEAD)
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
     for source in sources:
-        _say_files(source, say)
-    for reason, drop in meta["dropped"].items():
-        say(f"dropped {drop['count']:,}: {reason}, first {drop['first']}")
-    if dropped:
-        say(f"the dropped rows are listed in {output / 'dropped.jsonl'}")
+        table.add_row(source["name"], *(f"{source[name]:,}" for name in names))
+    return table
+
+
+def _of_source(source: dict[str, Any]) -> list[str]:
+    """How many rows each file had, where there are several, and the columns that were not used."""
+    name, files, lines = source["name"], source["files"], []
+    if len(files) > 1:
+        lines += [f"{name}: {file['rows']:,} rows of {file['name']}" for file in files[:_FILES]]
+        if more := files[_FILES:]:
+            lines.append(f"{name}: {sum(file['rows'] for file in more):,} rows of {len(more):,} more files")
+    if source["unused_columns"]:
+        lines.append(f"{name}: columns not used: {listing(source['unused_columns'])}")
+    if not source["documents"]:
+        lines.append(f"warning: no document of {name} is left to train on")
+    return lines
+
+
+def _of_all(meta: dict[str, Any], output: Path) -> list[str]:
+    lines = [f"dropped {drop['count']:,}: {why}, first {drop['first']}" for why, drop in meta["dropped"].items()]
+    if lines:
+        lines.append(f"the dropped rows are listed in {output / 'dropped.jsonl'}")
     for file in meta["decontaminated"]:
         short = f" ({file['too_short']:,} of them too short to compare)" if file["too_short"] else ""
-        say(f"{file['file']}: {file['rows']:,} rows overlap one of {file['questions']:,} test questions{short}")
+        lines.append(
+            f"{file['file']}: {file['rows']:,} rows overlap one of {file['questions']:,} test questions{short}"
+        )
     if not meta["end_token_ids"]:
-        say("warning: no token of its own ends a turn in this template: generation will not stop")
-    for name, note in _NOTES.items():
-        if meta[name]:
-            say(f"note: {meta[name]:,} {note}")
-    for note in meta["notes"]:
-        say(f"note: {note}")
-
-
-def _say_files(source: dict[str, Any], say) -> None:
-    """How many rows each file of a source had, where there are several, and the columns that were not used."""
-    files = source["files"]
-    if len(files) > 1:
-        for file in files[:_FILES]:
-            say(f"{source['name']}: {file['rows']:,} rows of {file['name']}")
-        if more := files[_FILES:]:
-            say(f"{source['name']}: {sum(file['rows'] for file in more):,} rows of {len(more):,} more files")
-    if source["unused_columns"]:
-        say(f"{source['name']}: columns not used: {', '.join(source['unused_columns'])}")
-    if source["rows"] and not source["documents"] and not source["held_out"]:
-        say(f"warning: no document of {source['name']} is left")
+        lines.append("warning: no token of its own ends a turn in this template: generation will not stop")
+    lines += [f"note: {meta[name]:,} {note}" for name, note in _NOTES.items() if meta[name]]
+    return lines + [f"note: {note}" for note in meta["notes"]]
