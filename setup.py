@@ -18,6 +18,7 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
     package_data={
+        "data.preparation": ["*.css"],
         "engine.reporting": ["*.css"],
         "examples.demo": ["*.json"],
     },

@@ -1,19 +1,21 @@
 """Preparing data against the bare tokenizer, with the same number of threads.
 
-    python benchmarks/prepare_speed.py [--source FILE.jsonl] [--num-workers N] [--rows N] [--repeats N]
+    python benchmarks/prepare_speed.py [--source FILE.jsonl] [--tools [N]] [--num-workers N] [--rows N] [--repeats N]
 
-The bare tokenizer encodes text that is already rendered; preparing reads the rows, renders, encodes, finds
-the supervised spans and writes the data directory, from its call to its last byte. A byte-level BPE
-tokenizer is trained on the spot; the fastest of the repeats counts, and the two take turns. CPU
-seconds (of all threads and processes) say the same where other programs share the machine.
+The bare tokenizer encodes text that is already rendered; preparing is the command, from the start of its Python to the
+last byte of the data directory: it reads the rows, renders, encodes and finds the supervised spans. `--tools N` makes
+conversations of N calls, each with what the tool gave back. A byte-level BPE tokenizer is trained on the spot; the
+fastest of the repeats counts, and the two take turns. CPU seconds (of all threads and processes) say the same where
+other programs share the machine.
 """
 
 import argparse
-import io
 import itertools
 import json
 import os
 import random
+import subprocess
+import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -25,11 +27,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from data.preparation.formats import to_conversation
-from data.preparation.prepare import PrepareOptions, prepare
 
+ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}"
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -43,6 +47,24 @@ def generated_rows(count: int) -> list[dict]:
         return " ".join(chance.choice(words) for _ in range(chance.randint(shortest, longest))) + "."
 
     return [{"question": text(20, 80), "answer": text(30, 120)} for _ in range(count)]
+
+
+def with_calls(row: dict, calls: int) -> dict:
+    """The row as a conversation in which a tool is called between question and answer."""
+    messages = [{"role": "user", "content": row["question"]}]
+    words = row["answer"].split()
+    for number in range(calls):
+        function = {"name": "look_up", "arguments": {"about": " ".join(words[number % 7 : number % 7 + 12])}}
+        call = {"id": f"call{number:05d}", "type": "function", "function": function}
+        messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        answer = {"role": "tool", "tool_call_id": call["id"], "content": " ".join(words[: 10 + number % 20])}
+        messages.append(answer)
+    messages.append({"role": "assistant", "content": row["answer"]})
+    schema = {"type": "object", "properties": {"about": {"type": "string"}}}
+    return {
+        "messages": messages,
+        "tools": [{"type": "function", "function": {"name": "look_up", "parameters": schema}}],
+    }
 
 
 def trained_tokenizer(rows: list[dict], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -69,6 +91,7 @@ def timed(seconds: list[float], processor: list[float]):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, help="JSONL file with question and answer (else generated)")
+    parser.add_argument("--tools", type=int, nargs="?", const=2, default=0, help="calls in each conversation")
     parser.add_argument("--num-workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rows", type=int, default=30_000, help="the source is repeated to this many rows")
     parser.add_argument("--vocab-size", type=int, default=8192)
@@ -82,8 +105,10 @@ def main() -> None:
         rows = [json.loads(line) for line in arguments.source.read_text().splitlines()]
     rows = list(itertools.islice(itertools.cycle(rows), arguments.rows))
     tokenizer = trained_tokenizer(rows, arguments.vocab_size)
-    messages = [to_conversation(row).messages for row in rows]
-    rendered = [tokenizer.apply_chat_template(one, tokenize=False) for one in messages]
+    if arguments.tools:
+        rows = [with_calls(row, arguments.tools) for row in rows]
+    conversations = map(to_conversation, rows)
+    rendered = [tokenizer.apply_chat_template(one.messages, tools=one.tools, tokenize=False) for one in conversations]
     seconds = {"bare encode_batch": [], "prepare_data": []}
     processor = {name: [] for name in seconds}
     with tempfile.TemporaryDirectory() as folder:
@@ -95,14 +120,12 @@ def main() -> None:
                 encodings = tokenizer.backend_tokenizer.encode_batch(rendered, add_special_tokens=False)
             tokens = sum(map(len, encodings))
             del encodings
-            options = PrepareOptions(
-                sources=(str(source),),
-                model=str(model),
-                output=Path(folder, f"data{repeat}"),
-                num_workers=arguments.num_workers,
-            )
+            output = Path(folder, f"data{repeat}")
+            flags = ["--model", model, "--sources", source, "--output", output, "--num-workers", arguments.num_workers]
+            command = [sys.executable, ROOT / "examples" / "prepare_data.py", *flags]
             with timed(seconds["prepare_data"], processor["prepare_data"]):
-                meta = prepare(options, Console(file=io.StringIO()))
+                subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
+            meta = json.loads((output / "meta.json").read_text())
             assert meta["tokens"] == tokens, "the bare tokenizer made other tokens"
 
     table = Table(title=f"{len(rows):,} rows, {tokens:,} tokens, {arguments.num_workers} threads")

@@ -1,16 +1,14 @@
-"""Prepares conversations for training: `python examples/prepare_data.py --help`."""
+"""Prepares conversations for training: `prepare_data.py [mixture.yaml ...] [--flags]`, see --help."""
 
 import sys
 
-import tyro
-
-from data.preparation.options import PrepareOptions
+from data.preparation.mixture import parse_options
 
 
 def main(arguments: list[str]) -> int:
     """Reads the command line and prepares; returns the exit status. A user's mistake is one sentence."""
     try:
-        options = tyro.cli(PrepareOptions, args=arguments)
+        options = parse_options(arguments)
         from data.preparation.prepare import (
             prepare,  # the tokenizer's libraries, which no mistyped flag should wait for
         )

@@ -78,7 +78,7 @@ def make_model(options: RehearsalOptions) -> None:
     fields = json.loads((Path(__file__).parent / "demo" / "model.json").read_text(encoding="utf-8"))
     tokenizer = train_tokenizer(itertools.chain([first], rows), options.vocab_size)
     for reason, count in dropped.items():
-        print(f"left out {count:,} rows: {reason}")
+        print(f"left out: {count:,} x {reason}")
     fields |= {
         "vocab_size": options.vocab_size,
         "hidden_size": options.hidden_size,

@@ -6,7 +6,7 @@ from typing import Any
 from data.preparation.columns import Columns
 from data.preparation.conversation import Messages, RowError
 from data.preparation.tool_calls import CALLS, OUTPUT, read_tools
-from data.preparation.values import described, from_json, is_blank, shown
+from data.preparation.values import described, from_json, is_blank, is_empty, shown
 
 _SYSTEM, _TOOLS, _TEMPLATE_ARGS = ("system", "system_prompt"), ("tools", "functions"), "chat_template_kwargs"
 # in a row that takes nothing from one of these, something would be lost
@@ -26,7 +26,7 @@ def missing_system(columns: Columns, messages: Messages, given: str | None, take
             f"--system is {shown(given)}, and the row has {shown(own)}: give --system to rows that have none",
         )
     text = given if own is None else own
-    column = _first(columns, [name for name in _SYSTEM if name not in taken])
+    column = next((name for name in _SYSTEM if name not in taken and not is_empty(columns.row.get(name))), None)
     if column is not None and text in (None, columns.row[column]):
         text = columns.text(column)
     return text if own is None else None
@@ -34,7 +34,7 @@ def missing_system(columns: Columns, messages: Messages, given: str | None, take
 
 def tools_of(columns: Columns) -> list[dict[str, Any]] | None:
     """The row's tools, None where it has none. Raises RowError."""
-    column = _first(columns, _TOOLS)
+    column = next((name for name in _TOOLS if not is_blank(columns.row.get(name))), None)
     return None if column is None else read_tools(columns.take(column), column)
 
 
@@ -51,11 +51,3 @@ def template_args_of(columns: Columns) -> dict[str, Any] | None:
     if others := [name for name in _OTHERS if name in value]:
         raise RowError(reason, f"{_TEMPLATE_ARGS} sets {', '.join(others)}, which it may not")
     return value
-
-
-def _first(columns: Columns, names: Iterable[str]) -> str | None:
-    """The first of these columns that says something; those that say nothing count as used."""
-    names = [name for name in names if name in columns.row]
-    said = [name for name in names if not is_blank(columns.row[name])]
-    columns.used.update(name for name in names if name not in said)
-    return said[0] if said else None

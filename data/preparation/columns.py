@@ -92,15 +92,18 @@ class Columns:
         return tuple(sorted([str(name) for name in self._whole if name not in self.used]))
 
     def refuse_unused(self, known: Iterable[str], kind: str) -> None:
-        """Raises RowError for a column that says something to a reader of rows and was not used."""
+        """Raises RowError for one of these columns that says something and was not used; the others count as used."""
         for name in known:
-            if name in self.row and name not in self.used and not is_blank(self.row[name]):
+            if name in self.used or name not in self.row:
+                continue
+            if not is_blank(self.row[name]):
                 raise RowError(
                     "column not used",
                     f"{name} has a value that a row read as {kind} does not take:"
                     f" leave it aside with --ignore-columns {name}, or say how to read the row with --format"
                     " and --fields.*",
                 )
+            self.used.add(name)
 
 
 def text_of(row: dict[str, Any], name: str) -> str:

@@ -36,7 +36,7 @@ class Document:
     untrained_turns: int = 0  # assistant's turns that the row, or the choice of turns, leaves out
     stripped_turns: int = 0  # those left out because the template leaves out their thinking
     masked_tool_outputs: int = 0  # blocks of tool output inside assistant's turns
-    prompt_hash: bytes = b""  # of the text before the first turn
+    prompt_hash: bytes = b""  # of the text before the first turn that its row wants trained
     text_hash: bytes = b""  # of the whole text
 
 
@@ -110,7 +110,8 @@ class ChatEncoder:
         else:
             text = conversation.text
             turns = [Turn(start, end, number) for number, (start, end) in enumerate(conversation.trained)]
-        first = turns[0].start if turns else len(text)
+        trained = (turn.start for turn in turns if turn.message not in conversation.untrained)
+        first = next(trained, len(text))  # examples that all rows share are part of the prompt
         encoded = text.encode()
         prompt = encoded[:first] if len(encoded) == len(text) else text[:first].encode()
         kept, counts = choose_turns(text, turns, conversation, self.options)

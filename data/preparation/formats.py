@@ -12,7 +12,7 @@ from data.preparation.messages import MESSAGES, read_messages
 from data.preparation.prompt import QUESTIONS, Prompt
 from data.preparation.recognition import ABOUT, ANSWERS, INSTRUCTION, TEXT, is_rendered, marker, recognised
 from data.preparation.tool_calls import turns_from_columns
-from data.preparation.values import is_blank, shown
+from data.preparation.values import is_empty, shown
 
 FORMATS = ("auto", "messages", "prompt_completion", "alpaca", "question_answer", "rendered", "text")
 _CALLS = frozenset(("tool_calls", "function_calls", "functions"))  # keys of messages in which a tool is called or shown
@@ -21,9 +21,9 @@ _USUAL = Fields()  # the names of columns that are taken without being told
 
 @dataclass(frozen=True, kw_only=True)
 class RowReader:
-    """Makes the conversation of a row.
+    """Makes the conversation of a row, in a format that is one of FORMATS.
 
-    `system` is the system's turn of every row: of one that has none, or the same one. `ignore_columns` are left aside
+    `system` is the system's turn of every row: a row that has another one is refused. `ignore_columns` are left aside
     as if no row had them. `special_tokens` are those that the chat template writes, by which `auto` knows a row that
     has been through it. Raises ValueError for options that do not go together.
     """
@@ -88,11 +88,11 @@ class RowReader:
         answers = [name for name in ANSWERS if name in columns.filled] or [name for name in ANSWERS if name in row]
         instruction, answer = self.fields.question or INSTRUCTION, self.fields.answer or next(iter(answers), ANSWERS[0])
         _demand(columns, instruction, answer)
-        about = [name for name in ABOUT if name not in (instruction, answer) and not is_blank(row.get(name))]
+        about = [name for name in ABOUT if name not in (instruction, answer) and not is_empty(row.get(name))]
         for names in (about, [] if self.fields.answer else answers):
             if len(names) > 1:
                 raise RowError("ambiguous fields", f"the row has {' and '.join(names)}: --ignore-columns one of them")
-        parts = about if about and is_blank(row[instruction]) else [instruction, *about]
+        parts = about if about and is_empty(row[instruction]) else [instruction, *about]
         question = "\n".join([text_of(row, name) for name in parts])
         return self._exchange("alpaca", columns, question, answer, (instruction, *ABOUT))
 
@@ -235,7 +235,7 @@ def _prompted(prompt: Prompt, columns: Columns, question: Any, answer: str, aski
     if "" in named or any(name in QUESTIONS and row.get(name) is None for name in named):
         columns.used.update(asking)
     for name in asking:
-        if name not in columns.used and not is_blank(row.get(name)):
+        if name not in columns.used and not is_empty(row.get(name)):
             raise RowError("column not used", f"{name} holds the question, and --prompt names neither it nor {{}}")
     return messages
 

@@ -66,8 +66,8 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], bool]:
     calls = _calls(message, named, where)
     if calls:
         message["tool_calls"] = calls
-    says = bool(calls or _written_call(message, where) or message["content"].strip())
-    if role in ("user", "assistant") and not says:
+    written = _written_call(message, where)
+    if role in ("user", "assistant") and not calls and not written and not message["content"].strip():
         raise RowError("empty text", f"{where} ({role}) is empty")
     return _with_thinking(message, where), trained
 

@@ -7,14 +7,15 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+LOCK, UNPACKED = "lock", "unpacked"  # in the directory of parts: who writes there; compressed files, unpacked
 # Paths that a data directory, one that is still written, and the directory of parts beside them hold.
-_FILES = r"(meta\.json|tokens\.(bin|idx)|spans(_offsets)?\.npy|dropped\.jsonl)"
+_FILES = r"(meta\.json|tokens\.(bin|idx)|(spans(_offsets)?|sources|kinds)\.npy|dropped\.jsonl|data_report\.html)"
 _TOKENIZER = (
     r"tokenizer(/(tokenizer.*|(special_tokens_map|added_tokens|vocab)\.json|vocab\..*|merges\.txt|.*\.(jinja|model)"
     r"|additional_chat_templates(/.*\.jinja)?))?"
 )
 _DATA = re.compile(rf"((valid(\.partial)?)(/|$))?({_FILES}|{_TOKENIZER})?")
-_PARTS = re.compile(r"plan\.(json|partial)|\d{6}\.(npz|\d+\.partial)")
+_PARTS = re.compile(rf"plan\.(json|partial)|\d{{6,}}\.(npz|\d+\.partial)|{LOCK}|{UNPACKED}(/.*)?")
 REPLACED = ".replaced"  # the end of a data directory's name from when another took its place until it is removed
 
 
@@ -50,6 +51,17 @@ def make_room(output: Path, *, overwrite: bool) -> Path | None:
     aside = output.with_name(output.name + REPLACED)
     shutil.rmtree(aside, ignore_errors=True)
     return output.rename(aside)
+
+
+def clear_parts(parts: Path, *keep: str) -> None:
+    """Removes what the directory of parts holds, but for its lock and the names to keep."""
+    for path in parts.iterdir():
+        if path.name in (LOCK, *keep):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _check_own(folder: Path, known: re.Pattern[str], what: str, with_meta: bool = False) -> None:

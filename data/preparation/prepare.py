@@ -1,170 +1,257 @@
-"""Sources -> one prepared data directory: the plan, and the report of what became of the rows."""
+"""Sources -> one prepared data directory: the plan, and the calls that carry it out."""
 
+import errno
 import hashlib
 import json
-import shutil
+import tempfile
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as PrintedTable
 
 from data.index import token_dtype
+from data.preparation.data_report import write_data_report
+from data.preparation.decontaminate import Questions
 from data.preparation.encoder import ChatEncoder
-from data.preparation.files import open_source
+from data.preparation.files import left_alone, open_source
+from data.preparation.formats import Fields, RowReader
+from data.preparation.job import Chunk, Job, Reading, SourceFile
+from data.preparation.join import join_parts
+from data.preparation.lock import only_one
 from data.preparation.options import PrepareOptions
-from data.preparation.output import check_output
-from data.preparation.prompt import load_prompt
+from data.preparation.output import UNPACKED, check_output, clear_parts
+from data.preparation.parts import write_whole
+from data.preparation.preview import preview
+from data.preparation.prompt import Prompt, load_prompt
 from data.preparation.rows import JsonLines, Table
+from data.preparation.sources import Source
+from data.preparation.summary import print_summary
 from data.preparation.tokenizer import load_tokenizer, tokenizer_fingerprint
+from data.preparation.trained_on import TrainedOn
 from data.preparation.where import Where
-from data.preparation.workers import HoldOut, Job, join_parts, make_parts, write_whole
+from data.preparation.workers import make_parts
 
-FORMAT = 1  # rises when the same rows would give other documents, so that no old parts are continued
+FORMAT = 2  # rises when the same rows would give other documents, so that no old parts are continued
+
+
+_NOT_RECORDED = ("output", "num_workers", "overwrite", "preview", "chat_template")  # the template's text is
 
 
 def prepare(options: PrepareOptions, console: Console | None = None) -> dict[str, Any]:
-    """Prepares the data, prints what became of it and returns the content of meta.json.
+    """Prepares the data, prints what became of it and returns the content of meta.json; {} after a preview.
 
-    Raises ValueError for what the user can mend, RuntimeError where a worker process was killed.
+    Raises ValueError for what the user can mend, RuntimeError where a worker process was killed, OSError where a file
+    cannot be read or written.
     """
     console = console or Console()
-    inputs = (*options.sources, options.model, options.tokenizer, options.chat_template, options.prompt)
-    check_output(options.output, inputs, overwrite=options.overwrite)
-    tokenizer_of = options.tokenizer or options.model
-    assert tokenizer_of is not None, "PrepareOptions checks it"
-    tokenizer = load_tokenizer(tokenizer_of, options.chat_template)
-    _check_vocabulary(options, len(tokenizer))
-    sources = _open(options)
-    chunks = _plan(sources, options.limit)
-    prompt = load_prompt(options.prompt) if options.prompt else None
-    where = Where(options.where, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
+    options.check_complete()
+    if options.preview:
+        with tempfile.TemporaryDirectory() as scratch:
+            inputs = _open(options, Path(scratch), console)
+            preview(_job(options, inputs, Path(scratch)), options.preview, inputs.tokenizer, console)
+        return {}
+    assert options.output is not None, "check_complete checks it"
+    output = options.output
+    check_output(output, _paths(options), overwrite=options.overwrite)
+    parts = output.with_name(output.name + ".parts")
+    try:
+        with only_one(parts, output):
+            return _prepare(options, output, parts, console)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                f"No space left on the disk of {error.filename or parts}: make room there and run the same command"
+                " again, it will continue"
+            ) from error
+        raise
+
+
+def _prepare(options: PrepareOptions, output: Path, parts: Path, console: Console) -> dict[str, Any]:
+    inputs = _open(options, parts / UNPACKED, console)
+    tokenizer = inputs.tokenizer
     plan = {
         "format": FORMAT,
-        "options": _recorded(options) | {"prompt": None if prompt is None else vars(prompt)},
-        "sources": [source.identity for source in sources],
+        "options": _recorded(options, inputs.sources),
+        "files": inputs.identities,
         "chat_template": tokenizer.chat_template,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "chunks": len(chunks),
+        "chunks": len(inputs.chunks),
     }
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-    if (done := _already_there(options, digest, console)) is not None:
+    if (done := _already_there(output, digest, options.overwrite, console)) is not None:
+        clear_parts(parts)
         return done
-    parts = options.output.with_name(options.output.name + ".parts")
-    now = _start_or_continue(parts, digest, len(chunks), console)
-    job = Job(
-        encoder=ChatEncoder(tokenizer, now=now),
-        sources=sources,
-        chunks=chunks,
-        fields=options.fields,
-        prompt=prompt,
-        where=where,
-        parts=parts,
-        dtype=token_dtype(len(tokenizer)),
-        strict=options.strict,
-    )
+    now = _start_or_continue(parts, digest, len(inputs.chunks), console)
+    job = _job(options, inputs, parts, now)
     make_parts(job, options.num_workers, console)
     meta = {key: plan[key] for key in ("tokenizer_fingerprint", "chat_template", "options")}
-    meta |= {"plan": digest, "end_token_ids": job.encoder.end_token_ids()}
+    meta |= {"plan": digest, "end_token_ids": job.encoder.end_token_ids(), "notes": job.encoder.notes}
     meta |= {"end_tokens": tokenizer.convert_ids_to_tokens(meta["end_token_ids"])}
-    if "strftime_now" in tokenizer.chat_template:
+    if "strftime_now" in json.dumps(tokenizer.chat_template):
         meta["date"] = now.isoformat()
-    hold_out = HoldOut(options.hold_out, options.hold_out_fraction, options.seed)
-    meta = join_parts(job, options.output, tokenizer, meta, hold_out, options.overwrite)
-    shutil.rmtree(parts)
-    _report(meta, options.output, console)
+    hold_out = options.hold_out or options.hold_out_fraction
+    meta = join_parts(
+        job, inputs.sources, output, tokenizer, meta, hold_out=hold_out, seed=options.seed, overwrite=options.overwrite
+    )
+    clear_parts(parts)
+    write_data_report(output, tokenizer)
+    print_summary(meta, output, console)
     return meta
 
 
-def _recorded(options: PrepareOptions) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Inputs:
+    """What is read before any row is prepared."""
+
+    tokenizer: Any
+    sources: list[Source]  # with their prompts loaded
+    files: list[SourceFile]
+    chunks: list[Chunk]
+    readings: list[Reading]
+    questions: Questions | None
+    identities: list[str]  # of all files; they change when one does
+
+
+def _open(options: PrepareOptions, scratch: Path, console: Console) -> Inputs:
+    """Loads the tokenizer and opens every file; `scratch` is where compressed ones may be unpacked."""
+    tokenizer_of = options.tokenizer or options.model
+    assert tokenizer_of is not None, "check_complete checks it"
+    needs_template = any(source.format not in ("rendered", "text") for source in options.each_source())
+    tokenizer = load_tokenizer(tokenizer_of, options.chat_template, needs_template=needs_template)
+    _check_vocabulary(options, len(tokenizer))
+    added = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
+    sources, readings = [], []
+    files: list[SourceFile] = []
+    chunks: list[Chunk] = []
+    for number, source in enumerate(options.each_source()):
+        prompt = source.prompt if isinstance(source.prompt, Prompt | None) else load_prompt(source.prompt)
+        source = replace(source, prompt=prompt)
+        where = Where(source.where or (), lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        reader = RowReader(
+            format=source.format or "auto",
+            fields=source.fields or Fields(),
+            prompt=prompt,
+            system=source.system,
+            ignore_columns=source.ignore_columns or (),
+            special_tokens=added,
+        )
+        try:
+            opened = open_source(source.data, source.config, source.split, scratch=scratch)
+        except ValueError as error:
+            raise ValueError(f"--sources {error}") from error
+        if alone := left_alone(source.data):
+            console.print(f"{source.name}: not rows, and left alone: {', '.join(alone)}", markup=False, soft_wrap=True)
+        chunks += _plan(opened, len(files), source.limit, where)
+        files += [SourceFile(number, rows) for rows in opened]
+        readings.append(Reading(source.name or "", reader, where))
+        sources.append(source)
+    if not chunks:
+        raise ValueError(f"--sources: there are no rows in {', '.join(source.data for source in sources)}")
+    questions, compared = _questions(options, scratch)
+    identities = [file.rows.identity for file in files] + compared
+    return Inputs(tokenizer, sources, files, chunks, readings, questions, identities)
+
+
+def _plan(opened: list[JsonLines | Table], first: int, limit: int | None, where: Where) -> list[Chunk]:
+    """The chunks of a source's files, of which the first has the number `first`."""
+    chunks, left = [], limit
+    for number, rows in enumerate(opened):
+        ranges, counted = rows.chunks(left, where if where.expressions else None)
+        chunks += [Chunk(first + number, start, stop) for start, stop in ranges]
+        if left is not None:
+            left -= counted or 0
+    return chunks
+
+
+def _questions(options: PrepareOptions, scratch: Path) -> tuple[Questions | None, list[str]]:
+    """The test questions that rows are compared with, and the identities of their files."""
+    if not options.decontaminate:
+        return None, []
+    questions, identities = Questions(options.ngram), []
+    for name in options.decontaminate:
+        try:
+            opened = open_source(name, None, None, scratch=scratch)
+        except ValueError as error:
+            raise ValueError(f"--decontaminate {error}") from error
+        questions.add_file(name, opened)
+        identities += [rows.identity for rows in opened]
+    return questions, identities
+
+
+def _job(options: PrepareOptions, inputs: Inputs, parts: Path, now: datetime | None = None) -> Job:
+    trained_on = TrainedOn(
+        turns=options.train_on,
+        mask_tool_output=options.mask_tool_output,
+        stripped_thinking=options.stripped_thinking,
+        template_args=options.template_args,
+    )
+    return Job(
+        encoder=ChatEncoder(inputs.tokenizer, now=now, options=trained_on),
+        sources=inputs.readings,
+        files=inputs.files,
+        chunks=inputs.chunks,
+        parts=parts,
+        dtype=token_dtype(len(inputs.tokenizer)),
+        strict=options.strict,
+        max_length=options.max_length,
+        dedup=options.dedup,
+        questions=inputs.questions,
+    )
+
+
+def _recorded(options: PrepareOptions, sources: list[Source]) -> dict[str, Any]:
     """The options that decide what is written, as JSON."""
     kept = {key: value for key, value in vars(options).items() if key not in _NOT_RECORDED}
-    return kept | {"fields": vars(options.fields), "sources": list(options.sources)}
+    prompt = options.prompt if isinstance(options.prompt, Prompt | None) else load_prompt(options.prompt)
+    kept |= {"prompt": prompt and asdict(prompt), "fields": asdict(options.fields)}
+    kept |= {"sources": [asdict(source) for source in sources]}
+    return json.loads(json.dumps(kept, default=str))
 
 
-_NOT_RECORDED = ("output", "num_workers", "overwrite", "prompt", "chat_template")
+def _paths(options: PrepareOptions) -> list[str | Path | None]:
+    """Everything that is read, which an output must not replace."""
+    sources = options.each_source()
+    prompts = [source.prompt for source in sources if isinstance(source.prompt, str | Path)]
+    named = [options.model, options.tokenizer, options.chat_template, *options.decontaminate]
+    return [*named, *prompts, *(source.data for source in sources)]
 
 
 def _check_vocabulary(options: PrepareOptions, size: int) -> None:
     """Refuses a tokenizer with more tokens than the model has embeddings, where a config file says so."""
     file = Path(options.model or "") / "config.json"
     rows = json.loads(file.read_text()).get("vocab_size") if options.model and file.is_file() else None
-    if rows is not None and size > rows:
+    if rows is not None and size > rows and not options.resize_embeddings:
         raise ValueError(
             f"--tokenizer {options.tokenizer or options.model} has {size} tokens, {options.model} has"
-            f" embeddings for {rows}: choose the tokenizer that belongs to the model"
+            f" embeddings for {rows}: choose the tokenizer that belongs to the model, or say --resize-embeddings here"
+            " and train with --override.resize-embeddings"
         )
 
 
-def _open(options: PrepareOptions) -> list[JsonLines | Table]:
-    try:
-        return [file for name in options.sources for file in open_source(name, options.config, options.split)]
-    except ValueError as error:
-        raise ValueError(f"--sources {error}") from error
-
-
-def _plan(sources: list[JsonLines | Table], limit: int | None) -> list[tuple[int, int, int]]:
-    chunks, left = [], limit
-    for number, source in enumerate(sources):
-        ranges, rows = source.chunks(left)
-        chunks += [(number, start, stop) for start, stop in ranges]
-        if left is not None:
-            left -= rows or 0
-    if not chunks:
-        raise ValueError("--sources: there are no rows")
-    return chunks
-
-
-def _already_there(options: PrepareOptions, digest: str, console: Console) -> dict[str, Any] | None:
+def _already_there(output: Path, digest: str, overwrite: bool, console: Console) -> dict[str, Any] | None:
     """The meta of an output that is complete already; one made otherwise is refused."""
-    if not options.output.exists() or options.overwrite:
+    if not output.exists() or overwrite:
         return None
-    file = options.output / "meta.json"
+    file = output / "meta.json"
     meta = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if meta.get("plan") == digest:
-        console.print(f"{options.output} is there already, made from these sources with these options")
+        console.print(f"{output} is there already, made from these sources with these options")
         return meta
-    raise ValueError(f"--output {options.output} exists: choose another, or replace it with --overwrite")
+    raise ValueError(f"--output {output} exists: choose another, or replace it with --overwrite")
 
 
 def _start_or_continue(parts: Path, digest: str, chunks: int, console: Console) -> datetime:
-    """Makes the directory of parts, or keeps one of the same plan; returns the date of the plan."""
+    """Empties the directory of parts, or keeps those of the same plan; returns the date of the plan."""
     file = parts / "plan.json"
     plan = json.loads(file.read_text()) if file.is_file() else {}
     if plan.get("digest") != digest:
-        if parts.exists():
+        if plan or any(parts.glob("*.npz")):
             console.print(f"{parts} is of other sources or options: starting anew")
-            shutil.rmtree(parts)
-        parts.mkdir(parents=True)
+        clear_parts(parts, UNPACKED)
         plan = {"digest": digest, "date": datetime.now().isoformat()}
         write_whole(file, json.dumps(plan).encode())
     elif done := len(list(parts.glob("*.npz"))):
         console.print(f"continuing: {done:,} of {chunks:,} chunks are there already")
     return datetime.fromisoformat(plan["date"])
-
-
-def _report(meta: dict[str, Any], output: Path, console: Console) -> None:
-    """Prints the counts, every reason for which rows were dropped, and what deserves a look."""
-    table = PrintedTable(title=str(output), show_header=False)
-    dropped = sum(drop["count"] for drop in meta["dropped"].values())
-    for name in ("rows", "filtered", "documents", "held_out", "tokens", "supervised_tokens", "longest"):
-        if name != "filtered" or meta[name]:
-            table.add_row(name.replace("_", " "), f"{meta[name]:,}")
-    table.add_row("dropped", f"{dropped:,}")
-    console.print(table)
-    for reason, drop in meta["dropped"].items():
-        line = f"dropped {drop['count']:,}: {reason}, first {drop['first']}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if dropped:
-        console.print(f"the dropped rows are kept in {output / 'dropped.jsonl'}")
-    if not meta["end_token_ids"]:
-        console.print("warning: no token of its own ends a turn in this template: generation will not stop")
-    notes = {
-        "open_turns": "assistant turns end with no end token or text in this template",
-        "rewritten_turns": "assistant turns were changed by the template (such as earlier thinking left out)",
-        "straddling_tokens": "supervised tokens hold characters on both sides of a turn's boundary",
-    }
-    for name, note in notes.items():
-        if meta[name]:
-            console.print(f"note: {meta[name]:,} {note}")

@@ -6,6 +6,7 @@ empty pair after a LaTeX command, as in `\\boxed{}`.
 """
 
 import functools
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,15 +89,13 @@ def load_prompt(prompt: str | Path | Mapping[str, Any] | Prompt) -> Prompt:
 
 def find_prompt(prompt: str | Path) -> Path:
     """The file of a path, or of a name in `PROMPTS`. Raises ValueError where there is neither."""
-    path = Path(prompt)
-    if path.is_file():
-        return path
-    named = [PROMPTS / f"{prompt}{suffix}" for suffix in ("", *_SUFFIXES)]
-    if found := next((file for file in named if file.is_file()), None):
-        return found
+    for path in (Path(prompt), *(PROMPTS / f"{prompt}{suffix}" for suffix in ("", *_SUFFIXES))):
+        if os.path.isfile(path):  # false for what can be no path, too, such as the prompt's own text
+            return path
     known = sorted({file.stem for file in PROMPTS.glob("*") if file.suffix in _SUFFIXES})
+    near = nearest([str(prompt)], known)
     raise ValueError(
-        f"--prompt {prompt}: there is no such file, and no prompt of this name{nearest([str(prompt)], known)};"
+        f"--prompt {str(prompt)[:80]}: there is no such file, and no prompt of this name{near};"
         f" known are {', '.join(known) or 'none'}"
     )
 

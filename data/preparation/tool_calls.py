@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from data.preparation.columns import Columns, Fields, lacking
+from data.preparation.columns import Columns, Fields, lacking, listing
 from data.preparation.conversation import Messages, RowError
 from data.preparation.values import as_list, as_text, described, from_json, is_blank, shown
 
@@ -38,13 +38,14 @@ def read_call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _arguments(function: dict[str, Any], where: str) -> dict[str, Any]:
-    given = next((function[name] for name in _ARGUMENTS if function.get(name) is not None), "")
-    if isinstance(given, str) and given.strip():
+    given = next((function[name] for name in _ARGUMENTS if function.get(name) is not None), None)
+    if given is None:
+        others = [name for name, value in function.items() if name not in _BESIDE and value is not None]
+        if others:
+            raise RowError(_BAD_CALL, f"a tool call of {where} has no `arguments`, but {listing(others)}")
+    elif isinstance(given, str) and given.strip():
         given = from_json(given, _BAD_CALL, f"`arguments` of a tool call of {where}")
     if is_blank(given):
-        others = [name for name, value in function.items() if name not in (*_ARGUMENTS, *_BESIDE) and value is not None]
-        if others:
-            raise RowError(_BAD_CALL, f"a tool call of {where} has no `arguments`, but {', '.join(others)[:80]}")
         return {}
     if not isinstance(given, dict):
         raise RowError(_BAD_CALL, f"`arguments` of a tool call of {where} is {described(given)}, an object is needed")

@@ -8,8 +8,13 @@ from data.preparation.conversation import RowError
 _NOTHING = ("", "null", "[]", "{}")  # text that stands for no value
 
 
+def is_empty(value: Any) -> bool:
+    """Whether what should be text says nothing: null or blank."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def is_blank(value: Any) -> bool:
-    """Whether a value says nothing: null, blank text, an empty list or object, or the JSON of one of these."""
+    """Whether what need not be text says nothing: null, blank, an empty list or object, or the JSON of one of these."""
     if isinstance(value, str):
         return value.strip() in _NOTHING
     return value is None or (isinstance(value, list | dict) and not value)

@@ -35,7 +35,7 @@ def load_questions(options: EvaluationOptions) -> list[Question]:
         if not isinstance(row, dict):
             raise EvaluationError(f"{where} is a {type(row).__name__}, not an object with fields")
         try:
-            messages = _with_system(_messages(row, prompt), options.system)
+            messages = _messages(row, prompt)
         except ValueError as error:
             raise EvaluationError(f"{where}: {error}") from error
         questions.append(Question(index=index, messages=messages, gold=_gold(row, options.answer_field, where)))
@@ -57,11 +57,16 @@ def _read_rows(options: EvaluationOptions) -> list[Any]:
         raise EvaluationError(f"--data {str(error).removeprefix('--sources ')}") from error
     rows: list[Any] = []
     for file in files:
-        ranges, _ = file.chunks(None if options.limit is None else options.limit - len(rows))
-        for number, row in file.read(ranges[0][0], ranges[-1][1]) if ranges else ():
-            if isinstance(row, Unreadable):
-                raise EvaluationError(f"--data {file.name}, line {number + 1} is {row.error}")
-            rows.append(row)
+        left = None if options.limit is None else options.limit - len(rows)
+        if left == 0:
+            break
+        for start, stop in file.chunks(left)[0]:
+            for number, row in file.read(start, stop):
+                if isinstance(row, Unreadable):
+                    raise EvaluationError(
+                        f"--data {file.name}, line {file.lines(0, start) + number + 1} is {row.error}"
+                    )
+                rows.append(row)
     return rows
 
 
@@ -83,13 +88,6 @@ def _messages(row: dict[str, Any], prompt: Prompt | None) -> list[dict[str, Any]
         f"none of messages, {', '.join(PROBLEM_FIELDS)} is among its fields ({', '.join(row)}); "
         "give --prompt FILE with the fields to use"
     )
-
-
-def _with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
-    """The turns with a system turn of this text in place of their own."""
-    if system is None:
-        return messages
-    return [{"role": "system", "content": system}, *(turn for turn in messages if turn.get("role") != "system")]
 
 
 def _last_assistant(turns: list[Any]) -> int | None:

@@ -58,6 +58,8 @@ def test_an_instruction_comes_before_what_it_is_about():
         assert RowReader(prompt=Prompt("Q: {}"))(row).messages[0]["content"] == "Q: Translate.\nGood day."
     row = {"instruction": "Translate.", "input": "Good day.", "output": "Buenos dias."}
     assert RowReader(prompt=Prompt("{input} {instruction}"))(row).messages[0]["content"] == "Good day. Translate."
+    for text in ("[]", "null"):  # no text says nothing but blank text
+        assert RowReader()({**row, "input": text}).messages[0]["content"] == f"Translate.\n{text}"
     with pytest.raises(RowError, match="column not used: instruction holds the question"):
         RowReader(prompt=Prompt("{input}"))(row)
     with pytest.raises(RowError, match="column not used: instruction has a value that a row read as question_answer"):

@@ -113,6 +113,7 @@ def test_numbers_of_untrained_turns_count_a_system_turn_that_is_put_before_them(
         ({"role": "user", "content": [{"type": "text"}]}, "not text", "the text of a part of message 1 is null"),
         ({**ASSISTANT, "thinking": ["a"]}, "not text", "the thinking of message 1 is of type list"),
         ({**ASSISTANT, "function_calls": [CALL]}, "not text", "function_calls of message 1 is of type list"),
+        ({**CALLED, "function_calls": [CALL]}, "not text", "function_calls of message 1 is of type list"),
         ({**USER, "function_calls": "f()"}, "malformed tool call", "message 1 calls a tool but its role is user"),
         ({**USER, "tool_calls": [CALL]}, "malformed tool call", "message 1 calls a tool but its role is user"),
         ({"from": "function_call", "value": "add 1"}, "malformed tool call", "the call in message 1 is text that is"),

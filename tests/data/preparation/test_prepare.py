@@ -60,10 +60,10 @@ def test_bad_rows_are_dropped_counted_and_kept(model, tmp_path, small_chunks):
         *good[:20],
         "",
         '{"question": "a"',
-        {"text": "b"},
+        {"prose": "b"},
         *good[20:],
         chat(("user", "u")),
-        {"text": "c"},
+        {"prose": "c"},
         [1],
     ]
     meta, printed = run(model, tmp_path / "data", jsonl(tmp_path / "a.jsonl", lines))
@@ -76,16 +76,16 @@ def test_bad_rows_are_dropped_counted_and_kept(model, tmp_path, small_chunks):
         "no assistant turn": (1, f"{where}:44"),
         "not an object": (1, f"{where}:46"),
     }
-    assert f"dropped 2: unknown fields, first {where}:23: the row has text" in printed
+    assert f"dropped 2: unknown fields, first {where}:23: the row has prose" in printed
     kept = [json.loads(line) for line in (tmp_path / "data" / "dropped.jsonl").read_text().splitlines()]
     assert [drop["line"] for drop in kept] == [22, 23, 44, 45, 46]
-    assert kept[0]["row"] == '{"question": "a"' and kept[3]["row"] == {"text": "c"}
+    assert kept[0]["row"] == '{"question": "a"' and kept[3]["row"] == {"prose": "c"}
     assert texts(tmp_path / "data") == answers(good)
 
 
 def test_strict_names_the_first_bad_row(model, tmp_path, small_chunks):
-    source = jsonl(tmp_path / "a.jsonl", [*rows(30), {"text": "b"}, *rows(30), "{", *rows(5)])
-    with pytest.raises(ValueError, match=r"a\.jsonl:31: unknown fields: the row has text"):
+    source = jsonl(tmp_path / "a.jsonl", [*rows(30), {"prose": "b"}, *rows(30), "{", *rows(5)])
+    with pytest.raises(ValueError, match=r"a\.jsonl:31: unknown fields: the row has prose"):
         run(model, tmp_path / "data", source, strict=True)
     assert not (tmp_path / "data").exists()
 
@@ -93,7 +93,7 @@ def test_strict_names_the_first_bad_row(model, tmp_path, small_chunks):
 def test_rows_that_are_all_bad_are_an_error(model, tmp_path):
     source = jsonl(tmp_path / "a.jsonl", [chat(("user", "u"), ("robot", "r"))] * 3)
     with pytest.raises(
-        ValueError, match=r"none of 3 rows can be used: 3 x unknown role \(first .*a\.jsonl:1: message 1"
+        ValueError, match=r"none of 3 rows can be used: 3 x unknown role \(first .*a\.jsonl:1: the role of message 1"
     ):
         run(model, tmp_path / "data", source)
     assert not (tmp_path / "data").exists()
@@ -130,13 +130,16 @@ def test_directories_of_files_load_as_data_sets(model, tmp_path, monkeypatch):
     assert texts(tmp_path / "data") == answers(rows(9))
 
 
-def test_limit_counts_rows_over_sources(model, tmp_path, small_chunks):
+def test_limit_counts_rows_of_each_source_after_where(model, tmp_path, small_chunks):
     some = rows(60)
     first, second = jsonl(tmp_path / "a.jsonl", ["", *some[:25]]), jsonl(tmp_path / "b.jsonl", some[25:])
-    run(model, tmp_path / "data", first, second, limit=40)
-    assert texts(tmp_path / "data") == answers(some[:40])
-    run(model, tmp_path / "few", first, second, limit=10)
-    assert texts(tmp_path / "few") == answers(some[:10])
+    meta, _ = run(model, tmp_path / "data", first, second, limit=30)
+    assert texts(tmp_path / "data") == answers([*some[:25], *some[25:55]])
+    where = ("'5' in question",)
+    meta, _ = run(model, tmp_path / "few", first, second, limit=3, where=where)
+    kept = [row for row in some if "5" in row["question"]]  # 5, 15, then 25, 35, 45
+    assert texts(tmp_path / "few") == answers(kept[:5])
+    assert (meta["rows"], meta["filtered"], meta["documents"]) == (46, 41, 5)  # all of a, b up to its third
 
 
 def test_hold_out_is_disjoint_and_repeatable(model, tmp_path, small_chunks):
@@ -169,8 +172,11 @@ def test_prompt_and_fields(model, tmp_path):
 def test_tokenizer_larger_than_the_model_is_refused(tmp_path):
     small_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"vocab_size": 17}')
-    with pytest.raises(ValueError, match=r"has \d+ tokens, .*model has embeddings for 17"):
-        run(tmp_path / "model", tmp_path / "data", jsonl(tmp_path / "a.jsonl", rows(3)))
+    source = jsonl(tmp_path / "a.jsonl", rows(3))
+    with pytest.raises(ValueError, match=r"has \d+ tokens, .*model has embeddings for 17: .*--resize-embeddings"):
+        run(tmp_path / "model", tmp_path / "data", source)
+    meta, _ = run(tmp_path / "model", tmp_path / "data", source, resize_embeddings=True)
+    assert meta["documents"] == 3 and meta["options"]["resize_embeddings"]
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="needs gsm8k_train.jsonl in LATHE_DATA")

@@ -20,18 +20,18 @@ from tests.support.preparing import ENVIRONMENT, SCRIPT, contents, jsonl, rows, 
 def test_a_failed_run_continues_with_what_is_missing(model, tmp_path, small_chunks, monkeypatch):
     source = jsonl(tmp_path / "a.jsonl", rows(100))
     run(model, tmp_path / "whole", source)
-    save = data.preparation.workers._save_part
+    write = data.preparation.workers.write_part
+    parts = tmp_path / "data.parts"
 
-    def full_disk(path, *rest):
-        if int(path.stem) >= 4:
-            raise OSError(28, "No space left on device")
-        save(path, *rest)
+    def full_disk(job, number, *rest):
+        if number >= 4:
+            raise OSError(28, "No space left on device", str(job.part(number)))
+        write(job, number, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data.preparation.workers, "_save_part", full_disk)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(data.preparation.workers, "write_part", full_disk)
+        with pytest.raises(OSError, match=rf"^No space left .* {parts}/0.*: make room .* it will continue$"):
             run(model, tmp_path / "data", source)
-    parts = tmp_path / "data.parts"
     assert sorted(file.name for file in parts.glob("*.npz")) == [f"{number:06d}.npz" for number in range(4)]
     with pytest.raises(ValueError, match="half-written"):
         DocumentIndex(tmp_path / "data")
@@ -42,8 +42,16 @@ def test_a_failed_run_continues_with_what_is_missing(model, tmp_path, small_chun
     assert not parts.exists()
 
 
+def test_progress_is_said_in_lines_where_there_is_no_terminal(model, tmp_path, small_chunks, monkeypatch):
+    monkeypatch.setattr(data.preparation.workers, "_LINE_SECONDS", 0.001)
+    _, printed = run(model, tmp_path / "data", jsonl(tmp_path / "a.jsonl", rows(200)))
+    said = re.findall(r"preparing: (\d+) of (\d+) chunks, ([\d,]+) rows, [\d,]+ rows/s, about \d+ s left", printed)
+    assert said and all(0 < int(rows) <= 200 for _, _, rows in said)
+    assert [int(done) for done, _, _ in said] == sorted(int(done) for done, _, _ in said)
+
+
 def test_a_killed_run_continues(model, tmp_path):
-    source = jsonl(tmp_path / "a.jsonl", rows(15_000))
+    source = jsonl(tmp_path / "a.jsonl", rows(6_000))
     command = [*SCRIPT, "--model", str(model), "--sources", str(source), "--output", str(tmp_path / "data")]
     process = subprocess.Popen([*command, "--num-workers", "1"], stdout=subprocess.DEVNULL, env=ENVIRONMENT)
     parts = tmp_path / "data.parts"
@@ -53,7 +61,7 @@ def test_a_killed_run_continues(model, tmp_path):
     process.wait()
     assert parts.exists() and not (tmp_path / "data").exists()
     meta, printed = run(model, tmp_path / "data", source)
-    assert meta["documents"] == 15_000
+    assert meta["documents"] == 6_000
     assert "continuing: " in printed
     run(model, tmp_path / "whole", source, num_workers=1)
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")

@@ -151,6 +151,8 @@ def test_prompts_go_by_name(monkeypatch, written, tmp_path):
     assert str(refused.value) == (
         "--prompt maths: there is no such file, and no prompt of this name (did you mean math?); known are math, tir"
     )
+    with pytest.raises(ValueError, match="--prompt Solve this. Solve .*: there is no such file"):
+        load_prompt("Solve this. " * 100)
     monkeypatch.chdir(tmp_path)
     written("own {}", "math")  # a file that one names is meant
     assert load_prompt("math") == Prompt("own {}")

@@ -32,6 +32,7 @@ CALLS: list[tuple[Any, Any]] = [
     ([{"name": "f", "arguments": ""}], [EMPTY]),
     ([{"name": "f", "arguments": " {} "}], [EMPTY]),
     ([{"name": "f", "arguments": "null"}], [EMPTY]),
+    ([{"name": "f", "arguments": {}, "status": "done"}], [EMPTY]),
     ([], []),
     (None, []),
     ("", []),
@@ -126,6 +127,7 @@ def test_what_is_given_is_not_changed():
     assert tool == {"name": "f", "parameters": "{}"} and call == {"name": "f", "arguments": "{}"}
 
 
+TAKEN = ("tool", "tool_input", "tool_output", "tool_calls", "calls")
 BY_NAME = Fields(tool_name="tool", tool_input="tool_input", tool_output="tool_output")
 BY_CALLS = Fields(tool_calls="calls", tool_output="tool_output")
 ALONE = Fields(tool_calls="calls")
@@ -180,7 +182,7 @@ def test_calls_in_columns_become_turns(fields, columns, turns):
     question, answer = {"role": "user", "content": "6*7?"}, {"role": "assistant", "content": "42."}
     assert conversation.messages == [question, *turns, answer]
     assert conversation.kind == ("question_answer, tools" if turns else "question_answer")
-    assert conversation.untrained == frozenset()
+    assert (conversation.untrained, conversation.unused) == (frozenset(), tuple(sorted({*row} - {*PAIR, *TAKEN})))
 
 
 @pytest.mark.parametrize(
