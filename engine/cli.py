@@ -89,13 +89,13 @@ def dump_run(config: RunConfig) -> str:
 def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Reads a YAML file; its `base: FILE`, or list of files beside it, is read first and overlaid."""
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such recipe file")
+        raise ValueError(f"{path}: there is no such file")
     if path.resolve() in seen:
         raise ValueError(f"{path}: recipes name each other as base")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text; save it in that encoding") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
@@ -107,6 +107,14 @@ def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return overlay(below, content)
 
 
+def read_files(files: Sequence[Path]) -> dict[str, Any]:
+    """The keys of several recipes, of which the later wins."""
+    content: dict[str, Any] = {}
+    for file in files:
+        content = overlay(content, {str(key).replace("-", "_"): value for key, value in read_recipe(file).items()})
+    return content
+
+
 def read_section(files: Sequence[Path], name: str) -> dict[str, Any]:
     """A section of a recipe (of several files the later wins), over what the run's own keys say of its paths.
 
@@ -114,13 +122,11 @@ def read_section(files: Sequence[Path], name: str) -> dict[str, Any]:
     latest exported into `final`; what came of that is evaluated into `evaluation`. Raises ValueError where the recipe
     has no such section.
     """
-    recipe: dict[str, Any] = {}
-    for file in files:
-        recipe = overlay(recipe, _underscored(read_recipe(file)))
+    recipe = read_files(files)
     if not isinstance(recipe.get(name), dict):
         there = ", ".join(one for one in SECTIONS if isinstance(recipe.get(one), dict)) or "none"
         raise ValueError(f"{files[-1]} has no section `{name}:` with keys of its own; its sections: {there}")
-    return _implied(recipe, name) | _underscored(recipe[name])
+    return _implied(recipe, name) | {str(key).replace("-", "_"): value for key, value in recipe[name].items()}
 
 
 def _implied(recipe: dict[str, Any], name: str) -> dict[str, Any]:
@@ -136,10 +142,6 @@ def _implied(recipe: dict[str, Any], name: str) -> dict[str, Any]:
         return {"model": model, "output": f"{run}/evaluation"}
     flag, folder = ("run", "average") if name == "average" else ("checkpoint", "final")
     return {flag: run, "output": f"{run}/{folder}"}
-
-
-def _underscored(keys: dict[str, Any]) -> dict[str, Any]:
-    return {str(key).replace("-", "_"): value for key, value in keys.items()}
 
 
 def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

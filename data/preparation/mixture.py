@@ -1,4 +1,4 @@
-"""Mixture files and flags -> options: `[mixture.yaml ...] [--flags]`; later files win, and flags win over files."""
+"""The keys of a mixture file, or of a recipe's section, and flags -> options; flags win."""
 
 import dataclasses
 import difflib
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-import yaml
 
 from data.preparation.formats import Fields
 from data.preparation.options import PrepareOptions
@@ -17,21 +16,12 @@ from data.preparation.prompt import Prompt, load_prompt
 from data.preparation.sources import Source, parse_amount
 
 
-def parse_options(arguments: list[str]) -> PrepareOptions:
-    """The options of a command line. ValueError for a file that is wrong, or where something is missing.
-
-    A wrong flag ends the process with tyro's message, which names the nearest flags.
-    """
-    values: dict[str, Any] = {}
-    flags = list(arguments)
-    while flags and not flags[0].startswith("-"):
-        path = Path(flags.pop(0))
-        values |= read_values(_read_yaml(path), PrepareOptions, str(path))
-    return _parse(values, flags)
-
-
 def options_from(mapping: dict[str, Any], flags: list[str], where: str = "prepare") -> PrepareOptions:
-    """The options that a mapping's keys and flags give; `where` begins what is said about a wrong key."""
+    """The options that a mapping's keys and flags give; `where` begins what is said about a wrong key.
+
+    Raises ValueError, also where something is missing. A wrong flag ends the process with tyro's message, which names
+    the nearest flags.
+    """
     return _parse(read_values(mapping, PrepareOptions, where), flags)
 
 
@@ -129,16 +119,3 @@ def _prompt(value: dict[str, Any], where: str) -> Prompt:
         return load_prompt(value)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def _read_yaml(path: Path) -> Any:
-    if path.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"{path}: a mixture file's name ends in .yaml; name sources with --sources {path}")
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such mixture file")
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None

@@ -35,7 +35,7 @@ def load_questions(options: EvaluationOptions) -> list[Question]:
         if not isinstance(row, dict):
             raise EvaluationError(f"{where} is a {type(row).__name__}, not an object with fields")
         try:
-            messages = _messages(row, prompt)
+            messages = _with_system(_messages(row, prompt), options.system)
         except ValueError as error:
             raise EvaluationError(f"{where}: {error}") from error
         questions.append(Question(index=index, messages=messages, gold=_gold(row, options.answer_field, where)))
@@ -88,6 +88,13 @@ def _messages(row: dict[str, Any], prompt: Prompt | None) -> list[dict[str, Any]
         f"none of messages, {', '.join(PROBLEM_FIELDS)} is among its fields ({', '.join(row)}); "
         "give --prompt FILE with the fields to use"
     )
+
+
+def _with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
+    """The turns with a system turn of this text in place of their own."""
+    if system is None:
+        return messages
+    return [{"role": "system", "content": system}, *(turn for turn in messages if turn.get("role") != "system")]
 
 
 def _last_assistant(turns: list[Any]) -> int | None:

@@ -100,7 +100,7 @@ def test_a_section_that_is_not_there_is_named(written):
     with pytest.raises(ValueError, match="unknown recipe key averag; the nearest is average"):
         parse_run([str(written("two", {"averag": {}}))])
     (path.parent / "latin.yaml").write_bytes("model: é".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin.yaml is not UTF-8 text"):
+    with pytest.raises(ValueError, match=r"latin.yaml is not UTF-8 \(byte 7\)"):
         read_recipe(path.parent / "latin.yaml")
 
 

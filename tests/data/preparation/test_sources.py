@@ -6,10 +6,11 @@ import pytest
 import yaml
 
 from data.preparation.formats import Fields
-from data.preparation.mixture import options_from, parse_options
+from data.preparation.mixture import options_from
 from data.preparation.options import PrepareOptions
 from data.preparation.prompt import Prompt
 from data.preparation.sources import Source, parse_source
+from examples.prepare_data import read_options
 
 MIXTURE = """
 model: some/model
@@ -67,7 +68,7 @@ def test_sources_have_names_of_their_own():
 def test_a_source_inherits_what_it_does_not_say(tmp_path):
     (tmp_path / "mixture.yaml").write_text(MIXTURE)
     flags = ["--output", "out", "--prompt", "math", "--system", "Be brief.", "--limit", "7", "--ignore-columns", "id"]
-    options = parse_options([str(tmp_path / "mixture.yaml"), *flags])
+    options = read_options([str(tmp_path / "mixture.yaml"), *flags])
     first, second, third = options.each_source()
     assert options.template_args == {"enable_thinking": False} and options.hold_out == 0.1
     assert (first.prompt, first.system) == (Prompt(user="Solve {problem}", system=""), "")
@@ -84,11 +85,11 @@ def test_later_files_win_and_flags_win_over_files(tmp_path):
     (tmp_path / "one.yaml").write_text("model: m\nseed: 1\nlimit: 5\nsources: a.jsonl\noutput: out\ntrain_on: last\n")
     (tmp_path / "two.yaml").write_text("seed: 2\nsources: [b.jsonl, c.jsonl]\n")
     files = [str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml")]
-    options = parse_options([*files, "--limit", "6", "--template-args", "a=null", "b=1", "c=x=y", "d="])
+    options = read_options([*files, "--limit", "6", "--template-args", "a=null", "b=1", "c=x=y", "d="])
     assert (options.seed, options.limit, options.train_on) == (2, 6, "last")
     assert [source.data for source in options.each_source()] == ["b.jsonl", "c.jsonl"]
     assert options.template_args == {"a": None, "b": 1, "c": "x=y", "d": ""}
-    options = parse_options([*files, "--sources", "d.jsonl:0.5"])
+    options = read_options([*files, "--sources", "d.jsonl:0.5"])
     assert [(source.data, source.take) for source in options.each_source()] == [("d.jsonl", 0.5)]
     assert options_from(yaml.safe_load((tmp_path / "one.yaml").read_text()), ["--seed", "3"]).seed == 3
 
@@ -145,21 +146,21 @@ def test_what_cannot_be_is_refused_in_one_sentence(mapping, message):
         (b"model: caf\xe9\n", r"mixture.yaml is not UTF-8 \(byte 10\)"),
         (b"model: [\n", "mixture.yaml is not YAML"),
         (b"modle: m\n", "mixture.yaml: unknown key modle; the nearest is model"),
-        (None, "mixture.yaml: there is no such mixture file"),
+        (None, "mixture.yaml: there is no such file"),
     ],
 )
 def test_a_mixture_file_that_is_wrong_is_named(tmp_path, content, message):
     if content is not None:
         (tmp_path / "mixture.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        parse_options([str(tmp_path / "mixture.yaml"), "--output", "out"])
+        read_options([str(tmp_path / "mixture.yaml"), "--output", "out"])
 
 
 def test_what_is_no_mixture_file_is_a_source():
     with pytest.raises(ValueError, match=r"^a.jsonl: a mixture file's name ends in .yaml; name sources with --sources"):
-        parse_options(["a.jsonl", "--model", "m"])
+        read_options(["a.jsonl", "--model", "m"])
 
 
 def test_template_arguments_are_pairs():
     with pytest.raises(ValueError, match="--template-args thinking: write name=value"):
-        parse_options(["--sources", "a", "--model", "m", "--output", "o", "--template-args", "thinking"])
+        read_options(["--sources", "a", "--model", "m", "--output", "o", "--template-args", "thinking"])
