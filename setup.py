@@ -20,6 +20,7 @@ setup(
     package_data={
         "data.preparation": ["*.css"],
         "engine.reporting": ["*.css"],
+        "examples": ["chat_templates/*", "prompts/*", "recipes/*"],
         "examples.demo": ["*.json"],
     },
     entry_points={"console_scripts": ["lathe = examples.lathe:main"]},

@@ -111,8 +111,12 @@ def read_files(files: Sequence[Path]) -> dict[str, Any]:
     """The keys of several recipes, of which the later wins."""
     content: dict[str, Any] = {}
     for file in files:
-        content = overlay(content, {str(key).replace("-", "_"): value for key, value in read_recipe(file).items()})
+        content = overlay(content, _underscored(read_recipe(file)))
     return content
+
+
+def _underscored(keys: dict[str, Any]) -> dict[str, Any]:
+    return {str(key).replace("-", "_"): value for key, value in keys.items()}
 
 
 def read_section(files: Sequence[Path], name: str) -> dict[str, Any]:
@@ -126,7 +130,7 @@ def read_section(files: Sequence[Path], name: str) -> dict[str, Any]:
     if not isinstance(recipe.get(name), dict):
         there = ", ".join(one for one in SECTIONS if isinstance(recipe.get(one), dict)) or "none"
         raise ValueError(f"{files[-1]} has no section `{name}:` with keys of its own; its sections: {there}")
-    return _implied(recipe, name) | {str(key).replace("-", "_"): value for key, value in recipe[name].items()}
+    return _implied(recipe, name) | _underscored(recipe[name])
 
 
 def _implied(recipe: dict[str, Any], name: str) -> dict[str, Any]:
