@@ -26,7 +26,7 @@ from data.order import GlobalOrder
 CAPACITY = 32_768
 AIM = 1.05
 # lognormal's mu and sigma, and what they are like
-LENGTHS = (((6.3, 0.9), "chat and short solutions"), ((8.5, 1.0), "long reasoning"))
+LENGTHS = (((6.3, 0.9), "chat"), ((8.5, 1.0), "long reasoning"))
 # batch unit, and documents or packed sequences of a step for each kind of lengths
 BATCHES = {
     (6.3, 0.9): (("conversations", 65_536), ("sequences", 512), ("sequences", 2_048)),

@@ -101,12 +101,18 @@ class RunConfig:
     """Hugging Face directory or hub name, or one of our checkpoints; left out, the built-in demo's model."""
     data: tuple[str, ...] = ()
     """Prepared data directories, each with an optional :WEIGHT; left out, the built-in demo's data."""
+    max_dropped: float = 0.01
+    """The largest share of a directory's rows that its preparation may have dropped; beyond it the run is refused."""
+    allow_unsupervised: bool = False
+    """Train although a source, a kind of row or a document that --too-long cuts off has no supervised token."""
     valid: tuple[str, ...] = ()
-    """Prepared data directories for the held-out loss."""
+    """Prepared data for held-out losses, each DATA or NAME=DATA; each is measured by itself and all together."""
     valid_every: int = 0
     """Steps between held-out losses; 0 measures after the last step only."""
+    valid_at_start: bool = False
+    """Also measure the held-out losses before the first step."""
     valid_batches: int = 0
-    """Batches of 64 packed sequences in each held-out measurement; 0 takes all."""
+    """Batches of 64 packed sequences of each held-out set in a measurement; 0 takes all."""
     output: Path = Path("runs/default")
     """RUN: where config, metrics, checkpoints and the report go."""
 
@@ -137,8 +143,8 @@ class RunConfig:
     """Whether a batch is counted in packed sequences or in conversations."""
     pad_documents_to: int | None = None
     """Each document is padded to a multiple of this; 2*cp unless given, and kept on resume."""
-    too_long: Literal["error", "drop", "truncate"] = "error"
-    """What to do with documents longer than --seq-len."""
+    too_long: Literal["error", "drop", "truncate", "cut"] = "error"
+    """What to do with documents longer than --seq-len; cut makes several documents of one and loses no token."""
     steps: int | None = None
     """Length of the run in steps."""
     epochs: float | None = None
@@ -192,8 +198,12 @@ def check_values(config: RunConfig) -> None:
         raise ValueError(f"--pp-layout {config.pp_layout}: give layers per stage, separated by commas, e.g. 7,9,9,7")
     if not 0 <= config.moe.aux_loss < math.inf:
         raise ValueError(f"--moe.aux-loss {config.moe.aux_loss} must be a number of 0 or more")
+    if not 0 <= config.max_dropped <= 1:
+        raise ValueError(f"--max-dropped {config.max_dropped} is a share of the rows: give 0 to 1, e.g. 0.05")
     if config.valid_every and not config.valid:
         raise ValueError(f"--valid-every {config.valid_every} needs held-out data: give --valid")
+    if config.valid_at_start and not config.valid:
+        raise ValueError("--valid-at-start needs held-out data: give --valid")
     if config.valid_every < 0 or config.valid_batches < 0:
         raise ValueError("--valid-every and --valid-batches must not be negative")
     optim = config.optim

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from data.documents import Documents
-from data.index import open_index
 from data.order import GlobalOrder
 from engine.base_model import BaseModel, find_base_model, resumed_model
 from engine.checkpointing.directory import ResumePoint, find_latest
 from engine.checkpointing.model_files import check_tokenizers
 from engine.config import MoeConfig, RunConfig, check_values
 from engine.layout import Layout, check_expert_widths, check_fp8, check_layout, check_sequence
+from engine.run_data import audit, check_data, open_data, open_valid
 from engine.run_folder import RunFolder
 from engine.signals import deadline
 from models.build import TransformerConfig, transformer_config
@@ -36,7 +36,7 @@ class Prepared:
     backend: str
     backend_reason: str
     order: GlobalOrder
-    valid_order: GlobalOrder | None
+    valid_orders: dict[str, GlobalOrder]  # of each held-out set
     total_steps: int
     resume: ResumePoint | None
     pad_multiple: int
@@ -48,9 +48,9 @@ class Prepared:
         return self.base_model.description
 
     @property
-    def indexes(self) -> list[Documents]:
-        """All data directories, held-out ones last."""
-        return self.order.indexes + (self.valid_order.indexes if self.valid_order else [])
+    def held_out(self) -> list[Documents]:
+        """The data of the held-out sets."""
+        return [index for order in self.valid_orders.values() for index in order.indexes]
 
 
 def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
@@ -59,8 +59,9 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     stop_at = deadline(config.checkpoint.minutes_before_end)
     assert config.model is not None and config.data, "the entry script fills in the built-in demo"
     resume = find_latest(config.output) if config.checkpoint.resume else None
-    blend, valid = open_data(config.data, "--data"), open_data(config.valid, "--valid")
-    indexes = [index for index, _ in blend + valid]
+    blend, valid = open_data(config.data), open_valid(config.valid)
+    audit((index for index, _ in blend), max_dropped=config.max_dropped, allow_unsupervised=config.allow_unsupervised)
+    indexes = [index for index, _ in (*blend, *valid.values())]
     data_vocab_size = max(index.meta.get("vocab_size", 0) for index in indexes)
     if resume is None:
         base_model = find_base_model(config.model).resized(config.override, data_vocab_size)
@@ -78,12 +79,16 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--log.wandb needs Weights & Biases, which is not installed: pip install 'lathe[track]'")
     make_order = partial(
-        GlobalOrder, seq_len=config.seq_len, pad_documents_to=pad_multiple, too_long=config.too_long, seed=config.seed
+        GlobalOrder,
+        seq_len=config.seq_len,
+        pad_documents_to=pad_multiple,
+        too_long=config.too_long,
+        allow_unsupervised=config.allow_unsupervised,
+        vocab_size=description.vocab_size,
+        seed=config.seed,
     )
     order = make_order(blend, global_batch_size=config.global_batch_size, batch_unit=config.batch_unit)
-    valid_order = None
-    if valid:
-        valid_order = make_order(valid, global_batch_size=VALID_SEQUENCES, batch_unit="sequences", shuffle=False)
+    valid_orders = {name: _held_out_order(name, one, make_order) for name, one in valid.items()}
     if resume is not None:
         order.check_state(resume.manifest["data"])
         _check_length(resume, config.steps)
@@ -95,7 +100,7 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
         backend=backend,
         backend_reason=reason,
         order=order,
-        valid_order=valid_order,
+        valid_orders=valid_orders,
         total_steps=total_steps(order, config.steps, config.epochs),
         resume=resume,
         pad_multiple=pad_multiple,
@@ -103,21 +108,12 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     )
 
 
-def open_data(arguments: tuple[str, ...], flag: str) -> tuple[tuple[Documents, float], ...]:
-    """Opens DATA or DATA:WEIGHT arguments; ValueError in one sentence for a path or weight that is wrong."""
-    opened = []
-    for argument in arguments:
-        path, colon, weight = argument.rpartition(":")
-        if not colon or Path(argument).is_dir():
-            path, weight = argument, "1"
-        try:
-            factor = float(weight)
-        except ValueError:
-            path, factor = argument, 1.0
-        if factor <= 0:
-            raise ValueError(f"{flag} {argument}: the weight must be above 0")
-        opened.append((open_index(path), factor))
-    return tuple(opened)
+def _held_out_order(name: str, data: tuple[Documents, float], make_order: Callable[..., GlobalOrder]) -> GlobalOrder:
+    """The order of a held-out set; what is wrong with it is said under its name."""
+    try:
+        return make_order([data], global_batch_size=VALID_SEQUENCES, batch_unit="sequences", shuffle=False)
+    except ValueError as error:
+        raise ValueError(f"--valid {name}: {error}") from None
 
 
 def check_model(config: RunConfig, description: ModelDescription, world_size: int, *, pad_multiple: int) -> None:
@@ -179,23 +175,6 @@ def _kept_padding(resume: ResumePoint, asked: int | None, cp: int) -> int:
             f"--cp of which twice divides {kept}, or start the run with --pad-documents-to {2 * cp}"
         )
     return kept
-
-
-def check_data(indexes: list[Documents], vocab_size: int) -> None:
-    """Refuses tokens that the model does not have, and data directories whose conversations end differently."""
-    for index in indexes:
-        if (tokens := index.meta.get("vocab_size", 0)) > vocab_size:
-            raise ValueError(
-                f"{index.path} was prepared with a vocabulary of {tokens:,} tokens and the model has {vocab_size:,}; "
-                "prepare the data with the model's own tokenizer, or give the model rows for the new tokens with "
-                "--override.resize-embeddings"
-            )
-        for name in ("chat_template", "end_token_ids"):
-            if index.meta.get(name) != indexes[0].meta.get(name):
-                raise ValueError(
-                    f"{index.path} and {indexes[0].path} were prepared with different chat templates, of which the "
-                    "export can carry one; prepare both with the same --chat-template"
-                )
 
 
 def megatron_config(config: RunConfig, description: ModelDescription) -> TransformerConfig:

@@ -10,11 +10,12 @@ import torch
 from data.documents import Documents
 from engine.mesh import Mesh
 from engine.prepare import Prepared
+from engine.run_data import lost_rows
 
 
 def start_lines(prepared: Prepared, mesh: Mesh, step: int, on_host: bool) -> str:
     """What a run that stands at `step` says of itself before the next one."""
-    config, base, counts = prepared.config, prepared.base_model, prepared.order.counts
+    config, base = prepared.config, prepared.base_model
     description = base.description
     parameters = sum(math.prod(rule.shape) for rule in description.rules)
     where = "host, gloo" if on_host else f"{torch.cuda.get_device_name()}, NCCL"
@@ -22,18 +23,22 @@ def start_lines(prepared: Prepared, mesh: Mesh, step: int, on_host: bool) -> str
         f"model: {description.family}, {parameters / 1e6:,.1f} M parameters from {base.weights}",
         f"layout: {mesh.layout.product(mesh.world_size)}, sp {'on' if mesh.layout.sp else 'off'}, {where}",
         f"backend: {prepared.backend} ({prepared.backend_reason}), {config.precision}",
-        f"data: {counts.documents:,} documents, dropped {counts.dropped:,}, truncated {counts.truncated:,}, "
-        f"packed sequences of {config.seq_len:,} tokens, documents padded to {prepared.pad_multiple}",
+        f"data: {prepared.order.counts}, packed sequences of {config.seq_len:,} tokens, documents padded to "
+        f"{prepared.pad_multiple}",
         f"run: {prepared.total_steps:,} steps of {config.global_batch_size} {config.batch_unit} in {config.output}",
     ]
     if (added := description.vocab_size - base.own_vocab_size) > 0:
         lines.append(f"vocabulary: {added:,} rows added for the data's tokens, each the mean of the model's")
-    if prepared.valid_order is not None:
-        held_out = prepared.valid_order.counts
-        lines.append(
-            f"held out: {held_out.documents:,} documents, dropped {held_out.dropped:,}, truncated "
-            f"{held_out.truncated:,}"
-        )
+    for index in prepared.order.indexes:
+        if lost := lost_rows(index.meta):
+            lines.append(f"dropped when {index.path} was prepared: {lost}")
+    lines += [f"held out, {name}: {order.counts}" for name, order in prepared.valid_orders.items()]
+    silent = [
+        index for index in prepared.order.indexes + prepared.held_out if not index.meta.get("tokenizer_fingerprint")
+    ]
+    if silent:
+        paths = ", ".join(dict.fromkeys(str(index.path) for index in silent))
+        lines.append(f"tokenizer: the model's could not be compared with that of {paths}, which is not recorded")
     if prepared.resume is not None:
         lines.append(f"resumed from {prepared.resume.directory} after step {step}")
     return "\n".join(lines)

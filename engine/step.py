@@ -18,6 +18,7 @@ from data.loader import Microbatch, without_padding_documents
 from engine.mesh import Mesh
 from engine.reporting.flops import doubled_pairs
 from models.build import PackedModel
+from models.layers.loss import BySource
 from models.layers.packed_documents import PackedDocuments, pack_documents, zigzag_indices
 from models.layers.router import RoutedTokens
 
@@ -30,10 +31,16 @@ class DeviceBatch:
     targets: Tensor  # int64 [local supervised tokens]
     packed: PackedDocuments
     supervised: Tensor  # int32 scalar, tokens with a loss on this context-parallel rank
+    source_tokens: np.ndarray  # int64 [sources], these tokens by source
 
 
-def to_device(batch: Microbatch, mesh: Mesh, *, kernel: str, experts: bool = False) -> DeviceBatch:
-    """Takes this context-parallel rank's tokens and plans what all layers share; `experts`: also what routers need."""
+def to_device(
+    batch: Microbatch, mesh: Mesh, *, kernel: str, experts: bool = False, source_losses: Tensor | None = None
+) -> DeviceBatch:
+    """Takes this context-parallel rank's tokens and plans what all layers share.
+
+    experts: also what routers need; source_losses: float64 [sources], to which the loss head is to add, if any.
+    """
     cp_size, device = mesh.layout.cp, mesh.device
     packed = pack_documents(
         batch.cu_seqlens.astype(np.int64),
@@ -47,11 +54,19 @@ def to_device(batch: Microbatch, mesh: Mesh, *, kernel: str, experts: bool = Fal
     packed.supervised = torch.from_numpy(supervised).to(device, non_blocking=True)
     if experts:
         packed.routed = routed_tokens(batch, local, mesh)
+    source_tokens = np.zeros(0, dtype=np.int64)
+    if source_losses is not None and len(source_losses):
+        documents = np.searchsorted(batch.cu_seqlens, local[supervised], side="right") - 1
+        sources = batch.document_sources[documents].astype(np.int64)
+        source_tokens = np.bincount(sources, minlength=len(source_losses))
+        on_device = torch.from_numpy(sources).to(device, non_blocking=True)
+        packed.by_source = BySource(sources=on_device, sums=source_losses)
     return DeviceBatch(
         tokens=torch.from_numpy(batch.tokens[local])[None].to(device, non_blocking=True),
         targets=torch.from_numpy(batch.labels[local][supervised]).to(device, non_blocking=True),
         packed=packed,
         supervised=torch.tensor(len(supervised), dtype=torch.int).to(device, non_blocking=True),
+        source_tokens=source_tokens,
     )
 
 
@@ -159,6 +174,8 @@ class StepTotals:
     bins: int  # that hold documents
     squared_lengths: int  # the sum of squared document lengths, for counting attention's work
     windowed_squares: int  # and of what `engine.reporting.flops.doubled_pairs` makes of them in layers with a window
+    source_losses: tuple[float, ...] = ()  # sums of token losses by source, where sources are told apart
+    source_tokens: tuple[int, ...] = ()  # supervised tokens by source
     bad_samples: tuple[tuple[int, int], ...] = ()  # (data set, document) of microbatches whose loss is not finite
 
     @property
@@ -168,12 +185,18 @@ class StepTotals:
 
 
 def run_microbatches(
-    chunks: list, microbatches: list[Microbatch], mesh: Mesh, *, kernel: str, forward_only: bool = False
+    chunks: list,
+    microbatches: list[Microbatch],
+    mesh: Mesh,
+    *,
+    kernel: str,
+    forward_only: bool = False,
+    sources: int = 0,
 ) -> StepTotals:
     """Runs forward (and backward) over this rank's microbatches; returns the totals of all ranks.
 
     All ranks must call it with equally many microbatches. Gradients are left reduced over all ranks and
-    divided by the global count of supervised tokens.
+    divided by the global count of supervised tokens. `sources` is how many sources are told apart in the totals.
     """
     config = chunks[0].config
     gathers_tokens = config.moe_token_dispatcher_type == "allgather" and mesh.layout.ep * mesh.layout.etp > 1
@@ -182,7 +205,10 @@ def run_microbatches(
         multiple = _local_multiple(mesh, microbatches)
         microbatches = [without_padding_documents(batch, multiple) for batch in microbatches]
     experts = config.num_moe_experts is not None
-    batches = [to_device(batch, mesh, kernel=kernel, experts=experts) for batch in microbatches]
+    source_losses = torch.zeros(sources, dtype=torch.float64, device=mesh.device)
+    batches = [
+        to_device(batch, mesh, kernel=kernel, experts=experts, source_losses=source_losses) for batch in microbatches
+    ]
     loss_sums: list[Tensor] = []
     iterators = [iter(batches) for _ in chunks]
     get_forward_backward_func()(
@@ -196,7 +222,7 @@ def run_microbatches(
     )
     losses = torch.stack(loss_sums) if loss_sums else torch.zeros(1, device=mesh.device)
     window = config.window_size[0] + 1 if config.window_size else None
-    return _reduce_totals(losses, microbatches, sum(len(batch.targets) for batch in batches), mesh, window)
+    return _reduce_totals(losses, source_losses, microbatches, batches, mesh, window)
 
 
 def _local_multiple(mesh: Mesh, microbatches: list[Microbatch]) -> int:
@@ -207,7 +233,12 @@ def _local_multiple(mesh: Mesh, microbatches: list[Microbatch]) -> int:
 
 
 def _reduce_totals(
-    losses: Tensor, microbatches: list[Microbatch], supervised: int, mesh: Mesh, window: int | None
+    losses: Tensor,
+    source_losses: Tensor,
+    microbatches: list[Microbatch],
+    batches: list[DeviceBatch],
+    mesh: Mesh,
+    window: int | None,
 ) -> StepTotals:
     """Adds up over data- and context-parallel ranks and tells every pipeline stage."""
     own = [0, 0, 0, 0, 0]
@@ -219,16 +250,19 @@ def _reduce_totals(
             sum(doubled_pairs(batch.document_lengths, None) for batch in microbatches),
             sum(doubled_pairs(batch.document_lengths, window) for batch in microbatches),
         ]
+    own.append(sum(len(batch.targets) for batch in batches))
+    own += np.sum([batch.source_tokens for batch in batches], axis=0).tolist()
     # Integers travel as float64, exact up to 2**53.
-    totals = torch.tensor([0.0, supervised, *own], dtype=torch.float64, device=mesh.device)
-    totals[0] = losses.sum(dtype=torch.float64)
+    counts = torch.tensor(own, dtype=torch.float64, device=mesh.device)
+    totals = torch.cat((losses.sum(dtype=torch.float64)[None], source_losses, counts))
     distributed.all_reduce(totals, group=mesh.groups.dp_cp)
     if mesh.layout.pp > 1:
         last = distributed.get_global_rank(mesh.groups.pp, mesh.layout.pp - 1)
         distributed.broadcast(totals, src=last, group=mesh.groups.pp)
-    loss_sum, *counts = totals.tolist()
+    values, sources = totals.tolist(), len(source_losses)
+    loss_sum, by_source = values[0], values[1 : 1 + sources]
+    tokens, padding, bins, squared, windowed, supervised, *source_tokens = map(int, values[1 + sources :])
     bad = () if math.isfinite(loss_sum) else gather_samples(_bad_samples(losses, microbatches))
-    supervised, tokens, padding, bins, squared, windowed = map(int, counts)
     return StepTotals(
         loss_sum=loss_sum,
         supervised=supervised,
@@ -237,6 +271,8 @@ def _reduce_totals(
         bins=bins,
         squared_lengths=squared,
         windowed_squares=windowed,
+        source_losses=tuple(by_source),
+        source_tokens=tuple(source_tokens),
         bad_samples=bad,
     )
 

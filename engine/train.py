@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import distributed
 
-from data.documents import Documents
 from engine import host
 from engine.base_model import config_overrides
 from engine.checkpointing.model_files import write_model_files
@@ -19,12 +18,14 @@ from engine.config import RunConfig
 from engine.mesh import Mesh, build_mesh
 from engine.prepare import Prepared
 from engine.reporting.flops import device_peak, step_flops
-from engine.reporting.metrics import MetricsLog, read_metrics
+from engine.reporting.metrics import AT_START, MetricsLog, read_metrics
+from engine.reporting.progress import held_out_text
 from engine.reporting.report import write_report
+from engine.run_data import model_data
 from engine.run_folder import FAILED, RunFolder
 from engine.signals import StopRequest
 from engine.startup_lines import sample_document, start_lines
-from engine.trainer import StepResult, Trainer
+from engine.trainer import HeldOutLosses, StepResult, Trainer, mean_loss
 from models.description import ModelDescription
 
 
@@ -59,8 +60,9 @@ def begin(prepared: Prepared, lines: str) -> None:
     """Makes RUN ready on one rank: model files, config, no leftovers, nothing of a run that is not continued."""
     run, base, override = prepared.run, prepared.base_model, prepared.config.override
     overrides = config_overrides(override, base.own_vocab_size, base.description.vocab_size)
+    data = model_data(prepared.order.indexes, prepared.held_out)
     # The base model's files are perhaps in RUN itself: they are read before RUN is made ready.
-    write_model_files(base.files, run.model_files, overrides=overrides, data=data_files(prepared.indexes))
+    write_model_files(base.files, run.model_files, overrides=overrides, data=data)
     print(lines, flush=True)
     run.remove_leftovers()
     if prepared.resume is None and (aside := run.set_aside()):
@@ -70,12 +72,6 @@ def begin(prepared: Prepared, lines: str) -> None:
     if math.isfinite(prepared.stop_at):
         at = time.strftime("%H:%M:%S", time.localtime(prepared.stop_at))
         print(f"saves and stops at {at}, before the job's end", flush=True)
-
-
-def data_files(indexes: list[Documents]) -> dict[str, Any]:
-    """What `write_model_files` takes from the data: of several directories, from the one that has most tokens."""
-    largest = max(indexes, key=lambda index: index.meta.get("vocab_size", 0))
-    return largest.meta | {"tokenizer": largest.path / "tokenizer"}
 
 
 def open_log(run: RunFolder, config: RunConfig, step: int, total_steps: int) -> MetricsLog:
@@ -93,6 +89,9 @@ def open_log(run: RunFolder, config: RunConfig, step: int, total_steps: int) -> 
 def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest) -> str | None:
     """Steps until the run is over or has to stop, saving and measuring on the way; returns why it stopped early."""
     config, description = trainer.config, trainer.prepared.description
+    at_start = trainer.held_out_losses() if config.valid_at_start and trainer.step == 0 else None
+    if at_start is not None and log is not None:
+        print(f"before the first step: {held_out_text(held_out_fields(at_start))}", flush=True)
     while trainer.step < trainer.total_steps:
         try:
             result = trainer.train_step()
@@ -102,9 +101,8 @@ def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest) -> str | N
             raise
         last = result.step == trainer.total_steps
         every = config.valid_every
-        valid_loss = None
-        if trainer.valid_loader is not None and (last or (every and result.step % every == 0)):
-            valid_loss = trainer.valid_loss()
+        measures = bool(trainer.valid_loaders) and (last or bool(every and result.step % every == 0))
+        held_out = trainer.held_out_losses() if measures else None
         if log is not None:
             line = step_line(
                 result,
@@ -113,9 +111,12 @@ def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest) -> str | N
                 seq_len=config.seq_len,
                 peak_tflops=config.log.peak_tflops,
                 aux_loss=config.moe.aux_loss,
-                valid_loss=valid_loss,
+                sources=trainer.sources,
             )
-            log.write(**line)
+            if at_start is not None:
+                line |= {f"{name}{AT_START}": value for name, value in held_out_fields(at_start).items()}
+                at_start = None
+            log.write(**line, **(held_out_fields(held_out) if held_out is not None else {}))
         reason = None if last else stop.reason()
         if last or reason or (config.checkpoint.every and result.step % config.checkpoint.every == 0):
             trainer.save()
@@ -132,7 +133,7 @@ def step_line(
     seq_len: int,
     peak_tflops: float,
     aux_loss: float,
-    valid_loss: float | None,
+    sources: list[str],
 ) -> dict[str, Any]:
     """A step as a line of metrics.jsonl has it."""
     totals, routers, cuda = result.totals, result.routers, mesh.device.type == "cuda"
@@ -152,14 +153,22 @@ def step_line(
         "mfu": tflops / peak if peak else None,
         "bin_fill": totals.tokens / (totals.bins * seq_len) if totals.bins else None,
     }
-    if valid_loss is not None:
-        line["valid_loss"] = valid_loss
+    if sources:
+        pairs = zip(totals.source_losses, totals.source_tokens, strict=True)
+        line["source_losses"] = dict(zip(sources, (mean_loss(*pair) for pair in pairs), strict=True))
+        line["source_tokens"] = dict(zip(sources, totals.source_tokens, strict=True))
     if routers is not None:
         line["tokens_per_expert"] = list(routers.tokens_per_expert)
         line["expert_imbalance"] = list(routers.expert_imbalance)
         if aux_loss:
             line["aux_loss"] = routers.aux_loss / max(totals.supervised, 1)
     return line
+
+
+def held_out_fields(held_out: HeldOutLosses) -> dict[str, Any]:
+    """Held-out losses as a line of metrics.jsonl has them."""
+    fields: dict[str, Any] = {"valid_loss": held_out.loss, "valid_losses": held_out.losses}
+    return fields | ({"valid_source_losses": held_out.source_losses} if held_out.source_losses else {})
 
 
 def end(run: RunFolder, step: int, total_steps: int, reason: str | None) -> None:

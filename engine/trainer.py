@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data.loader import Loader
@@ -43,6 +44,15 @@ class StepResult:
     routers: RouterStatistics | None  # of models with experts
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldOutLosses:
+    """Held-out losses per supervised token; None where there is no such token."""
+
+    loss: float | None  # over all sets
+    losses: dict[str, float | None]  # of each set
+    source_losses: dict[str, float | None]  # of sets with several sources, as "set/source"
+
+
 class Trainer:
     """A run on this rank, ready to step: model, optimizer, data and where the run stands."""
 
@@ -50,7 +60,8 @@ class Trainer:
         config, description = prepared.config, prepared.description
         self.prepared, self.config, self.mesh = prepared, config, mesh
         self.loader = self._make_loader(prepared.order)
-        self.valid_loader = self._make_loader(prepared.valid_order) if prepared.valid_order else None
+        self.sources = told_apart(self.loader)
+        self.valid_loaders = {name: self._make_loader(order) for name, order in prepared.valid_orders.items()}
         self.kernel = attention_kernel(prepared.backend, mesh.device, parameter_dtype(config.precision))
         chunks = build_chunks(description, prepared.transformer, backend=prepared.backend, groups=mesh.groups)
         set_routers(chunks, aux_loss=config.moe.aux_loss, frozen=config.moe.freeze_router)
@@ -85,7 +96,8 @@ class Trainer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        totals = run_microbatches(self.chunks, microbatches, self.mesh, kernel=self.kernel)
+        sources = len(self.sources)
+        totals = run_microbatches(self.chunks, microbatches, self.mesh, kernel=self.kernel, sources=sources)
         step = self.step + 1
         if not math.isfinite(totals.loss_sum):
             raise FloatingPointError(
@@ -108,28 +120,46 @@ class Trainer:
         return StepResult(step=step, totals=totals, grad_norm=done.grad_norm, lr=lr, seconds=seconds, routers=routers)
 
     def _names(self, samples: tuple[tuple[int, int], ...]) -> str:
-        """Samples as DATA:document, at most twenty of them."""
+        """Where at most twenty samples lie, as DATA:document."""
         indexes = self.prepared.order.indexes
-        names = [f"{indexes[dataset].path}:{document}" for dataset, document in samples[:20]]
+        names = [indexes[dataset].place(document) for dataset, document in samples[:20]]
         return ", ".join(names) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
 
-    def valid_loss(self) -> float:
-        """The held-out loss per supervised token, over --valid in order."""
-        assert self.valid_loader is not None
-        batches = self.valid_loader.steps_in_epoch(0)
-        if self.config.valid_batches:
-            batches = min(batches, self.config.valid_batches)
-        loss_sum, supervised = 0.0, 0
+    def held_out_losses(self) -> HeldOutLosses:
+        """Measures every set of --valid in order; no weight and no place in the training data changes."""
+        losses, source_losses, whole = {}, {}, np.zeros(2)
         for chunk in self.chunks:
             chunk.eval()
-        with torch.no_grad():
-            for number in range(batches):
-                microbatches = self.valid_loader.step(0, number)
-                totals = run_microbatches(self.chunks, microbatches, self.mesh, kernel=self.kernel, forward_only=True)
-                loss_sum, supervised = loss_sum + totals.loss_sum, supervised + totals.supervised
+        for name, loader in self.valid_loaders.items():
+            sources = told_apart(loader)
+            sums = self._held_out_sums(loader, len(sources))
+            whole += sums[0]
+            losses[name] = mean_loss(*sums[0])
+            for source, pair in zip(sources, sums[1:], strict=True):
+                source_losses[f"{name}/{source}"] = mean_loss(*pair)
         for chunk in self.chunks:
             chunk.train()
-        return loss_sum / max(supervised, 1)
+        return HeldOutLosses(loss=mean_loss(*whole), losses=losses, source_losses=source_losses)
+
+    @torch.no_grad()
+    def _held_out_sums(self, loader: Loader, sources: int) -> np.ndarray:
+        """Sums of token losses and supervised tokens [1 + sources, 2]: of a whole set, and of each source."""
+        batches = loader.steps_in_epoch(0)
+        if self.config.valid_batches:
+            batches = min(batches, self.config.valid_batches)
+        sums = np.zeros((1 + sources, 2))
+        for number in range(batches):
+            totals = run_microbatches(
+                self.chunks,
+                loader.step(0, number),
+                self.mesh,
+                kernel=self.kernel,
+                forward_only=True,
+                sources=sources,
+            )
+            sums[:, 0] += [totals.loss_sum, *totals.source_losses]
+            sums[:, 1] += [totals.supervised, *totals.source_tokens]
+        return sums
 
     def save(self) -> Path:
         """Writes the checkpoint of the last step."""
@@ -163,3 +193,13 @@ class Trainer:
             if self.config.checkpoint.export_hf:
                 checkpoint.export_hf(run, self.step, self.mesh)
         return target
+
+
+def told_apart(loader: Loader) -> list[str]:
+    """The sources whose losses are measured one by one: none where there is but one."""
+    return loader.source_names if len(loader.source_names) > 1 else []
+
+
+def mean_loss(loss_sum: float, supervised: float) -> float | None:
+    """A loss per supervised token; None where there is no such token."""
+    return float(loss_sum / supervised) if supervised else None

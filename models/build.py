@@ -63,7 +63,8 @@ class PackedModel(GPTModel):
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
         hidden = hidden_states.flatten(0, 1).index_select(0, packed_seq_params.supervised)  # [tokens, hidden]
-        return loss_sum(hidden, weight, labels, vocab_size=self.true_vocab_size, group=tp_group)
+        by_source = packed_seq_params.by_source
+        return loss_sum(hidden, weight, labels, vocab_size=self.true_vocab_size, group=tp_group, by_source=by_source)
 
 
 def _leave_alone(weight: Tensor) -> Tensor:

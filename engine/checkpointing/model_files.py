@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from data.documents import Documents
-from data.preparation.tokenizer import template_of, tokenizer_fingerprint
+from data.preparation.tokenizer import tokenizer_fingerprint
 from models.conversion.hf_reader import copy_side_files
 from models.hf_config import apply_overrides, read_config
+
+# Where transformers keeps a tokenizer's chat template, and those that are chosen by name.
+_TEMPLATE, _MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
 
 def write_model_files(files: Path, target: Path, *, overrides: dict[str, Any], data: dict[str, Any]) -> None:
     """Copies what lies in `files` beside the weights to `target`, with what the run changes; all else byte for byte.
 
-    overrides: fields of config.json. data: the data's meta.json, with `chat_template` and `end_token_ids`,
-    and `tokenizer`, the directory of the tokenizer it was prepared with. A template that differs from the
-    model's own replaces it, and the token that ends a turn joins `eos_token_id`: without it a base model's
-    finetune would not stop.
+    overrides: fields of config.json. data: `tokenizer`, the directory of the tokenizer it was prepared with,
+    `chat_template`, a template or several by name, and `end_token_ids`; each may be missing or None. Templates that
+    differ from the model's own replace them, and the tokens that end a turn join `eos_token_id`: without them a base
+    model's finetune would not stop.
     """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -31,8 +34,10 @@ def write_model_files(files: Path, target: Path, *, overrides: dict[str, Any], d
     resized = overrides.get("vocab_size") is not None
     if data.get("tokenizer") and (resized or not any(name.startswith("tokenizer") for name in copied)):
         copy_side_files(Path(data["tokenizer"]), target)
-    if (template := data.get("chat_template")) and template != _own_template(target):
-        _replace_template(target, template)
+    if template := data.get("chat_template"):
+        wanted, own = _by_name(template), _own_templates(target)
+        if wanted != own and not (isinstance(template, str) and template == own.get("default")):
+            _replace_templates(target, wanted)
     _add_end_tokens(target, data.get("end_token_ids") or [])
 
 
@@ -59,23 +64,31 @@ def check_tokenizers(model: Path, indexes: Iterable[Documents], *, resized: bool
         )
 
 
-def _own_template(folder: Path) -> str | None:
-    """The chat template that transformers would use from a directory, or None."""
-    if (file := folder / "chat_template.jinja").exists():
-        return file.read_text(encoding="utf-8")
-    if not (folder / "tokenizer_config.json").exists():
-        return None
-    from types import SimpleNamespace
-
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    try:
-        return template_of(SimpleNamespace(chat_template=config.get("chat_template"), name_or_path=str(folder)))
-    except ValueError:
-        return None
+def _by_name(templates: str | list[dict[str, str]] | dict[str, str]) -> dict[str, str]:
+    """Chat templates by name, from each form in which transformers keeps them."""
+    if isinstance(templates, str):
+        return {"default": templates}
+    return dict(templates) if isinstance(templates, dict) else {one["name"]: one["template"] for one in templates}
 
 
-def _replace_template(folder: Path, template: str) -> None:
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+def _own_templates(folder: Path) -> dict[str, str]:
+    """The chat templates that transformers would read from a directory."""
+    files = {path.stem: path for path in sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))}
+    if (file := folder / _TEMPLATE).exists():
+        files["default"] = file
+    config = folder / "tokenizer_config.json"
+    if files or not config.exists():
+        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    return _by_name(json.loads(config.read_text(encoding="utf-8")).get("chat_template") or {})
+
+
+def _replace_templates(folder: Path, templates: dict[str, str]) -> None:
+    shutil.rmtree(folder / _MORE_TEMPLATES, ignore_errors=True)
+    (folder / _TEMPLATE).unlink(missing_ok=True)
+    for name, template in templates.items():
+        file = folder / (_TEMPLATE if name == "default" else f"{_MORE_TEMPLATES}/{name}.jinja")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(template, encoding="utf-8")
     file = folder / "tokenizer_config.json"
     if file.exists():
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -31,6 +31,7 @@ FIELDS = (
     "tflops",
     "mfu",
 )
+AT_START = "_at_start"  # the end of a field of the first line that was measured before that step
 # Decimals of the fields that come from a clock; counts, losses and rates of learning keep every digit.
 DECIMALS = {
     "seconds": 6,
@@ -87,6 +88,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _numbers(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a line with their names, those of a field by names as `field/name`."""
+    for name, value in line.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{name}", value
+
+
 def _start_wandb(folder: RunFolder, project: str, config: dict[str, Any] | None) -> Any:
     """A Weights & Biases run; a resumed job goes on in the run whose id stands in `RUN/wandb_id`."""
     try:
@@ -138,8 +148,9 @@ class MetricsLog:
             # Takes seconds to import, which a run without it should not pay.
             from torch.utils.tensorboard import SummaryWriter
 
-            # TensorBoard hides what earlier event files hold from this step on: the rewinding of its mirror.
-            self.tensorboard = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
+            # TensorBoard hides what earlier event files hold from this step on: the rewinding of its mirror. Step 0
+            # holds what was measured before the first one, which a run that starts anew measures anew.
+            self.tensorboard = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1 if start_step else 0)
         self.file = self.path.open("a", encoding="utf-8")
         self.progress = ProgressLine(start_step, total_steps, max(1, progress_every), stream or sys.stderr)
 
@@ -169,24 +180,28 @@ class MetricsLog:
     def _mirror(self, line: dict[str, Any]) -> None:
         """Send the numbers of a line to TensorBoard and Weights & Biases; what is unknown is left out.
 
-        Of the lists, one number a layer or an expert, only the mean and the largest imbalance of experts go.
+        A field by names (`valid_losses`, `source_losses`, ...) goes as `field/name`; what was measured before the step
+        goes to the step before it. Of the lists, one number a layer or an expert, only the mean and the largest
+        imbalance of experts go.
         """
-        numbers = {
-            name: value
-            for name, value in line.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
+        before = {name.removesuffix(AT_START): value for name, value in line.items() if name.endswith(AT_START)}
+        if before:
+            self._send(dict(_numbers(before)), line["step"] - 1)
+        numbers = dict(_numbers({name: value for name, value in line.items() if not name.endswith(AT_START)}))
         imbalance = [value for value in line.get("expert_imbalance") or () if value is not None]
         if imbalance:
             numbers["expert_imbalance/mean"] = sum(imbalance) / len(imbalance)
             numbers["expert_imbalance/max"] = max(imbalance)
+        self._send(numbers, line["step"])
+
+    def _send(self, numbers: dict[str, float], step: int) -> None:
         if self.tensorboard is not None:
             now = time.time()
             for name, value in numbers.items():
                 if name != "step":
-                    self.tensorboard.add_scalar(name, value, line["step"], walltime=now)
+                    self.tensorboard.add_scalar(name, value, step, walltime=now)
         if self.wandb is not None:
-            self.wandb.log(numbers)
+            self.wandb.log(numbers | {"step": step})
 
     def close(self) -> None:
         """Write out what the mirrors still hold and end the progress line."""

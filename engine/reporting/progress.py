@@ -66,10 +66,21 @@ def _summary(line: dict[str, Any]) -> str:
         f"grad norm {number(line['grad_norm'], '.3f')}",
         f"lr {number(line['lr'], '.2e')}",
     ]
-    if line.get("valid_loss") is not None:
-        parts.append(f"held-out loss {line['valid_loss']:.4f}")
+    if "valid_loss" in line:
+        parts.append(held_out_text(line))
     if line["tokens_per_second"] is not None:
         parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
     if line["mfu"] is not None:
         parts.append(f"MFU {line['mfu']:.1%}")
     return "  ".join(parts)
+
+
+def held_out_text(line: dict[str, Any]) -> str:
+    """The held-out loss of a step, and where there are several sets that of each."""
+
+    def shown(loss: float | None) -> str:
+        return "unknown" if loss is None else f"{loss:.4f}"
+
+    sets = line.get("valid_losses") or {}
+    each = ", ".join(f"{name} {shown(loss)}" for name, loss in sets.items())
+    return f"held-out loss {shown(line['valid_loss'])}" + (f" ({each})" if len(sets) > 1 else "")

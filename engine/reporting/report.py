@@ -24,10 +24,12 @@ from engine.reporting.report_parts import (
     Metrics,
     card,
     field_curve,
+    held_out_curve,
     key,
     last_value,
     total,
 )
+from engine.reporting.report_sources import held_out_card, sources_card
 from engine.run_folder import RunFolder, replace_text
 
 TRAINED, MASKED = "#c9efd6", "#e9ecf1"
@@ -88,6 +90,8 @@ def write_report(
         _tiles(metrics),
         '<div class="cards">',
         *_charts(metrics),
+        sources_card(metrics),
+        held_out_card(metrics),
         _fill_card(shares, unit),
         _counts_card(metrics),
         experts_card(metrics),
@@ -157,7 +161,7 @@ def _tiles(metrics: Metrics) -> str:
 def _charts(metrics: Metrics) -> Iterator[str]:
     """The four curves of the run."""
     losses = [field_curve(metrics, "loss", "training loss", BLUE)]
-    valid = field_curve(metrics, "valid_loss", "held-out loss", ORANGE, dots=True)
+    valid = held_out_curve(metrics, "held-out loss", ORANGE)
     losses += [valid] if valid.points else []
     rates = [
         field_curve(metrics, "tokens_per_second", "all tokens", TEAL),

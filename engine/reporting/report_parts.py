@@ -5,8 +5,11 @@ from html import escape
 from typing import Any
 
 from engine.reporting.charts import Curve
+from engine.reporting.metrics import AT_START
 
 BLUE, ORANGE, VIOLET, TEAL, ROSE = "#2f62d9", "#e07318", "#7c4dcf", "#0f8f86", "#c93a5b"
+# For as many curves as one chart shows of a field by names.
+PALETTE = (BLUE, ORANGE, TEAL, VIOLET, ROSE, "#8a6d1d", "#3d9a3a", "#5b6678")
 
 Metrics = list[dict[str, Any]]
 
@@ -23,12 +26,22 @@ def key(curves: Sequence[Curve]) -> str:
     )
 
 
-def field_curve(metrics: Metrics, field: str, label: str, colour: str, dots: bool = False) -> Curve:
-    """A field over the steps; with `dots` only the steps that have it."""
-    points = [(line["step"], line.get(field)) for line in metrics]
-    if dots:
-        points = [(step, value) for step, value in points if value is not None]
-    return Curve(label=label, colour=colour, points=points, dots=dots and len(points) <= 60)
+def field_curve(metrics: Metrics, field: str, label: str, colour: str) -> Curve:
+    """A field over the steps."""
+    return Curve(label=label, colour=colour, points=[(line["step"], line.get(field)) for line in metrics])
+
+
+def held_out_curve(
+    metrics: Metrics, label: str, colour: str, *, field: str = "valid_loss", name: str | None = None
+) -> Curve:
+    """A held-out loss where it was measured, also before the first step; of one `name` in a field by names."""
+    points: list[tuple[float, float | None]] = []
+    for line in metrics:
+        for found, step in ((line.get(field + AT_START), line["step"] - 1), (line.get(field), line["step"])):
+            value = found if name is None else (found or {}).get(name)
+            if value is not None:
+                points.append((step, value))
+    return Curve(label=label, colour=colour, points=points, dots=len(points) <= 60)
 
 
 def last_value(metrics: Metrics, field: str) -> float | None:

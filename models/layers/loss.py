@@ -7,6 +7,8 @@ entropy (Hsu et al., 2024, arXiv:2410.10989), here with the vocabulary split ove
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, distributed
 
@@ -41,11 +43,27 @@ def _chunk_losses(logits: Tensor, targets: Tensor, owned: Tensor, group) -> tupl
     return both[0].log() - both[1], both[0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class BySource:
+    """Where the loss head adds up token losses by the source of their document; no gradient passes through it."""
+
+    sources: Tensor  # int64 [tokens], a number below the count of sources for each supervised token
+    sums: Tensor  # float64 [sources], shared by the microbatches of a step
+
+    def add(self, rows: slice, losses: Tensor) -> None:
+        """Adds the losses [tokens] of these rows. Not by index_add_, whose order on a GPU is another in every run."""
+        numbers = torch.arange(len(self.sums), device=losses.device)
+        belongs = self.sources[rows] == numbers[:, None]  # [sources, tokens]
+        self.sums.add_(torch.where(belongs, losses.double(), 0.0).sum(1))
+
+
 class _LossSum(torch.autograd.Function):
     """Sum of token losses; gradients are computed with the losses, while a chunk's logits exist."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, first: int, valid: int, group) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, first: int, valid: int, group, by_source: BySource | None
+    ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         columns = weight[:valid]
         local = labels - first
@@ -61,6 +79,8 @@ class _LossSum(torch.autograd.Function):
             logits = (hidden[rows] @ columns.t()).float()
             losses, sums = _chunk_losses(logits, local[rows], owned[rows], group)
             total += losses.sum(dtype=torch.float64)
+            if by_source is not None:
+                by_source.add(rows, losses)
             if not (wants_hidden or wants_weight):
                 del logits
                 continue
@@ -84,7 +104,7 @@ class _LossSum(torch.autograd.Function):
             grad_hidden = grad_hidden * upstream.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = _narrow_in_place(grad_weight.mul_(upstream), ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _narrow_in_place(wide: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,15 +130,24 @@ def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
         total[rows] += gradient[:, rows].t() @ hidden
 
 
-def loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int, group=None) -> Tensor:
+def loss_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab_size: int,
+    group=None,
+    by_source: BySource | None = None,
+) -> Tensor:
     """Returns the sum over tokens of -log p(label), a scalar in fp32.
 
     hidden [tokens, hidden size]: supervised positions only, the same on every rank of `group`;
     weight [local vocabulary, hidden size]: this rank's equal share of the padded vocabulary;
     labels [tokens]: global vocabulary ids below `vocab_size`; rows from `vocab_size` on are padding and
-    take no part. The gradient of `hidden` is this rank's share: the caller sums it over `group`.
+    take no part. The gradient of `hidden` is this rank's share: the caller sums it over `group`. The token losses are
+    also added to `by_source`, where it is given.
     """
     rank = group.rank() if group is not None else 0
     first = rank * weight.shape[0]
     valid = min(max(vocab_size - first, 0), weight.shape[0])
-    return _LossSum.apply(hidden, weight, labels, first, valid, group)
+    return _LossSum.apply(hidden, weight, labels, first, valid, group, by_source)

@@ -15,6 +15,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from models.layers.loss import BySource
+
 # Documents share a padded batch on the host when the shorter is at least this share of the longest.
 _GROUP_RATIO = 0.8
 _GROUP_SLACK = 32  # tokens: below this, another call costs more than the padding
@@ -215,6 +217,7 @@ class PackedDocuments(PackedSeqParams):
 
     positions: Tensor = field(kw_only=True)  # int64 [local tokens], position in the document
     supervised: Tensor | None = None  # int64, this rank's tokens that bear a loss
+    by_source: BySource | None = None  # of these tokens, where sources are told apart
     padded: PaddedInput | None = None  # for the padded kernel
     plans: dict[int | None, PaddedPlan] = field(default_factory=dict)  # window -> plan
     prefixes: PrefixPlan | None = None  # for the variable-length kernel under context parallelism

@@ -74,16 +74,22 @@ def test_documents_know_their_source_and_kind(tmp_path):
     with pytest.raises(ValueError, match="sources are a number from 0 to 65535 for each document"):
         writer.add(*two, sources=np.array([0, 70_000]), kinds=np.array([0, 0]))
     writer.add(*two, sources=np.array([0, 2]), kinds=np.array([0, 1]))
-    writer.close({"sources": [{"name": name} for name in ("cot", "tir", "genselect")], "kinds": ["messages", "text"]})
+    writer.close(
+        {
+            "may_be_cut": True,
+            "sources": [{"name": name} for name in ("cot", "tir", "genselect")],
+            "kinds": ["messages", "text"],
+        }
+    )
     index = open_index(tmp_path / "mixed")
     assert index.source_names == ["cot", "tir", "genselect"] and index.kinds == ["messages", "text"]
     assert index.sources.tolist() == [2, 0, 2] and index.kind_numbers.tolist() == [1, 0, 1]
     assert (index.sources.dtype, index.kind_numbers.dtype) == (np.uint16, np.uint8)
-    assert not index.sources.flags.writeable and not index.may_be_cut
+    assert not index.sources.flags.writeable and index.may_be_cut
     # training on the same documents is the same, wherever they came from
     write_index(tmp_path / "plain", [([1, 2, 3], [[1, 3]]), ([4, 5], []), ([6], [[0, 1]])], vocab_size=10)
     older = DocumentIndex(tmp_path / "plain")
-    assert older.fingerprint == index.fingerprint
+    assert older.fingerprint == index.fingerprint and not older.may_be_cut
     assert older.source_names == ["plain"] and older.kinds == ["unknown"]
     assert older.sources.tolist() == older.kind_numbers.tolist() == [0, 0, 0]
     assert (older.sources.dtype, older.kind_numbers.dtype) == (np.uint16, np.uint8)

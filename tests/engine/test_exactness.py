@@ -39,9 +39,9 @@ def references(tmp_path_factory):
 
 
 def check(found, wanted) -> None:
-    """Losses to 1e-5, norms to 1e-4, every gradient to 1e-4 (relative, L2 per tensor)."""
+    """Losses, those of each source too, to 1e-5, norms to 1e-4, every gradient to 1e-4 (relative, L2 per tensor)."""
     seen = errors(found, wanted)
-    assert seen.loss < 1e-5 and seen.norm < 1e-4 and seen.gradient < 1e-4, seen
+    assert seen.loss < 1e-5 and seen.source < 1e-5 and seen.norm < 1e-4 and seen.gradient < 1e-4, seen
 
 
 @pytest.mark.parametrize(("name", "layout"), CELLS)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+
 from engine.config import OptimConfig
 from engine.layout import Layout
 from tests.support.tiny import EXPERTS, MODELS, conversations, reference, save_model
@@ -24,7 +26,7 @@ from tests.support.world import Pool
 
 STEPS = 4
 OPTIM = OptimConfig(lr=1e-3, weight_decay=0.1, clip_grad=1.0, schedule="constant")
-INDEX = conversations(30)
+INDEX = conversations(30, sources=3)
 # By name: (ranks, layout). Data parallelism is what remains of the ranks.
 LAYOUTS = {
     "dp1": (1, Layout()),
@@ -66,6 +68,7 @@ class Errors:
     """The worst relative errors of a cell."""
 
     loss: float
+    source: float  # of the loss of any source
     norm: float
     gradient: float  # L2, of the worst parameter
     parameter: str
@@ -80,7 +83,10 @@ def errors(found: SimpleNamespace, wanted: SimpleNamespace) -> Errors:
         max(abs(a - b) / abs(b) for a, b in zip(getattr(found, name), getattr(wanted, name), strict=True))
         for name in ("losses", "norms")
     )
-    return Errors(loss=loss, norm=norm, gradient=gradients[worst], parameter=worst)
+    sums, exact = np.array(found.by_source), np.array(wanted.by_source)  # [steps, sources, (loss sum, tokens)]
+    assert (sums[..., 1] == exact[..., 1]).all(), (sums[..., 1], exact[..., 1])
+    source = float((np.abs(sums - exact) / np.maximum(exact, 1e-30))[..., 0].max())
+    return Errors(loss=loss, source=source, norm=norm, gradient=gradients[worst], parameter=worst)
 
 
 class References:

@@ -163,8 +163,8 @@ class Memory(dict):
         return part.clone() if out is None else out.copy_(part)
 
 
-def conversations(count: int, seed: int = 0, longest: int = 45) -> MemoryIndex:
-    """Random documents of odd lengths, some with several supervised turns, one with none."""
+def conversations(count: int, seed: int = 0, longest: int = 45, sources: int = 1) -> MemoryIndex:
+    """Random documents of odd lengths, some with several supervised turns, one with none; of sources in turn."""
     random = np.random.default_rng(seed)
     documents = []
     for number in range(count):
@@ -173,7 +173,7 @@ def conversations(count: int, seed: int = 0, longest: int = 45) -> MemoryIndex:
         cuts = np.sort(random.choice(np.arange(1, length + 1), size=2 * (1 + number % 2), replace=False))
         spans = cuts.reshape(-1, 2).astype(np.int32)
         documents.append((tokens, spans if number != 3 else spans[:0]))
-    return MemoryIndex(documents)
+    return MemoryIndex(documents, sources=[n % sources for n in range(count)] if sources > 1 else None)
 
 
 def write_documents(folder: Path, count: int, seed: int = 0) -> Path:
@@ -185,7 +185,10 @@ def write_documents(folder: Path, count: int, seed: int = 0) -> Path:
 
 
 def reference(folder: Path, index: MemoryIndex, batches: list[list[int]], optim: SimpleNamespace) -> SimpleNamespace:
-    """Trains the plain Hugging Face model one conversation at a time: losses, norms, first gradients."""
+    """Trains the plain Hugging Face model one conversation at a time.
+
+    Returns losses, norms, the first gradients, and of each step (loss sum, supervised tokens) of every source.
+    """
     from transformers import AutoModelForCausalLM
 
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -194,9 +197,9 @@ def reference(folder: Path, index: MemoryIndex, batches: list[list[int]], optim:
     decayed = [p for p in model.parameters() if not any(p is other for other in plain)]
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
-    losses, norms, gradients = [], [], {}
+    losses, norms, by_source, gradients = [], [], [], {}
     for batch in batches:
-        total, count = 0.0, 0
+        sums = np.zeros((len(index.source_names), 2))
         for document in batch:
             tokens, spans = index.documents[document]
             labels = np.full(len(tokens), -100)
@@ -208,7 +211,8 @@ def reference(folder: Path, index: MemoryIndex, batches: list[list[int]], optim:
                 logits, torch.from_numpy(labels[1:]), ignore_index=-100, reduction="sum"
             )
             loss.backward()
-            total, count = total + loss.item(), count + int((labels >= 0).sum())
+            sums[index.sources[document]] += loss.item(), (labels >= 0).sum()
+        total, count = sums.sum(0)
         for parameter in model.parameters():
             parameter.grad /= count
         if not gradients:
@@ -216,10 +220,11 @@ def reference(folder: Path, index: MemoryIndex, batches: list[list[int]], optim:
                 name: part for key, p in model.named_parameters() for name, part in in_files(model.config, key, p.grad)
             }
         losses.append(total / count)
+        by_source.append(sums)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)))
         adam.step()
         adam.zero_grad()
-    return SimpleNamespace(losses=losses, norms=norms, gradients=gradients)
+    return SimpleNamespace(losses=losses, norms=norms, by_source=by_source, gradients=gradients)
 
 
 def in_files(config, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

@@ -105,17 +105,22 @@ def train(
     recompute: str = "none",
     moe: MoeConfig | None = None,
 ) -> SimpleNamespace:
-    """Trains `steps` steps; returns losses, norms, sample ids, router statistics and the first step's gradients."""
+    """Trains `steps` steps; returns losses, norms, sample ids, router statistics and the first step's gradients.
+
+    `by_source` has of each step (loss sum, supervised tokens) of every source, where there are several.
+    """
     part = start(folder, layout, precision=precision, recompute=recompute, moe=moe)
     wrapped = wrap_chunks(part.chunks, part.mesh)
     optimizer = build_optimizer(optim, wrapped, part.mesh, bf16=precision != "fp32")
     loader = make_loader(index, part.mesh, options)
-    losses, norms, samples, routers, gradients = [], [], [], [], None
+    sources = len(index.source_names) if len(index.source_names) > 1 else 0
+    losses, norms, by_source, samples, routers, gradients = [], [], [], [], [], None
     for _ in range(steps):
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         microbatches = loader.next_step()
-        totals = run_microbatches(wrapped, microbatches, part.mesh, kernel="padded")
+        totals = run_microbatches(wrapped, microbatches, part.mesh, kernel="padded", sources=sources)
+        by_source.append(np.array([totals.source_losses, totals.source_tokens]).T)
         if gradients is None:
             gradients = full_gradients(part, wrapped)
         norms.append(update(optimizer, lr=optim.lr, clip_grad=optim.clip_grad).grad_norm)
@@ -124,7 +129,12 @@ def train(
         samples.append([sample for batch in microbatches for sample in batch.sample_ids])
     first = distributed.get_rank() == 0
     return SimpleNamespace(
-        losses=losses, norms=norms, samples=samples, routers=routers, gradients=gradients if first else None
+        losses=losses,
+        norms=norms,
+        by_source=by_source,
+        samples=samples,
+        routers=routers,
+        gradients=gradients if first else None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,32 @@ def test_a_given_template_and_its_end_token_reach_the_export(tmp_path):
     write_model_files(tmp_path / "files", tmp_path / "again", overrides={}, data=meta)
     for file in (tmp_path / "files").iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_templates_chosen_by_name_reach_the_export(tmp_path):
+    """Both ways in which transformers keeps several, and one in place of several."""
+    named = {"default": TEMPLATE, "tool_use": TEMPLATE + "{# tools #}"}
+    source, kept = save_model("qwen2_untied", tmp_path / "source", layers=1), tmp_path / "kept"
+    tokenizer = copy.deepcopy(small_tokenizer())
+    tokenizer.chat_template = TEMPLATE + "{# old #}"
+    tokenizer.save_pretrained(source)
+
+    def exported(files: Path, template: str | dict[str, str]) -> str | dict[str, str]:
+        write_model_files(files, kept, overrides={}, data={"chat_template": template})
+        return AutoTokenizer.from_pretrained(kept).chat_template
+
+    assert exported(source, named) == named
+    tokenizer.chat_template = named
+    tokenizer.save_pretrained(source)
+    assert exported(source, named) == named
+    before = {path.name: path.read_bytes() for path in source.rglob("*.jinja")}
+    assert {path.name: path.read_bytes() for path in kept.rglob("*.jinja")} == before
+    assert exported(source, TEMPLATE) == named, "the data was prepared with one of the model's own"
+    assert exported(source, TEMPLATE + "{# new #}") == TEMPLATE + "{# new #}"
+    shutil.rmtree(source / "additional_chat_templates")
+    (source / "chat_template.jinja").unlink()
+    config = read_json(source / "tokenizer_config.json")
+    older = [{"name": name, "template": template} for name, template in named.items()]
+    (source / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": older}))
+    assert exported(source, named) == named and not list(kept.rglob("*.jinja")), "it stays as the model keeps it"
+    assert exported(source, {**named, "tool_use": "other"}) == {**named, "tool_use": "other"}

@@ -132,6 +132,43 @@ def test_tensorboard_shows_the_resumed_steps_only_once(tmp_path):
     assert read_metrics(log.path)[-1]["tokens_per_expert"] == routing["tokens_per_expert"]
 
 
+def test_fields_by_names_are_mirrored_one_by_one(tmp_path):
+    """And what was measured before the first step lies at the step before it, whatever a set is called."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fields = {"valid_loss": 2.0, "valid_losses": {"math": 1.5, "silent": None, "odd_at_start": 2.5}}
+    before = {f"{name}_at_start": value for name, value in fields.items()}
+    sources = {"source_losses": {"a": 0.5, "b": None}, "source_tokens": {"a": 300, "b": 0}}
+    with quiet(tmp_path, tensorboard=True) as log:
+        write_steps(log, 1, 1, valid_loss_at_start=9.0)
+    # Event files are named by the second and read in the order of their names.
+    abandoned = next((tmp_path / "tensorboard").iterdir())
+    abandoned.rename(abandoned.with_name(abandoned.name.replace("tfevents.", "tfevents.0")))
+    with quiet(tmp_path, tensorboard=True) as log:
+        write_steps(log, 1, 1, **before, **sources)
+        write_steps(log, 2, 2, **fields)
+    first, second = read_metrics(log.path)
+    assert first["valid_losses_at_start"] == second["valid_losses"] == fields["valid_losses"]
+    assert first["source_losses"] == sources["source_losses"] and "valid_loss" not in first
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert found["valid_loss"] == [(0, 2.0), (2, 2.0)]
+    assert found["valid_losses/math"] == [(0, 1.5), (2, 1.5)]
+    assert found["valid_losses/odd_at_start"] == [(0, 2.5), (2, 2.5)]
+    assert found["source_losses/a"] == [(1, 0.5)] and found["source_tokens/b"] == [(1, 0.0)]
+    assert not {"valid_losses/silent", "source_losses/b", "valid_loss_at_start"} & found.keys()
+
+
+def test_held_out_losses_are_shown_by_set(tmp_path):
+    stream = io.StringIO()
+    with quiet(tmp_path, stream=stream, progress_every=1) as log:
+        write_steps(log, 1, 1, valid_loss=1.25, valid_losses={"one": 1.25})
+        write_steps(log, 2, 2, valid_loss=1.25, valid_losses={"one": 1.0, "two": 1.5, "silent": None})
+        write_steps(log, 3, 3, valid_loss=None, valid_losses={"silent": None})
+    shown = [line.split("held-out loss ")[1].split("  ")[0] for line in stream.getvalue().splitlines()]
+    assert shown == ["1.2500", "1.2500 (one 1.0000, two 1.5000, silent unknown)", "unknown"]
+
+
 def test_wandb_is_imported_only_when_chosen_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with quiet(tmp_path) as log:

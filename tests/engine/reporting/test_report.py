@@ -81,6 +81,40 @@ def test_the_page_is_one_file_without_anything_from_outside(tmp_path):
     assert "held-out loss" in page.words
 
 
+def test_sources_and_held_out_sets_have_cards(tmp_path):
+    """A source is absent from most steps, another from all; one held-out set has sources of its own."""
+    losses = {
+        "source_losses": lambda step: {"math": 2.0 - step / 100, "chat <b>": 3.0 if step == 7 else None, "none": None},
+        "source_tokens": lambda step: {"math": 300, "chat <b>": 100 if step == 7 else 0, "none": 0},
+        "valid_loss": lambda step: 1.5 if step % 10 == 0 else None,
+        "valid_losses": lambda step: {"one": 1.0 + step / 100, "two": None} if step % 10 == 0 else None,
+        "valid_losses_at_start": lambda step: {"one": 4.0, "two": None} if step == 1 else None,
+        "valid_loss_at_start": lambda step: 4.0 if step == 1 else None,
+        "valid_source_losses": lambda step: {"one/math": 0.75} if step % 10 == 0 else None,
+    }
+    write_metrics(tmp_path, 20, **losses)
+    page = Page(write_report(tmp_path).read_text())
+    assert page.count("svg") == 7
+    assert "Loss by source" in page.words and "Held-out loss by set" in page.words
+    facts = ["math1.8000 · 98.4% of supervised tokens", "chat <b>3.0000 · 1.6%", "noneno supervised token · 0.0%"]
+    facts += ["one1.2000", "twono supervised token", "one/math0.7500"]
+    assert [fact for fact in facts if fact not in page.words] == []
+    assert "held-out loss at step 0: 4" in page.words and "one at step 0: 4" in page.words
+    assert page.count("path", class_="lost") == 0, "a step without a source's tokens is no failure"
+    write_metrics(tmp_path, 20, valid_loss=1.5, valid_losses={"one": 1.5})
+    page = Page(write_report(tmp_path).read_text())
+    assert page.count("svg") == 5 and "Held-out loss by set" not in page.words
+
+
+def test_a_chart_of_many_sources_shows_the_largest(tmp_path):
+    names = [f"source {number}" for number in range(12)]
+    counts = dict(zip(names, range(12, 0, -1), strict=True))
+    write_metrics(tmp_path, 3, source_losses=dict.fromkeys(names, 1.0), source_tokens=counts)
+    page = Page(write_report(tmp_path).read_text())
+    assert "the chart shows 8 of 12" in page.words and "source 7 at step 2: 1" in page.words
+    assert "source 8 at step" not in page.words and "source 111.0000 · 1.3%" in page.words
+
+
 def test_the_numbers_add_up(tmp_path):
     write_metrics(tmp_path, 10, loss=lambda step: 2.0 / step)
     page = Page(write_report(tmp_path).read_text())

@@ -1,0 +1,172 @@
+"""The data of a run: what --data and --valid name, opened, held against the model, and audited."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.documents import Documents
+from data.index import open_index
+from data.prefix import prefix_of
+
+# How the reasons begin for which a preparation drops rows because it was told to.
+ON_REQUEST = ("duplicate", "overlaps a test question", "longer than --max-length")
+
+
+def open_data(arguments: tuple[str, ...], flag: str = "--data") -> tuple[tuple[Documents, float], ...]:
+    """Opens DATA or DATA:WEIGHT arguments; ValueError in one sentence for a path or weight that is wrong."""
+    return tuple(_open(argument, flag) for argument in arguments)
+
+
+def open_valid(arguments: tuple[str, ...]) -> dict[str, tuple[Documents, float]]:
+    """Opens the arguments of --valid, each DATA or NAME=DATA, by name; ValueError for two of one name.
+
+    One without a name bears that of its directory, or its whole path where that name is another's, too.
+    """
+    opened = []
+    for argument in arguments:
+        name, equals, place = argument.partition("=")
+        named = bool(equals) and "/" not in name and not _is_data(argument)
+        if named and not (name and place):
+            raise ValueError(f"--valid {argument}: give NAME=DATA, or DATA alone")
+        opened.append((name if named else "", *_open(place if named else argument, "--valid")))
+    short = [name or index.path.absolute().name for name, index, _ in opened]
+    sets: dict[str, tuple[Documents, float]] = {}
+    for (given, index, weight), name in zip(opened, short, strict=True):
+        if not given and short.count(name) > 1:
+            name = str(index.path)
+        if name in sets:
+            raise ValueError(f"--valid names two sets {name}: give each a name of its own, as NAME=DATA")
+        sets[name] = (index, weight)
+    return sets
+
+
+def _open(argument: str, flag: str) -> tuple[Documents, float]:
+    path, colon, weight = argument.rpartition(":")
+    if not colon or _is_data(argument):
+        path, weight = argument, "1"
+    try:
+        factor = float(weight)
+    except ValueError:
+        path, factor = argument, 1.0
+    if factor <= 0:
+        raise ValueError(f"{flag} {argument}: the weight must be above 0")
+    return open_index(path), factor
+
+
+def _is_data(path: str) -> bool:
+    return Path(path).is_dir() or prefix_of(path) is not None
+
+
+def check_data(indexes: list[Documents], vocab_size: int) -> None:
+    """Refuses tokens that the model does not have, and data directories whose conversations end differently."""
+    for index in indexes:
+        if (tokens := index.meta.get("vocab_size", 0)) > vocab_size:
+            raise ValueError(
+                f"{index.path} was prepared with a vocabulary of {tokens:,} tokens and the model has {vocab_size:,}; "
+                "prepare the data with the model's own tokenizer, or give the model rows for the new tokens with "
+                "--override.resize-embeddings"
+            )
+    # Text that no template made, rendered elsewhere or plain, mixes with anything.
+    templated = [index for index in indexes if index.meta.get("chat_template")]
+    for index in templated:
+        for name in ("chat_template", "end_token_ids"):
+            if index.meta.get(name) != templated[0].meta.get(name):
+                raise ValueError(
+                    f"{index.path} and {templated[0].path} were prepared with different chat templates, of which the "
+                    "export can carry one; prepare both with the same --chat-template"
+                )
+
+
+def model_data(trained: list[Documents], held_out: list[Documents]) -> dict[str, Any]:
+    """What an export takes from the data: `tokenizer`, a directory or None, `chat_template` and `end_token_ids`.
+
+    The tokenizer is the one with most tokens. Every token that ends a turn in any of the training data counts.
+    """
+    directories = [(index.meta.get("vocab_size", 0), index.path / "tokenizer") for index in trained + held_out]
+    present = [pair for pair in directories if pair[1].is_dir()]
+    templates = (index.meta.get("chat_template") for index in trained)
+    ends = (token for index in trained for token in index.meta.get("end_token_ids") or ())
+    return {
+        "tokenizer": max(present, key=lambda pair: pair[0])[1] if present else None,
+        "chat_template": next(filter(None, templates), None),
+        "end_token_ids": list(dict.fromkeys(ends)),
+    }
+
+
+def audit(indexes: Iterable[Documents], *, max_dropped: float, allow_unsupervised: bool) -> None:
+    """Refuses data whose preparation lost more rows than wanted, or trains nothing of a source or kind of row.
+
+    Reads what meta.json says; data of which it says nothing passes. Raises ValueError in one sentence.
+    """
+    for index in indexes:
+        lost = lost_rows(index.meta)
+        if lost and lost.count > max_dropped * lost.rows:
+            enough = math.ceil(1000 * lost.count / lost.rows) / 1000
+            raise ValueError(
+                f"--data {index.path}: its preparation dropped {lost}; look at {index.path / 'dropped.jsonl'} and "
+                f"prepare the data again, or allow it with --max-dropped {enough:g}"
+            )
+        # A directory of held-out documents counts the rows of the whole that it was taken from.
+        silent = [] if "held_out_of" in index.meta else unsupervised(index.meta)
+        if silent and not allow_unsupervised:
+            raise ValueError(
+                f"--data {index.path}: no token is supervised in {' and '.join(silent)}; prepare the data again "
+                "without them or with --train-on, or allow it with --allow-unsupervised"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """Rows that a preparation dropped without having been asked to."""
+
+    rows: int  # that passed --where
+    count: int  # of them dropped
+    reason: str  # the commonest
+    most: int  # dropped for it
+
+    def __str__(self) -> str:
+        share = self.count / self.rows
+        return f'{self.count:,} of {self.rows:,} rows ({share:.2%}), {self.most:,} of them for "{self.reason}"'
+
+
+def lost_rows(meta: Mapping[str, Any]) -> Lost | None:
+    """What a directory's meta.json says of lost rows; None where there are none or it says nothing."""
+    lost = {reason: count for reason, count in _dropped(meta).items() if not reason.startswith(ON_REQUEST)}
+    rows = meta.get("rows", 0) - meta.get("filtered", 0)
+    if not lost or not rows:
+        return None
+    reason = max(lost, key=lost.__getitem__)
+    return Lost(rows=rows, count=sum(lost.values()), reason=reason, most=lost[reason])
+
+
+def _dropped(counts: Mapping[str, Any]) -> dict[str, int]:
+    """Dropped rows of a directory or a source by reason."""
+    dropped = counts.get("dropped", {})
+    return {reason: drop["count"] if isinstance(drop, Mapping) else drop for reason, drop in dropped.items()}
+
+
+def unsupervised(meta: Mapping[str, Any]) -> list[str]:
+    """The sources and kinds of row that have rows and no supervised token, in words."""
+    kinds, sources = meta.get("kind_counts", {}), meta.get("sources", [])
+    left_out = _left_out(meta)  # of which kind, it does not say
+    silent = [f"the {one['rows']:,} rows of kind {kind}" for kind, one in kinds.items() if _is_silent(one, left_out)]
+    for one in sources:
+        if _is_silent(one, _left_out(one) + one.get("filtered", 0)):
+            silent.append(f"the {one['rows']:,} rows of source {one['name']}")
+    return silent
+
+
+def _left_out(counts: Mapping[str, Any]) -> int:
+    """The rows of a directory or source that are none of its documents because it was prepared so."""
+    dropped = sum(drop for reason, drop in _dropped(counts).items() if reason.startswith(ON_REQUEST))
+    return counts.get("held_out", 0) + counts.get("not_taken", 0) + dropped
+
+
+def _is_silent(counts: Mapping[str, Any], left_out: int) -> bool:
+    """Whether there are rows that should be trained, and no supervised token."""
+    expected = counts.get("documents", 0) or counts.get("rows", 0) > left_out
+    return bool(expected) and counts.get("supervised_tokens") == 0
