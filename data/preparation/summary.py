@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data.audit import MAX_DROPPED, lost_rows, unsupervised
 from data.preparation.columns import listing
 
 _ALWAYS = ("rows", "dropped", "documents", "tokens", "supervised_tokens")  # the others only where there are any
@@ -64,6 +65,11 @@ def _of_all(meta: dict[str, Any], output: Path) -> list[str]:
     lines = [f"dropped {drop['count']:,}: {why}, first {drop['first']}" for why, drop in meta["dropped"].items()]
     if lines:
         lines.append(f"the dropped rows are listed in {output / 'dropped.jsonl'}")
+    lost = lost_rows(meta)
+    if lost and lost.count > MAX_DROPPED * lost.rows:
+        lines.append(f"warning: {lost} are lost: training refuses this data unless --max-dropped allows it")
+    for silent in unsupervised(meta):
+        lines.append(f"warning: no token is supervised in {silent}: training refuses this without --allow-unsupervised")
     for file in meta["decontaminated"]:
         short = f" ({file['too_short']:,} of them too short to compare)" if file["too_short"] else ""
         lines.append(
