@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from data.audit import MAX_DROPPED
 from engine.layout import Layout
 
 
@@ -101,7 +102,7 @@ class RunConfig:
     """Hugging Face directory or hub name, or one of our checkpoints; left out, the built-in demo's model."""
     data: tuple[str, ...] = ()
     """Prepared data directories, each with an optional :WEIGHT; left out, the built-in demo's data."""
-    max_dropped: float = 0.01
+    max_dropped: float = MAX_DROPPED
     """The largest share of a directory's rows that its preparation may have dropped; beyond it the run is refused."""
     allow_unsupervised: bool = False
     """Train although a source, a kind of row or a document that --too-long cuts off has no supervised token."""

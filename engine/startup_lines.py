@@ -7,10 +7,10 @@ import math
 import numpy as np
 import torch
 
+from data.audit import lost_rows
 from data.documents import Documents
 from engine.mesh import Mesh
 from engine.prepare import Prepared
-from engine.run_data import lost_rows
 
 
 def start_lines(prepared: Prepared, mesh: Mesh, step: int, on_host: bool) -> str:

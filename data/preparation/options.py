@@ -123,6 +123,8 @@ class PrepareOptions:
             raise ValueError("--hold-out-fraction must be in [0, 1), and is given instead of --hold-out")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"--max-length {self.max_length} must be at least 2")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed} must be at least 0")
         if self.ngram < 1:
             raise ValueError(f"--ngram {self.ngram} must be at least 1")
         check_hold_out("--hold-out", self.hold_out)

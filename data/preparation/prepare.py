@@ -34,8 +34,6 @@ from data.preparation.where import Where
 from data.preparation.workers import make_parts
 
 FORMAT = 2  # rises when the same rows would give other documents, so that no old parts are continued
-
-
 _NOT_RECORDED = ("output", "num_workers", "overwrite", "preview", "chat_template")  # the template's text is
 
 

@@ -75,7 +75,7 @@ def sources_card(contents: Contents) -> str:
 
 
 def kinds_card(contents: Contents) -> str:
-    said = contents.index.meta.get("rows_of_kinds", {})
+    said = contents.index.meta.get("kind_counts", {})
     rows = [
         [group.name, *([said.get(group.name, {}).get("rows", 0)] if said else []), *_group_cells(group, contents.all)]
         for group in contents.kinds

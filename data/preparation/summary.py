@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from data.audit import MAX_DROPPED, lost_rows, unsupervised
 from data.preparation.columns import listing
 
 _ALWAYS = ("rows", "dropped", "documents", "tokens", "supervised_tokens")  # the others only where there are any
 _COLUMNS = ("rows", "filtered", "dropped", "cut", "not_taken", "held_out", "repeated", *_ALWAYS[2:])
-_FILES, _WIDTH = 20, 140  # files of a source that are named; columns of the table by source
+_FILES = 20  # of a source that are named
 _NOTES = {
     "open_turns": "assistant turns end with no end token or text in this template",
     "rewritten_turns": "assistant turns were changed by the template (such as earlier thinking left out)",
@@ -27,26 +27,24 @@ def print_summary(meta: dict[str, Any], output: Path, console: Console) -> None:
     """Prints the counts, every reason for which rows were dropped, and what deserves a look."""
     sources = [source | {"dropped": sum(source["dropped"].values())} for source in meta["sources"]]
     everything = meta | {"dropped": sum(drop["count"] for drop in meta["dropped"].values())}
-    if len(sources) > 1:
-        # wider than some terminals: a line that wraps is easier to read than columns of three letters
-        console.print(_by_source(sources), width=max(console.width, _WIDTH), crop=False)
     table = Table(title=str(output), show_header=False)
     for name in (*_COLUMNS, "longest"):
         if name in (*_ALWAYS, "held_out", "longest") or everything[name]:
             table.add_row(name.replace("_", " "), f"{everything[name]:,}")
     console.print(table)
-    for line in [line for source in sources for line in _of_source(source)] + _of_all(meta, output):
+    lines = [line for source in sources for line in _of_source(source)] + _of_all(meta, output)
+    for line in [*_by_source(sources), *lines]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _by_source(sources: list[dict[str, Any]]) -> Table:
+def _by_source(sources: list[dict[str, Any]]) -> list[str]:
+    """A table of several sources; plain lines, which may be wider than a terminal, where rich would cut the numbers."""
     names = [name for name in _COLUMNS if name in _ALWAYS or any(source[name] for source in sources)]
-    table = Table("source", box=box.SIMPLE_HEAD)
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
-    for source in sources:
-        table.add_row(source["name"], *(f"{source[name]:,}" for name in names))
-    return table
+    rows = [["source", *(name.replace("_", " ") for name in names)]]
+    rows += [[source["name"], *(f"{source[name]:,}" for name in names)] for source in sources]
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in rows]
+    return lines if len(sources) > 1 else []
 
 
 def _of_source(source: dict[str, Any]) -> list[str]:
@@ -67,6 +65,11 @@ def _of_all(meta: dict[str, Any], output: Path) -> list[str]:
     lines = [f"dropped {drop['count']:,}: {why}, first {drop['first']}" for why, drop in meta["dropped"].items()]
     if lines:
         lines.append(f"the dropped rows are listed in {output / 'dropped.jsonl'}")
+    lost = lost_rows(meta)
+    if lost and lost.count > MAX_DROPPED * lost.rows:
+        lines.append(f"warning: {lost} are lost: training refuses this data unless --max-dropped allows it")
+    for silent in unsupervised(meta):
+        lines.append(f"warning: no token is supervised in {silent}: training refuses this without --allow-unsupervised")
     for file in meta["decontaminated"]:
         short = f" ({file['too_short']:,} of them too short to compare)" if file["too_short"] else ""
         lines.append(

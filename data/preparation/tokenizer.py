@@ -20,6 +20,7 @@ _FILES = (
     "tekken.json",
     "tiktoken.model",
 )
+_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def templates_of(tokenizer) -> str | dict[str, str]:
@@ -46,8 +47,6 @@ def load_tokenizer(name: str, chat_template: str | Path | None = None, *, needs_
 
     chat_template: a file, or the name of one of the project's own. Raises ValueError.
     """
-    from transformers import AutoTokenizer  # a second to import, which readers of an index need not spend
-
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise ValueError(f"no tokenizer could be loaded from {name}: there is no such directory")
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _FILES):
@@ -56,7 +55,7 @@ def load_tokenizer(name: str, chat_template: str | Path | None = None, *, needs_
             " name the directory that has them with --tokenizer"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = _class_of(name).from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"no tokenizer could be loaded from {name}: {reason}") from error
@@ -69,6 +68,23 @@ def load_tokenizer(name: str, chat_template: str | Path | None = None, *, needs_
     elif needs_template or tokenizer.chat_template:
         tokenizer.chat_template = templates_of(tokenizer)
     return tokenizer
+
+
+def _class_of(name: str) -> Any:
+    """The class that loads a tokenizer: transformers' own choice, which costs the import of torch, or its generic one.
+
+    A directory whose files name the generic class needs no choice.
+    """
+    config = Path(name) / "tokenizer_config.json"
+    if config.is_file() and (Path(name) / "tokenizer.json").is_file():
+        named = json.loads(config.read_text(encoding="utf-8"))
+        if named.get("tokenizer_class") in _GENERIC and "auto_map" not in named:
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def template_file(given: str | Path) -> Path:

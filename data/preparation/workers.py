@@ -4,6 +4,7 @@ Every chunk becomes one part, written and then renamed, so that a killed run con
 missing. How many processes wrote them, and in which order, cannot be seen in the result.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -37,7 +38,7 @@ def make_parts(job: Job, num_workers: int, console: Console) -> None:
         # forked, so that tokenizer, template and tables are neither sent nor loaded once more
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(),)) as pool:
-            futures = [pool.submit(_make_part, number) for number in missing]
+            futures = [pool.submit(_work, number) for number in missing]
             try:
                 _watch(futures, len(job.chunks), console)
             finally:
@@ -83,6 +84,8 @@ def _watch(futures: list[Future[int]], chunks: int, console: Console) -> None:
 
 def _start_worker(parent: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    gc.freeze()  # what the parent made stays in pages that are shared with it
+    gc.disable()  # rows hold no circles, but for errors with their tracebacks: `_work` collects them
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and lets chunks that were begun finish
 
     def watch() -> None:  # a worker whose parent was killed would wait for work for ever
@@ -91,6 +94,12 @@ def _start_worker(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(number: int) -> int:
+    rows = _make_part(number)
+    gc.collect()
+    return rows
 
 
 def _make_part(number: int) -> int:

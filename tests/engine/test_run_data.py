@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from data.audit import lost_rows
 from data.index import write_index
-from engine.run_data import audit, check_data, lost_rows, model_data, open_data, open_valid
+from engine.run_data import audit, check_data, model_data, open_data, open_valid
 from tests.support.tiny import VOCABULARY, conversations
 
 

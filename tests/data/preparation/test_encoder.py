@@ -4,7 +4,7 @@ import string
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -178,6 +178,8 @@ CONTENTS = st.lists(
     contents=st.lists(CONTENTS.filter(str.strip), min_size=2, max_size=5),
 )
 def test_turns_are_whole_with_and_without_rendering(name, contents):
+    if name == "chatml, thinking stripped":  # which leaves nothing of a turn that is all thinking
+        assume(all(content.split("</think>")[-1].strip() for content in contents[1::2]))
     finder = ChatEncoder(small_tokenizer(), TEMPLATES[name]).finders["default"]
     messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
     text, turns = finder.locate(Conversation(messages))

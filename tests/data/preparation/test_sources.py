@@ -126,6 +126,7 @@ def test_every_field_of_a_source_is_a_key(tmp_path):
         ({"format": "chat"}, "--format chat: choose one of auto, messages"),
         ({"hold_out": -1}, "--hold-out -1: hold out a share"),
         ({"hold_out": 5, "hold_out_fraction": 0.1}, "is given instead of --hold-out"),
+        ({"seed": -1}, "--seed -1 must be at least 0"),
         ({"max_length": 1}, "--max-length 1 must be at least 2"),
         ({"where": "len("}, "--where len"),
         (["a.jsonl"], "keys with values are needed"),

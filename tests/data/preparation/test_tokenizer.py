@@ -2,9 +2,11 @@
 
 import io
 import itertools
+import json
 
 import pytest
 import sentencepiece
+from transformers import AutoTokenizer
 
 from data.preparation.encoder import ChatEncoder, Document
 from data.preparation.formats import to_conversation
@@ -83,3 +85,15 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
 def test_what_stands_around_a_text():
     begin, end = text_ends(small_tokenizer())
     assert (begin.tolist(), end.tolist()) == ([], [small_tokenizer().eos_token_id])
+
+
+@pytest.mark.parametrize("named", ["TokenizersBackend", "PreTrainedTokenizerFast"])
+def test_the_generic_class_is_what_transformers_chooses(tmp_path, named):
+    small_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": named}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 500}))
+    loaded, chosen = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(loaded) is type(chosen)
+    assert loaded.backend_tokenizer.to_str() == chosen.backend_tokenizer.to_str()
+    assert loaded.special_tokens_map == chosen.special_tokens_map
