@@ -48,12 +48,13 @@ _PAIRS = PrimitiveConstructorSpec[Any](
 class PrepareOptions:
     """Turns conversations into a data directory that training reads.
 
-    Mixture files, YAML that comes before the flags, have the same names as keys, and an object for each source.
+    Mixture files and recipes, YAML before the flags, have the same names as keys, and an object for each source.
     """
 
     sources: tuple[Annotated[Source | str, _word("SOURCE[:TAKE]", (Source, str))], ...] = ()
-    """Files (JSONL, JSON, parquet, CSV, Arrow), patterns of files, directories, or hub names (name[:config[:split]]).
-    `:0.5` behind one takes half of its documents, `:3.0` each three times, `:2000` that many."""
+    """Files (JSONL, JSON, CSV, each also as .gz or .zst; parquet, Arrow), patterns of files, directories, or hub names
+    (name[:config[:split]]). `:0.5` behind one takes half of its documents, `:3.0` each three times, `:2000` that many.
+    """
     output: Path | None = None
     """The data directory to make."""
     model: str | None = None
@@ -63,19 +64,21 @@ class PrepareOptions:
     resize_embeddings: bool = False
     """Take a tokenizer with more tokens than the model; train with --override.resize-embeddings."""
     chat_template: str | Path | None = None
-    """Name of a chat template of Lathe's, or a Jinja file, to use instead of the tokenizer's own."""
+    """A name in examples/chat_templates/, or a Jinja file, to use instead of the tokenizer's own chat template."""
     template_args: Annotated[dict[str, Any], _PAIRS] = field(default_factory=dict)
     """Arguments that the chat template is given for all rows, e.g. enable_thinking=false."""
     prompt: Annotated[str | Path | Prompt | None, _word("NAME|FILE", object)] = None
-    """Name of a prompt of Lathe's, or a prompt file: text with {problem}-style fields, or YAML with `system` and
-    `user`."""
+    """A name in examples/prompts/, or a file: text with {} for the question or with {problem}-style fields, or YAML
+    with `user` and, if wanted, `system` and `examples`."""
     system: str | None = None
-    """A system turn of this text, instead of the row's or the template's default; "" for an empty one."""
+    """A system turn of this text, instead of the template's default; "" for an empty one. Rows that have another are
+    dropped."""
     format: str = "auto"
-    """Shape of the rows: auto, messages, prompt_completion, alpaca, question_answer, rendered or text."""
+    """How rows are read: auto (by their columns), messages, prompt_completion, alpaca, question_answer, rendered (text
+    that has been through a chat template) or text (plain text, all of it supervised)."""
     fields: Fields = field(default_factory=Fields)
     ignore_columns: tuple[str, ...] = ()
-    """Columns that a format knows and that are not to be used."""
+    """Columns to leave aside, as if no row had them."""
     config: str | None = None
     """Configuration of hub data sets that do not name their own."""
     split: str | None = None
@@ -84,25 +87,25 @@ class PrepareOptions:
     """Keep only rows that meet all these Python expressions over their columns (`row['odd name']` for others), e.g.
     "float(pass_rate) <= 0.3"; `tokens(column)` is a text's length by the tokenizer."""
     limit: int | None = None
-    """Take this many rows of each source, counted after --where."""
+    """Read each source up to this many rows that --where keeps."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
-    """Supervise every assistant turn, the last one alone, or every token."""
+    """Supervise every assistant turn, the last one alone, or every token, questions included."""
     mask_tool_output: bool = False
-    """Do not train on the output of executed code inside an assistant's turn."""
+    """Do not train on the output of executed code inside an assistant turn, such as ```output blocks."""
     stripped_thinking: bool = False
-    """Train also the turns whose thinking the chat template strips."""
+    """Also train turns whose thinking the chat template leaves out."""
     max_length: int | None = None
     """Drop documents with more tokens than this; rows of plain text are cut instead."""
     dedup: Literal["none", "prompt", "conversation"] = "none"
-    """Drop rows whose prompt, or whole conversation, is the same as that of a row before them."""
+    """Drop rows whose prompt, or whole conversation, a row before them has already."""
     decontaminate: tuple[str, ...] = ()
-    """Files of test questions: rows whose prompt shares --ngram words in a row with one of them are dropped."""
+    """Files of test questions: rows are dropped of which a user turn shares --ngram words in a row with one of them."""
     ngram: int = 13
-    """How many words in a row make an overlap with a test question."""
+    """How many words in a row make an overlap with a test question; a shorter question is looked for whole."""
     hold_out: int | float = 0
-    """Put this many documents (or, with a point, this share of them) into OUTPUT/valid instead."""
+    """Put this many documents into OUTPUT/valid instead; with a point, as 0.05, this share of them."""
     hold_out_fraction: float = 0.0
-    """Put this fraction of the documents into OUTPUT/valid instead."""
+    """The share of --hold-out, in a flag of its own."""
     seed: int = 0
     """Chooses the documents that are taken and held out."""
     num_workers: int = 0
@@ -112,7 +115,7 @@ class PrepareOptions:
     overwrite: bool = False
     """Replace a data directory that is there already."""
     preview: int = 0
-    """Write nothing: show this many documents, their supervised tokens marked, and why rows would be dropped."""
+    """Write nothing: show this many documents with their supervised tokens marked, and why rows would be dropped."""
 
     def __post_init__(self) -> None:
         if isinstance(self.template_args, tuple):  # as the command line has them
