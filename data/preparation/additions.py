@@ -29,6 +29,12 @@ def missing_system(columns: Columns, messages: Messages, given: str | None, take
     column = next((name for name in _SYSTEM if name not in taken and not is_empty(columns.row.get(name))), None)
     if column is not None and text in (None, columns.row[column]):
         text = columns.text(column)
+    elif column is not None and own is None:
+        raise RowError(
+            "two system turns",
+            f"--system is {shown(given)}, and the row's {column} is {shown(columns.row[column])}:"
+            f" leave --system out, or the column with --ignore-columns {column}",
+        )
     return text if own is None else None
 
 

@@ -41,6 +41,9 @@ class Source:
             raise ValueError("--sources: a source needs `data`, a file or the name of a data set")
         if self.name is not None and not self.name.strip():
             raise ValueError(f"--sources {self.data}: its name is empty")
+        _, colon, amount = self.data.rpartition(":")
+        if colon and _NUMBER.fullmatch(amount) and not Path(self.data).exists():
+            raise ValueError(f"--sources {self.data}: in a file an amount is a key of its own, `take: {amount}`")
         if self.take <= 0:
             raise ValueError(f"--sources {self.data}:{self.take}: take a share or a count above 0, or leave it out")
         if self.limit is not None and self.limit < 1:

@@ -16,7 +16,7 @@ _NOTES = {
     "open_turns": "assistant turns end with no end token or text in this template",
     "rewritten_turns": "assistant turns were changed by the template (such as earlier thinking left out)",
     "straddling_tokens": "supervised tokens hold characters on both sides of a turn's boundary",
-    "untrained_turns": "assistant turns are not trained, as their rows say",
+    "untrained_turns": "assistant turns are not trained, as their rows, the prompt's examples or --train-on say",
     "stripped_turns": "assistant turns are not trained, because the template leaves out their thinking"
     " (--stripped-thinking trains them)",
     "masked_tool_outputs": "outputs of executed code inside assistant turns are not trained",

@@ -31,7 +31,8 @@ def templates_of(tokenizer) -> str | dict[str, str]:
     if not templates or (isinstance(templates, dict) and "default" not in templates):
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template: give one with"
-            " --chat-template, a file or a name, or the tokenizer of a chat model with --tokenizer"
+            " --chat-template, a file or a name, or the tokenizer of a chat model with --tokenizer; rows of plain text"
+            " need none with --format text"
         )
     return templates
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ class TrainedOn:
     """The choice for all rows of a preparation."""
 
     turns: Literal["assistant", "last", "all"] = "assistant"
-    """Every assistant turn, the last one, or every token of the conversation, headers and questions included."""
+    """Every assistant turn, the last one, or every token, headers and questions included, but of turns left out."""
     mask_tool_output: bool = False
     """Leave what an executed program printed inside an assistant turn (a ```output block) untrained."""
     stripped_thinking: bool = False
@@ -39,12 +39,12 @@ def choose_turns(
     Raises RowError where nothing is left.
     """
     last = max((turn.message for turn in turns), default=-1)
-    chosen, unwanted, stripped = [], 0, 0
+    chosen, unwanted, stripped = [], [], []
     for turn in turns:
         if turn.message in conversation.untrained or (options.turns == "last" and turn.message != last):
-            unwanted += 1
+            unwanted.append(turn)
         elif turn.stripped and not options.stripped_thinking:
-            stripped += 1
+            stripped.append(turn)
         else:
             chosen.append(turn)
     if not chosen:
@@ -53,15 +53,15 @@ def choose_turns(
         raise RowError("nothing to supervise", "no assistant turn of the row is to be trained")
     kept = [(turn.start, turn.end) for turn in chosen]
     if options.turns == "all" and conversation.text is None:
-        kept = [(0, len(text))]
+        kept = _without((0, len(text)), sorted([*unwanted, *stripped]))
     masked = 0
     if options.mask_tool_output:
         kept, masked = _without_outputs(text, kept)
     counts = {
         "open_turns": sum(not turn.closed for turn in chosen),
         "rewritten": sum(turn.rewritten for turn in chosen),
-        "untrained_turns": unwanted,
-        "stripped_turns": stripped,
+        "untrained_turns": len(unwanted),
+        "stripped_turns": len(stripped),
         "masked_tool_outputs": masked,
     }
     return kept, counts
@@ -70,8 +70,17 @@ def choose_turns(
 def _without_outputs(text: str, kept: list[tuple[int, int]]) -> tuple[list[tuple[int, int]], int]:
     pieces, masked = [], 0
     for start, end in kept:
-        for output in _OUTPUT.finditer(text, start, end):
-            pieces.append((start, output.start()))
-            start, masked = output.end(), masked + 1
-        pieces.append((start, end))
-    return [(start, end) for start, end in pieces if start < end], masked
+        outputs = list(_OUTPUT.finditer(text, start, end))
+        pieces += _without((start, end), [output.span() for output in outputs])
+        masked += len(outputs)
+    return pieces, masked
+
+
+def _without(whole: tuple[int, int], left_out: Iterable[Sequence[Any]]) -> list[tuple[int, int]]:
+    """What is left of characters [start, end) without others, which begin with their own start and end, in order."""
+    start, end = whole
+    pieces = []
+    for first, last, *_ in left_out:
+        pieces.append((start, first))
+        start = last
+    return [(first, last) for first, last in [*pieces, (start, end)] if first < last]

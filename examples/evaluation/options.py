@@ -18,7 +18,7 @@ class EvaluationOptions:
     model: str
     """A Hugging Face directory or a hub name."""
     data: str
-    """A .jsonl, .json or .parquet file, or a hub name (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT)."""
+    """A file, a directory or a hub name (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT), as --sources of prepare_data.py."""
     output: Path
     """The folder for generations.jsonl and results.json."""
     split: str | None = None

@@ -165,3 +165,8 @@ def test_what_is_no_mixture_file_is_a_source():
 def test_template_arguments_are_pairs():
     with pytest.raises(ValueError, match="--template-args thinking: write name=value"):
         read_options(["--sources", "a", "--model", "m", "--output", "o", "--template-args", "thinking"])
+
+
+def test_an_amount_behind_the_data_of_a_mixture_names_its_key():
+    with pytest.raises(ValueError, match="x.jsonl:2: in a file an amount is a key of its own, `take: 2`"):
+        Source(data="x.jsonl:2")

@@ -33,6 +33,9 @@ def test_the_last_turn_alone(template):
 def test_every_token():
     document = encoded(TALK, turns="all")
     assert document.spans.tolist() == [[0, len(document.tokens)]]
+    without = encoded(replace(TALK, untrained=frozenset({1})), turns="all")
+    assert "First." not in "".join(spans(without)) and without.untrained_turns == 1
+    assert sum(map(len, spans(without))) == len(small_tokenizer().decode(document.tokens)) - len("First.<|im_end|>")
 
 
 def test_turns_that_a_row_leaves_out():
