@@ -67,7 +67,7 @@ def _of_all(meta: dict[str, Any], output: Path) -> list[str]:
         lines.append(f"the dropped rows are listed in {output / 'dropped.jsonl'}")
     lost = lost_rows(meta)
     if lost and lost.count > MAX_DROPPED * lost.rows:
-        lines.append(f"warning: {lost} are lost: training refuses this data unless --max-dropped allows it")
+        lines.append(f"warning: lost {lost}: training refuses this data unless --max-dropped allows it")
     for silent in unsupervised(meta):
         lines.append(f"warning: no token is supervised in {silent}: training refuses this without --allow-unsupervised")
     for file in meta["decontaminated"]:
