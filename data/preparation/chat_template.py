@@ -19,16 +19,22 @@ GENERATION_STARTS, GENERATION_ENDS = -2, -3
 # Strings of a message that the template has to write somewhere; all others, such as ids, it may leave out.
 NEEDED = ("content", "function_calls", "functions")
 THINKING = ("reasoning_content", "thinking")
+# keys of a call's parts: its message may have a `name` of its own
+CALL_NAME, CALL_ARGUMENTS = "call's name", "call's arguments"
+_OF_CALL = {"name": CALL_NAME, "arguments": CALL_ARGUMENTS}
 TOOL_ROLES = ("tool", "environment", "ipython", "observation", "function")  # names of what answers a call
 # what a template compares roles with
 _ROLE_TESTS = re.compile(r"\brole\b['\"]?\]?\s*(?:==|!=|not in|in)([^%}]*)")
+
+# what a template raises by itself, or comes to by the values it is given
+_REFUSALS = (jinja2.TemplateError, TypeError, LookupError, AttributeError, ValueError, ArithmeticError, RecursionError)
 
 
 class Part(NamedTuple):
     """One string of a conversation: of message `message` (-1: of its tools), by its key there."""
 
     message: int
-    key: str  # "content", "name" or "arguments" of a call, ...
+    key: str  # "content", CALL_NAME, ...
     text: str
     number: int = 0  # of the call or the tool
 
@@ -103,7 +109,7 @@ class ChatTemplate:
                     )
                 )
             )
-        except (jinja2.TemplateError, TypeError, LookupError, AttributeError, ValueError, RecursionError) as error:
+        except _REFUSALS as error:
             raise RowError("refused by the chat template", str(error)) from error
         return Rendered(str.__str__(text), text.runs if isinstance(text, Tracked) else (), parts)
 
@@ -143,7 +149,7 @@ def _message(index: int, message: dict[str, Any], parts: list[Part], string: Cal
 def _call(index: int, number: int, call: dict[str, Any], parts: list[Part], string: Callable) -> dict[str, Any]:
     function = call["function"]
     tracked = {
-        key: _track(value, index, key, number, parts, string) if key in ("name", "arguments") else value
+        key: _track(value, index, _OF_CALL[key], number, parts, string) if key in _OF_CALL else value
         for key, value in function.items()
     }
     return {**call, "function": tracked}

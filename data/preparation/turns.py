@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from data.preparation.chat_template import (
+    CALL_ARGUMENTS,
+    CALL_NAME,
     GENERATION_ENDS,
     GENERATION_STARTS,
     NEEDED,
@@ -172,7 +174,7 @@ def _blocks(runs: list[Run], owners: list[int], parts: list[Part], messages: Mes
     for place, (run, owner) in enumerate(zip(runs, owners, strict=True)):
         if owner < 0 or messages[owner]["role"] != "assistant":
             continue
-        if parts[run.part].key == "name":
+        if parts[run.part].key == CALL_NAME:
             if run.part in named:
                 continue
             named.add(run.part)
@@ -198,9 +200,12 @@ def _check_all_written(rendered: Rendered, messages: Messages, tools: list | Non
             continue
         if part.message < 0:
             raise RowError("left out by the chat template", f"tool {part.number} of the row's tools")
-        if part.key in ("name", "arguments") and messages[part.message].get("tool_calls"):
-            if part.key == "name":
-                raise RowError("left out by the chat template", f"call {part.number} of message {part.message}")
+        if part.key == CALL_NAME:
+            raise RowError("left out by the chat template", f"call {part.number} of message {part.message}")
+        if part.key == CALL_ARGUMENTS:
+            if messages[part.message]["tool_calls"][part.number]["function"]["arguments"]:
+                what = f"the arguments of call {part.number} of message {part.message}"
+                raise RowError("left out by the chat template", what)
         elif part.key in NEEDED and part.text.strip():
             role = messages[part.message]["role"]
             raise RowError("left out by the chat template", f"the {part.key} of message {part.message} ({role})")

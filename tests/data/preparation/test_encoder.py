@@ -278,3 +278,21 @@ def test_missing_template_or_tokenizer_names_the_mend(tmp_path):
         load_tokenizer(str(tmp_path))
     with pytest.raises(ValueError, match="no tokenizer could be loaded from"):
         load_tokenizer(str(tmp_path / "nowhere"))
+
+
+def test_a_name_of_an_assistant_is_no_name_of_its_call():
+    row = tool_row()
+    named = {**row, "messages": [{**message, "name": "Ann"} for message in row["messages"]]}
+    assert supervised(encode(named)) == supervised(encode(row))
+
+
+def test_a_call_whose_arguments_are_not_written_is_dropped():
+    bare = CHATML.replace("{{ call.function | tojson }}", "{{ call.function.name }}")
+    refused = encode(tool_row(), bare)
+    assert str(refused) == "left out by the chat template: the arguments of call 0 of message 1"
+
+
+def test_a_template_that_cannot_count_with_what_a_row_gives_it_refuses_the_row():
+    row = {**TALK, "chat_template_kwargs": {"parts": 0}}
+    refused = encode(row, "{{ 1 / (parts if parts is defined else 1) }}" + CHATML)
+    assert isinstance(refused, RowError) and refused.reason == "refused by the chat template"
