@@ -82,11 +82,14 @@ def run_script(main: Callable[..., int | None], arguments: list[str], section: s
 def _values(main: Callable[..., int | None], given: dict[str, Any], section: str) -> dict[str, Any]:
     """A section's values as the parameters of the script's function; ValueError for a key that is none of them."""
     known, values = list(inspect.signature(main).parameters), {}
+    hints = typing.get_type_hints(main)
     for name, value in given.items():
         if name not in known:
             raise ValueError(unknown(f"{section}.{name}", [f"{section}.{one}" for one in known], "recipe key"))
         text = ",".join(map(str, value)) if isinstance(value, list) else value
-        values[name] = convert(text, typing.get_type_hints(main)[name], f"{section}.{name}")
+        if text is None and type(None) not in typing.get_args(hints[name]):
+            raise ValueError(f"recipe key {section}.{name} has no value; give one, or leave it out")
+        values[name] = convert(text, hints[name], f"{section}.{name}")
     return values
 
 

@@ -27,6 +27,8 @@ class PrefixIndex(Documents):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         idx, bin_ = (self.path.with_name(self.path.name + ending) for ending in (".idx", ".bin"))
+        if self.path.name == "tokens" and (self.path.parent / "spans.npy").is_file():
+            raise ValueError(f"{bin_} is part of prepared data, whose supervised spans it has not: give {idx.parent}")
         self._files = map_token_files(idx, bin_)
         _check_sequences(idx, *self._files)
         self._kept: np.ndarray | None = None  # [documents], their sequences; None: all
@@ -60,8 +62,8 @@ class PrefixIndex(Documents):
         if stored.dtype.kind != "f":
             return stored
         whole = stored.astype(np.int64)
-        if (whole != stored).any():
-            raise ValueError(f"{self.place(document)} holds numbers that are no token ids, such as {stored[0]}")
+        if (broken := stored[whole != stored]).size:
+            raise ValueError(f"{self.place(document)} holds numbers that are no token ids, such as {broken[0]}")
         return whole
 
     def spans(self, document: int) -> np.ndarray:

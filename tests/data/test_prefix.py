@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.index import open_index
+from data.index import open_index, write_index
 from data.prefix import PrefixIndex
 from data.token_files import DTYPES
 
@@ -84,6 +84,14 @@ def test_the_fingerprint_knows_lengths_type_and_content(tmp_path):
     assert open_index(write_prefix(tmp_path / "again", many)).fingerprint == found["same"]
 
 
+def test_the_files_of_prepared_data_are_no_prefix(tmp_path):
+    write_index(tmp_path / "data", [([1, 2, 3], [(1, 2)])], vocab_size=10)
+    for name in ("tokens", "tokens.bin", "tokens.idx"):
+        with pytest.raises(ValueError, match=f"tokens.bin is part of prepared data, .* give {tmp_path / 'data'}$"):
+            open_index(tmp_path / "data" / name)
+    assert len(open_index(write_prefix(tmp_path / "tokens"))) == 3
+
+
 def test_damaged_prefixes_are_refused(tmp_path):
     def refused(sentence: str, **changes) -> None:
         with pytest.raises(ValueError, match=sentence):
@@ -97,7 +105,7 @@ def test_damaged_prefixes_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"a.bin holds numbers that are no token ids, such as (nan|inf)"):
         open_index(write_prefix(tmp_path / "a", [[1, 2], [float("nan"), 3]], dtype=np.float64))
     with pytest.raises(ValueError, match=r"a:0 holds numbers that are no token ids, such as 0.5"):
-        open_index(write_prefix(tmp_path / "a", [[0.5]], dtype=np.float32)).tokens(0)
+        open_index(write_prefix(tmp_path / "a", [[2, 0.5]], dtype=np.float32)).tokens(0)
 
     idx = write_prefix(tmp_path / "a").with_name("a.idx")
     whole = idx.read_bytes()
