@@ -234,6 +234,8 @@ def _prompted(prompt: Prompt, columns: Columns, question: Any, answer: str, aski
     columns.used.update(named)
     if "" in named or any(name in QUESTIONS and row.get(name) is None for name in named):
         columns.used.update(asking)
+    if isinstance(question, str) and not question.strip() and not columns.used.isdisjoint(asking):
+        raise RowError("empty text", f"{asking[0]} is empty")
     for name in asking:
         if name not in columns.used and not is_empty(row.get(name)):
             raise RowError("column not used", f"{name} holds the question, and --prompt names neither it nor {{}}")

@@ -143,9 +143,14 @@ def _written_call(message: dict[str, Any], where: str) -> bool:
 
 def _with_thinking(message: dict[str, Any], where: str) -> dict[str, Any]:
     """The message with its thinking under the two names that transformers gives templates."""
-    reasoning = next((message[name] for name in REASONING if name in message), None)
-    if reasoning is None:
+    named = {name: message[name] for name in REASONING if name in message}
+    if not named:
         return message
-    if not isinstance(reasoning, str):
-        raise RowError("not text", f"the thinking of {where} is {described(reasoning)}")
-    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    for reasoning in named.values():
+        if not isinstance(reasoning, str):
+            raise RowError("not text", f"the thinking of {where} is {described(reasoning)}")
+    said = {name: reasoning for name, reasoning in named.items() if reasoning.strip()}
+    if len(set(said.values())) > 1:
+        raise RowError("malformed message", f"{' and '.join(said)} of {where} are different thinking")
+    reasoning = next(iter((said or named).values()))
+    return {**message, "thinking": reasoning, "reasoning_content": reasoning}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from data.preparation.conversation import Conversation, Messages, RowError
 from data.preparation.headers import UNKNOWN, Learned, learn
 from data.preparation.tracked import Inspected, Run, Watched, missing
 
+_HELD = 10_000  # shapes, and sets of arguments, that are remembered
 _THOUGHT = re.compile(r"(?:<think>)?(.*?)</think>", re.DOTALL)
 
 
@@ -97,6 +99,8 @@ class TurnFinder:
         """What was learned of the template under these arguments."""
         key = json.dumps(arguments, sort_keys=True, default=str)
         if key not in self._learned:
+            if len(self._learned) > _HELD:  # arguments of rows may all be different
+                self._learned.clear()
             self._learned[key] = learn(self.template, self._added, arguments)
         return self._learned[key]
 
@@ -104,7 +108,7 @@ class TurnFinder:
         roles = tuple(message["role"] for message in messages)
         key = (json.dumps(arguments, sort_keys=True, default=str) if arguments else "", roles)
         if key not in self._shapes:
-            if len(self._shapes) > 10_000:  # long conversations rarely share their roles
+            if len(self._shapes) > _HELD:  # long conversations rarely share their roles
                 self._shapes.clear()
             self._shapes[key] = self._learn_shape(roles, arguments)
         return self._shapes[key]
@@ -247,18 +251,19 @@ def _marked_turns(rendered: Rendered, messages: Messages, learned: Learned) -> l
     """The texts between generation markers, each with the message that it holds something of."""
     starts = [run.start for run in rendered.runs if run.part == GENERATION_STARTS]
     ends = [run.start for run in rendered.runs if run.part == GENERATION_ENDS]
+    runs = sorted((run for run in rendered.runs if run.part >= 0 and run.stop > run.start), key=lambda run: run.start)
+    places = [run.start for run in runs]
     turns: list[Turn] = []
     said = _Said(rendered)
+    before = 0
     for start, end in zip(sorted(starts), sorted(ends), strict=True):
-        owners = [
-            rendered.parts[run.part].message
-            for run in rendered.runs
-            if run.part >= 0 and start <= run.start and run.stop <= end and run.stop > run.start
-        ]
+        inside = runs[bisect_left(places, start) : bisect_left(places, end)]
+        owners = [rendered.parts[run.part].message for run in inside if run.stop <= end]
         if end > start and (owners or turns):  # a mere end token belongs to the turn before it
             message = max(set(owners), key=owners.count) if owners else turns[-1].message
-            rewritten, _ = said.changes(message, rendered.text[:end], learned)
+            rewritten, _ = said.changes(message, rendered.text[before:end], learned)
             turns.append(Turn(start, end, message, rewritten=rewritten))  # never stripped: the marks decide
+            before = end
     if not turns:
         raise RowError("nothing to supervise", "the template's generation markers enclose nothing in this row")
     return turns

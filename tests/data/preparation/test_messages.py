@@ -82,6 +82,11 @@ def test_thinking_gets_the_names_that_templates_read(name):
     assert RowReader()({"messages": [USER, {**ASSISTANT, name: "easy"}]}).kind == "messages, thinking"
 
 
+def test_thinking_under_one_name_is_not_lost_to_a_blank_one_under_another():
+    (message,) = read({**ASSISTANT, "reasoning_content": "", "thinking": " ", "reasoning": "easy"})
+    assert message["thinking"] == message["reasoning_content"] == "easy"
+
+
 @pytest.mark.parametrize("name", ["weight", "train", "training", "loss_mask"])
 @pytest.mark.parametrize(("value", "trained"), [(0, False), (0.0, False), (False, False), (1, True), (True, True)])
 def test_flags_say_which_turns_are_trained(name, value, trained):
@@ -112,6 +117,11 @@ def test_numbers_of_untrained_turns_count_a_system_turn_that_is_put_before_them(
         ({"role": "user", "content": ["a"]}, "not text", "a part of message 1 is of type str"),
         ({"role": "user", "content": [{"type": "text"}]}, "not text", "the text of a part of message 1 is null"),
         ({**ASSISTANT, "thinking": ["a"]}, "not text", "the thinking of message 1 is of type list"),
+        (
+            {**ASSISTANT, "thinking": "a", "reasoning": "b"},
+            "malformed message",
+            "thinking and reasoning of message 1 are different thinking",
+        ),
         ({**ASSISTANT, "function_calls": [CALL]}, "not text", "function_calls of message 1 is of type list"),
         ({**CALLED, "function_calls": [CALL]}, "not text", "function_calls of message 1 is of type list"),
         ({**USER, "function_calls": "f()"}, "malformed tool call", "message 1 calls a tool but its role is user"),

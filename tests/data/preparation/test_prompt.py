@@ -170,6 +170,14 @@ def test_a_field_that_a_row_lacks_is_named():
         RowReader(prompt=Prompt("{problem} {level}"))(ROW | {"level": nested})
 
 
+def test_a_prompt_takes_no_blank_question():
+    for text in ("Solve: {}", "Solve: {problem}"):
+        with pytest.raises(RowError, match="empty text: problem is empty"):
+            RowReader(prompt=Prompt(text))({"problem": " \n", "solution": "4"})
+    beside = RowReader(prompt=Prompt("Solve: {passage}"))({"problem": "", "passage": "2+2", "solution": "4"})
+    assert beside.messages[0]["content"] == "Solve: 2+2"
+
+
 def test_a_prompt_takes_no_messages():
     row = {"messages": [user("a"), {"role": "assistant", "content": "b"}]}
     with pytest.raises(RowError, match="unknown fields: --prompt or .* asks for a question and an answer"):

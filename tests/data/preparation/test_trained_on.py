@@ -1,5 +1,6 @@
 """Which turns are trained: all, the last, those that a row allows, without what a program printed."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from data.preparation.conversation import Conversation, RowError
 from data.preparation.encoder import ChatEncoder, Document
 from data.preparation.formats import to_conversation
 from data.preparation.trained_on import TrainedOn
+from data.preparation.turns import _marked_turns
 from tests.support.chatting import CHATML, TEMPLATES, chat, small_tokenizer
 from tests.support.golden import CONVERSATIONS, TOOLS, call, golden_tokenizer
 
@@ -113,6 +115,31 @@ def test_generation_markers_are_the_mask_and_are_said():
     row = {"messages": [{"role": "user", "content": "a"}, thought]}
     document = encoded(to_conversation(row), marked)
     assert spans(document) == ["b<|im_end|>"] and document.rewritten == 1
+
+
+def test_generation_markers_are_read_in_linear_time():
+    finder = ChatEncoder(small_tokenizer(), TEMPLATES["chatml with generation markers"]).finders["default"]
+
+    def seconds(turns: int) -> float:
+        pair = [{"role": "user", "content": "a", "name": "x"}, {"role": "assistant", "content": "b", "name": "y"}]
+        rendered = finder.template.render(pair * turns)
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            assert len(_marked_turns(rendered, pair * turns, finder.learned)) == turns
+            times.append(time.process_time() - start)
+        return min(times)
+
+    assert seconds(4000) < 40 * max(seconds(400), 1e-4)  # 10 times as much; squares would be 100
+
+
+def test_arguments_of_rows_are_not_remembered_without_end(monkeypatch):
+    monkeypatch.setattr("data.preparation.turns._HELD", 3)
+    encoder = ChatEncoder(small_tokenizer(), CHATML)
+    pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [Conversation(pair, template_args={"number": number}) for number in range(9)]
+    assert {len(document.tokens) for document in encoder.encode(rows)} == {len(encoder.encode(rows)[0].tokens)}
+    assert len(encoder.finders["default"]._learned) <= 4
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5", "Qwen3", "OLMo 3"])
