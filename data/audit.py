@@ -20,9 +20,13 @@ class Lost:
     reason: str  # the commonest
     most: int  # dropped for it
 
+    @property
+    def share(self) -> float:
+        """Of the rows, those that were dropped."""
+        return self.count / self.rows
+
     def __str__(self) -> str:
-        share = self.count / self.rows
-        return f'{self.count:,} of {self.rows:,} rows ({share:.2%}), {self.most:,} of them for "{self.reason}"'
+        return f'{self.count:,} of {self.rows:,} rows ({self.share:.2%}), {self.most:,} of them for "{self.reason}"'
 
 
 def lost_rows(meta: Mapping[str, Any]) -> Lost | None:
@@ -42,7 +46,12 @@ def _dropped(counts: Mapping[str, Any]) -> dict[str, int]:
 
 
 def unsupervised(meta: Mapping[str, Any]) -> list[str]:
-    """The sources and kinds of row that have rows and no supervised token, in words."""
+    """The sources and kinds of row that have rows and no supervised token, in words.
+
+    None of a directory of held-out documents, which counts the rows of the whole that it was taken from.
+    """
+    if "held_out_of" in meta:
+        return []
     kinds, sources = meta.get("kind_counts", {}), meta.get("sources", [])
     left_out = _left_out(meta)  # of which kind, it does not say
     silent = [f"the {one['rows']:,} rows of kind {kind}" for kind, one in kinds.items() if _is_silent(one, left_out)]

@@ -80,7 +80,10 @@ class DocumentIndex(Documents):
         return self._spans[np.arange(counts.sum()) + np.repeat(first - before, counts)], counts
 
     def _map(self, name: str) -> np.ndarray:
-        return np.load(self.path / name, mmap_mode="r").view(np.ndarray)
+        try:
+            return np.load(self.path / name, mmap_mode="r").view(np.ndarray)
+        except (ValueError, EOFError):
+            raise ValueError(f"{self.path}: {name} is damaged, prepare the data again") from None
 
     def _numbers(self, name: str, names: list[str], otherwise: str, dtype: type) -> np.ndarray:
         """Map the number of each document's name; without the file `names` becomes the one name `otherwise`."""

@@ -100,6 +100,8 @@ def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values, like the flags without their dashes")
+    content = _underscored(content)
+    content |= {name: _underscored(content[name]) for name in SECTIONS if isinstance(content.get(name), dict)}
     bases = content.pop("base", None) or []
     below: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
@@ -111,7 +113,7 @@ def read_files(files: Sequence[Path]) -> dict[str, Any]:
     """The keys of several recipes, of which the later wins."""
     content: dict[str, Any] = {}
     for file in files:
-        content = overlay(content, _underscored(read_recipe(file)))
+        content = overlay(content, read_recipe(file))
     return content
 
 
@@ -130,14 +132,24 @@ def read_section(files: Sequence[Path], name: str) -> dict[str, Any]:
     if not isinstance(recipe.get(name), dict):
         there = ", ".join(one for one in SECTIONS if isinstance(recipe.get(one), dict)) or "none"
         raise ValueError(f"{files[-1]} has no section `{name}:` with keys of its own; its sections: {there}")
-    return _implied(recipe, name) | _underscored(recipe[name])
+    return _implied(recipe, name) | recipe[name]
+
+
+def _without_weight(data: str) -> str:
+    """The path of DATA or DATA:WEIGHT."""
+    path, colon, weight = data.rpartition(":")
+    try:
+        float(weight)
+    except ValueError:
+        return data
+    return path if colon else data
 
 
 def _implied(recipe: dict[str, Any], name: str) -> dict[str, Any]:
     run, data = recipe.get("output"), recipe.get("data") or []
     if name == "prepare":
         data = data if isinstance(data, list) else [data]
-        return {"model": recipe.get("model")} | ({"output": data[0]} if len(data) == 1 else {})
+        return {"model": recipe.get("model")} | ({"output": _without_weight(str(data[0]))} if len(data) == 1 else {})
     if run is None:
         return {}
     if name == "evaluate":
@@ -176,11 +188,11 @@ def merge(config: Any, values: dict[str, Any], where: str = "") -> Any:
         current = getattr(config, name)
         if value is None and not _takes_none(hints[name]):
             raise ValueError(f"recipe key {where}{raw} has no value; leave it out for its default, {current!r}")
+        if ((name == "mcore" and value) or dataclasses.is_dataclass(current)) and not isinstance(value, dict):
+            raise ValueError(f"recipe key {where}{raw} takes keys of its own, not {value!r}")
         if name == "mcore":
             changes[name] = {**current, **{key: check_mcore(key, item) for key, item in (value or {}).items()}}
         elif dataclasses.is_dataclass(current):
-            if not isinstance(value, dict):
-                raise ValueError(f"recipe key {where}{raw} takes keys of its own, not {value!r}")
             changes[name] = merge(current, value, f"{where}{raw}.")
         else:
             changes[name] = convert(value, hints[name], f"{where}{raw}")
@@ -195,7 +207,10 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             return None
         return convert(value, next(a for a in arguments if a is not type(None)), where)
     if origin is tuple:
-        return tuple(str(item) for item in (value if isinstance(value, list) else [value]))
+        items = value if isinstance(value, list) else [value]
+        if any(item is None or isinstance(item, dict | list) for item in items):
+            raise ValueError(f"recipe key {where} is {value!r}; give a list of texts, as its flag takes them")
+        return tuple(str(item) for item in items)
     if origin is typing.Literal:
         # PyYAML reads a bare on or off as a truth value.
         value = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
@@ -205,12 +220,12 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if hint is Path:
         return Path(str(value))
     try:
-        if hint is bool and not isinstance(value, bool):
+        if hint is not str and isinstance(value, bool) != (hint is bool):
             raise TypeError
         if hint is int and float(value) != int(float(value)):
             raise ValueError
         return hint(float(value)) if hint is int else hint(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"recipe key {where} is {value!r}, which is no {hint.__name__}") from None
 
 

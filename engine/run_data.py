@@ -101,14 +101,13 @@ def audit(indexes: Iterable[Documents], *, max_dropped: float, allow_unsupervise
     """
     for index in indexes:
         lost = lost_rows(index.meta)
-        if lost and lost.count > max_dropped * lost.rows:
+        if lost and lost.share > max_dropped:
             enough = math.ceil(1000 * lost.count / lost.rows) / 1000
             raise ValueError(
                 f"--data {index.path}: its preparation dropped {lost}; look at {index.path / 'dropped.jsonl'} and "
                 f"prepare the data again, or allow it with --max-dropped {enough:g}"
             )
-        # A directory of held-out documents counts the rows of the whole that it was taken from.
-        silent = [] if "held_out_of" in index.meta else unsupervised(index.meta)
+        silent = unsupervised(index.meta)
         if silent and not allow_unsupervised:
             raise ValueError(
                 f"--data {index.path}: no token is supervised in {' and '.join(silent)}; prepare the data again "

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from data.audit import lost_rows
+from data.audit import lost_rows, unsupervised
 from data.documents import Documents
 from engine.mesh import Mesh
 from engine.prepare import Prepared
@@ -32,6 +32,7 @@ def start_lines(prepared: Prepared, mesh: Mesh, step: int, on_host: bool) -> str
     for index in prepared.order.indexes:
         if lost := lost_rows(index.meta):
             lines.append(f"dropped when {index.path} was prepared: {lost}")
+        lines += [f"no token is supervised in {silent} of {index.path}" for silent in unsupervised(index.meta)]
     lines += [f"held out, {name}: {order.counts}" for name, order in prepared.valid_orders.items()]
     silent = [
         index for index in prepared.order.indexes + prepared.held_out if not index.meta.get("tokenizer_fingerprint")

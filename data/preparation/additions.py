@@ -11,7 +11,8 @@ from data.preparation.values import described, from_json, is_blank, is_empty, sh
 _SYSTEM, _TOOLS, _TEMPLATE_ARGS = ("system", "system_prompt"), ("tools", "functions"), "chat_template_kwargs"
 # in a row that takes nothing from one of these, something would be lost
 ADDING = (*_SYSTEM, *_TOOLS, _TEMPLATE_ARGS, CALLS, OUTPUT)
-_OTHERS = ("messages", "tools", "documents", "add_generation_prompt")  # a template gets these from the encoder
+# a template gets these from the encoder
+NO_TEMPLATE_ARGS = ("messages", "tools", "documents", "add_generation_prompt")
 
 
 def missing_system(columns: Columns, messages: Messages, given: str | None, taken: Iterable[str]) -> str | None:
@@ -54,6 +55,6 @@ def template_args_of(columns: Columns) -> dict[str, Any] | None:
         value = from_json(value, reason, _TEMPLATE_ARGS)
     if not isinstance(value, dict):
         raise RowError(reason, f"{_TEMPLATE_ARGS} is {described(value)}, an object is needed")
-    if others := [name for name in _OTHERS if name in value]:
+    if others := [name for name in NO_TEMPLATE_ARGS if name in value]:
         raise RowError(reason, f"{_TEMPLATE_ARGS} sets {', '.join(others)}, which it may not")
     return value

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from tyro.constructors import PrimitiveConstructorSpec
 
+from data.preparation.additions import NO_TEMPLATE_ARGS
 from data.preparation.formats import FORMATS, Fields
 from data.preparation.prompt import Prompt
 from data.preparation.sources import Source, check_hold_out, name_all, parse_source
@@ -20,7 +21,10 @@ def parse_template_args(pairs: list[str]) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"--template-args {pair}: write name=value, e.g. enable_thinking=false")
-        values[name] = yaml.safe_load(text) if text else ""
+        try:
+            values[name] = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError as error:
+            raise ValueError(f"--template-args {pair}: the value is no YAML: quote it if it is text") from error
     return values
 
 
@@ -120,6 +124,8 @@ class PrepareOptions:
     def __post_init__(self) -> None:
         if isinstance(self.template_args, tuple):  # as the command line has them
             object.__setattr__(self, "template_args", parse_template_args(list(self.template_args)))
+        if others := [name for name in NO_TEMPLATE_ARGS if name in self.template_args]:
+            raise ValueError(f"--template-args {others[0]}: it is made from each row: leave it out")
         if self.num_workers < 0 or (self.limit is not None and self.limit < 1) or self.preview < 0:
             raise ValueError("--num-workers and --preview must be at least 0, --limit at least 1")
         if not 0 <= self.hold_out_fraction < 1 or (self.hold_out and self.hold_out_fraction):

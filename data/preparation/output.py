@@ -29,7 +29,7 @@ def check_output(output: Path, inputs: Iterable[str | Path | None], *, overwrite
         if given is None:
             continue
         for path in (Path(given), Path(str(given).split(":")[0])):  # a data set may be path:config:split
-            if path.exists() and path.resolve().is_relative_to(place):
+            if os.path.exists(path) and path.resolve().is_relative_to(place):
                 holds = "is" if path.resolve() == place else "holds"
                 raise ValueError(
                     f"--output {output} {holds} {path}, which the data is made from: choose another --output"

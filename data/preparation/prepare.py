@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -14,6 +15,7 @@ from rich.console import Console
 from data.index import token_dtype
 from data.preparation.data_report import write_data_report
 from data.preparation.decontaminate import Questions
+from data.preparation.dropped import printable
 from data.preparation.encoder import ChatEncoder
 from data.preparation.files import left_alone, open_source
 from data.preparation.formats import Fields, RowReader
@@ -28,7 +30,7 @@ from data.preparation.prompt import Prompt, load_prompt
 from data.preparation.rows import JsonLines, Table
 from data.preparation.sources import Source
 from data.preparation.summary import print_summary
-from data.preparation.tokenizer import load_tokenizer, tokenizer_fingerprint
+from data.preparation.tokenizer import load_tokenizer, tokenizer_fingerprint, tokenizer_state
 from data.preparation.trained_on import TrainedOn
 from data.preparation.where import Where
 from data.preparation.workers import make_parts
@@ -75,6 +77,7 @@ def _prepare(options: PrepareOptions, output: Path, parts: Path, console: Consol
         "files": inputs.identities,
         "chat_template": tokenizer.chat_template,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "tokenizer": tokenizer_state(tokenizer),
         "chunks": len(inputs.chunks),
     }
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
@@ -123,24 +126,19 @@ def _open(options: PrepareOptions, scratch: Path, console: Console) -> Inputs:
     sources, readings = [], []
     files: list[SourceFile] = []
     chunks: list[Chunk] = []
-    for number, source in enumerate(options.each_source()):
+    given = options.each_source()
+    for number, source in enumerate(given):
         prompt = source.prompt if isinstance(source.prompt, Prompt | None) else load_prompt(source.prompt)
         source = replace(source, prompt=prompt)
         where = Where(source.where or (), lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
-        reader = RowReader(
-            format=source.format or "auto",
-            fields=source.fields or Fields(),
-            prompt=prompt,
-            system=source.system,
-            ignore_columns=source.ignore_columns or (),
-            special_tokens=added,
-        )
+        reader = _reader(source, added, of=f"--sources {source.name}: " if len(given) > 1 else "")
         try:
             opened = open_source(source.data, source.config, source.split, scratch=scratch)
         except ValueError as error:
             raise ValueError(f"--sources {error}") from error
         if alone := left_alone(source.data):
-            console.print(f"{source.name}: not rows, and left alone: {', '.join(alone)}", markup=False, soft_wrap=True)
+            said = printable(f"{source.name}: not rows, and left alone: {', '.join(alone)}")
+            console.print(said, markup=False, soft_wrap=True)
         chunks += _plan(opened, len(files), source.limit, where)
         files += [SourceFile(number, rows) for rows in opened]
         readings.append(Reading(source.name or "", reader, where))
@@ -150,6 +148,21 @@ def _open(options: PrepareOptions, scratch: Path, console: Console) -> Inputs:
     questions, compared = _questions(options, scratch)
     identities = [file.rows.identity for file in files] + compared
     return Inputs(tokenizer, sources, files, chunks, readings, questions, identities)
+
+
+def _reader(source: Source, added: tuple[str, ...], of: str) -> RowReader:
+    """The reader of a source's rows; `of` begins what is said of options that do not go together (ValueError)."""
+    try:
+        return RowReader(
+            format=source.format or "auto",
+            fields=source.fields or Fields(),
+            prompt=source.prompt if isinstance(source.prompt, Prompt) else None,
+            system=source.system,
+            ignore_columns=source.ignore_columns or (),
+            special_tokens=added,
+        )
+    except ValueError as error:
+        raise ValueError(f"{of}{error}") from None
 
 
 def _plan(opened: list[JsonLines | Table], first: int, limit: int | None, where: Where) -> list[Chunk]:
@@ -185,8 +198,13 @@ def _job(options: PrepareOptions, inputs: Inputs, parts: Path, now: datetime | N
         stripped_thinking=options.stripped_thinking,
         template_args=options.template_args,
     )
+    try:
+        encoder = ChatEncoder(inputs.tokenizer, now=now, options=trained_on)
+    except ValueError as error:
+        template = options.chat_template or f"of {options.tokenizer or options.model}"
+        raise ValueError(f"--chat-template {template}: {error}: give another") from error
     return Job(
-        encoder=ChatEncoder(inputs.tokenizer, now=now, options=trained_on),
+        encoder=encoder,
         sources=inputs.readings,
         files=inputs.files,
         chunks=inputs.chunks,
@@ -219,7 +237,13 @@ def _paths(options: PrepareOptions) -> list[str | Path | None]:
 def _check_vocabulary(options: PrepareOptions, size: int) -> None:
     """Refuses a tokenizer with more tokens than the model has embeddings, where a config file says so."""
     file = Path(options.model or "") / "config.json"
-    rows = json.loads(file.read_text()).get("vocab_size") if options.model and file.is_file() else None
+    if not options.model or not os.path.isfile(file):
+        return
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--model {options.model}: {file} is damaged ({error}): fetch the model again") from error
+    rows = config.get("vocab_size") if isinstance(config, dict) else None
     if rows is not None and size > rows and not options.resize_embeddings:
         raise ValueError(
             f"--tokenizer {options.tokenizer or options.model} has {size} tokens, {options.model} has"

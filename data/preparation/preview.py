@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from data.preparation.dropped import printable
 from data.preparation.encoder import Document
 from data.preparation.job import Job, Prepared, prepare_rows
 from data.preparation.samples import print_document
@@ -59,7 +60,7 @@ def preview(job: Job, count: int, tokenizer: Any, console: Console) -> None:
             f"would drop {times:,}: {reason}, first {look.first[reason]}" for reason, times in look.dropped.items()
         ]
         for line in said:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _look(job: Job, source: int, wanted: int) -> Look:

@@ -163,10 +163,9 @@ def _field(name: str, row: dict[str, Any], question: Any, answer: str | None) ->
             f"the prompt asks for {{{name}}}, the row has {listing(row) or 'no fields'}{nearest([name], row)}"
             f" (write {{{{{name}}}}} where braces are meant)"
         )
-    try:
-        return str(value)
-    except RecursionError:
-        raise ValueError(f"{{{name}}} of the prompt is {described(value)} that is nested too deeply") from None
+    if isinstance(value, dict | list):
+        raise ValueError(f"{{{name}}} of the prompt is {described(value)}: text or a number is needed")
+    return str(value)
 
 
 def total_code_executions(row: dict[str, Any]) -> int | None:

@@ -1,5 +1,6 @@
 """One source of rows: what it is read from, how, and how much of it is taken."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class Source:
         _, colon, amount = self.data.rpartition(":")
         if colon and _NUMBER.fullmatch(amount) and not Path(self.data).exists():
             raise ValueError(f"--sources {self.data}: in a file an amount is a key of its own, `take: {amount}`")
-        if self.take <= 0:
+        if not 0 < self.take < math.inf:
             raise ValueError(f"--sources {self.data}:{self.take}: take a share or a count above 0, or leave it out")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--sources {self.data}: limit {self.limit} must be at least 1")
@@ -53,7 +54,7 @@ class Source:
 
 def check_hold_out(name: str, value: int | float) -> None:
     """Raises ValueError for a count below 0, or a share that is not in [0, 1)."""
-    if value < 0 or (isinstance(value, float) and value >= 1):
+    if not 0 <= value < (1 if isinstance(value, float) else math.inf):
         raise ValueError(f"{name} {value}: hold out a share in [0, 1), such as 0.05, or a whole number of documents")
 
 

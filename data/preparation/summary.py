@@ -8,6 +8,7 @@ from rich.table import Table
 
 from data.audit import MAX_DROPPED, lost_rows, unsupervised
 from data.preparation.columns import listing
+from data.preparation.dropped import printable
 
 _ALWAYS = ("rows", "dropped", "documents", "tokens", "supervised_tokens")  # the others only where there are any
 _COLUMNS = ("rows", "filtered", "dropped", "cut", "not_taken", "held_out", "repeated", *_ALWAYS[2:])
@@ -34,7 +35,7 @@ def print_summary(meta: dict[str, Any], output: Path, console: Console) -> None:
     console.print(table)
     lines = [line for source in sources for line in _of_source(source)] + _of_all(meta, output)
     for line in [*_by_source(sources), *lines]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _by_source(sources: list[dict[str, Any]]) -> list[str]:

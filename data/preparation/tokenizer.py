@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def load_tokenizer(name: str, chat_template: str | Path | None = None, *, needs_
         )
     try:
         tokenizer = _class_of(name).from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"no tokenizer could be loaded from {name}: {reason}") from error
     backend_of(tokenizer)
@@ -65,7 +66,7 @@ def load_tokenizer(name: str, chat_template: str | Path | None = None, *, needs_
     if model.is_file() and not (Path(name) / "tokenizer.json").is_file():
         _cut_as_sentencepiece(tokenizer, model)
     if chat_template is not None:
-        tokenizer.chat_template = template_file(chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_template(chat_template)
     elif needs_template or tokenizer.chat_template:
         tokenizer.chat_template = templates_of(tokenizer)
     return tokenizer
@@ -79,7 +80,7 @@ def _class_of(name: str) -> Any:
     config = Path(name) / "tokenizer_config.json"
     if config.is_file() and (Path(name) / "tokenizer.json").is_file():
         named = json.loads(config.read_text(encoding="utf-8"))
-        if named.get("tokenizer_class") in _GENERIC and "auto_map" not in named:
+        if isinstance(named, dict) and named.get("tokenizer_class") in _GENERIC and "auto_map" not in named:
             from transformers import PreTrainedTokenizerFast
 
             return PreTrainedTokenizerFast
@@ -88,15 +89,26 @@ def _class_of(name: str) -> Any:
     return AutoTokenizer
 
 
+def read_template(given: str | Path) -> str:
+    """The text of a chat template given by its path or by its name. Raises ValueError."""
+    file = template_file(given)
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--chat-template {file}: not UTF-8 at byte {error.start}: save the file in this encoding"
+        ) from error
+
+
 def template_file(given: str | Path) -> Path:
     """The file of a chat template given by its path or by the name of one of the project's own."""
     named = CHAT_TEMPLATES / f"{given}.jinja"
     for file in (Path(given), named):
-        if file.is_file():
+        if os.path.isfile(file):  # false for what can be no path, too, such as the template's own text
             return file
     names = ", ".join(sorted(file.stem for file in CHAT_TEMPLATES.glob("*.jinja"))) or "none"
     raise ValueError(
-        f"--chat-template {given}: there is no such file, and no template of that name (there are {names})"
+        f"--chat-template {str(given)[:80]}: there is no such file, and no template of that name (there are {names})"
     )
 
 
@@ -150,6 +162,15 @@ def tokenizer_fingerprint(tokenizer) -> str:
     model = backend["model"]
     added = sorted((token["id"], token["content"]) for token in backend["added_tokens"])
     content = [model.get("vocab"), model.get("merges"), added]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def tokenizer_state(tokenizer) -> str:
+    """A hash of everything that decides what a tokenizer makes of a text, and of its special tokens' names."""
+    content = [
+        backend_of(tokenizer).to_str(),
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -52,7 +52,7 @@ def choose_turns(
             raise RowError("thinking left out by the chat template", "no turn is left; --stripped-thinking trains them")
         raise RowError("nothing to supervise", "no assistant turn of the row is to be trained")
     kept = [(turn.start, turn.end) for turn in chosen]
-    if options.turns == "all" and conversation.text is None:
+    if options.turns == "all":
         kept = _without((0, len(text)), sorted([*unwanted, *stripped]))
     masked = 0
     if options.mask_tool_output:

@@ -251,6 +251,8 @@ def _marked_turns(rendered: Rendered, messages: Messages, learned: Learned) -> l
     """The texts between generation markers, each with the message that it holds something of."""
     starts = [run.start for run in rendered.runs if run.part == GENERATION_STARTS]
     ends = [run.start for run in rendered.runs if run.part == GENERATION_ENDS]
+    if len(starts) != len(ends):
+        raise RowError(UNKNOWN, "the template cuts or repeats text in which generation is marked")
     runs = sorted((run for run in rendered.runs if run.part >= 0 and run.stop > run.start), key=lambda run: run.start)
     places = [run.start for run in runs]
     turns: list[Turn] = []

@@ -29,7 +29,7 @@ def load_tokenizer(options: EvaluationOptions) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from data.preparation.tokenizer import template_file
+    from data.preparation.tokenizer import read_template
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -38,7 +38,7 @@ def load_tokenizer(options: EvaluationOptions) -> Any:
         raise EvaluationError(f"--model {options.model} cannot be loaded: {first}") from error
     if options.chat_template is not None:
         try:
-            tokenizer.chat_template = template_file(options.chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = read_template(options.chat_template)
         except ValueError as error:
             raise EvaluationError(str(error)) from error
     if not tokenizer.chat_template:

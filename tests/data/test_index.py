@@ -59,6 +59,11 @@ def test_damaged_directories_are_refused(tmp_path):
         os.truncate(tmp_path / "a" / name, size)
         with pytest.raises(ValueError, match="prepare the data again"):
             DocumentIndex(tmp_path / "a")
+    write_index(tmp_path / "c", [([1, 2, 3], [[1, 3]])] * 9, vocab_size=10)
+    for name, size in (("spans_offsets.npy", 0), ("spans.npy", 150)):
+        os.truncate(tmp_path / "c" / name, size)
+        with pytest.raises(ValueError, match=rf"/c: {name} is damaged, prepare the data again"):
+            DocumentIndex(tmp_path / "c")
     (tmp_path / "a" / "meta.json").unlink()
     with pytest.raises(ValueError, match="meta.json missing"):
         DocumentIndex(tmp_path / "a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -140,10 +141,16 @@ def test_truncation_to_nothing_is_refused_or_null(pool, inputs, tmp_path):
     assert "--valid long: --too-long truncate leaves 6 of 6" in refused(
         inputs, tmp_path / "run", *extra, *only_held_out
     )
-    allowed = arguments(inputs, tmp_path / "run", *extra, "--too-long", "truncate", "--allow-unsupervised")
-    assert pool.run(outcome, 1, allowed) == [""]
+    meta = tmp_path / "long" / "meta.json"
+    silent = {"kind_counts": {"chat": {"rows": 6, "documents": 6, "supervised_tokens": 0}}}
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | silent))
+    allowed = (*extra, "--too-long", "truncate", "--allow-unsupervised")
+    (printed,) = pool.run(start, 1, inputs, tmp_path / "run", *allowed)
+    assert "truncated 6 (6 to nothing supervised), packed" in printed
+    assert f"\nno token is supervised in the 6 rows of kind chat of {tmp_path / 'long'}\n" in printed
     (line,) = metrics(tmp_path / "run")
     assert (line["loss"], line["valid_loss"], line["valid_losses"]) == (None, None, {"long": None})
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"kind_counts": {}}))
     assert pool.run(outcome, 1, arguments(inputs, tmp_path / "cut", *extra, "--too-long", "cut")) == [""]
     (line,) = metrics(tmp_path / "cut")
     assert line["supervised_tokens"] == 6 * 10 and line["valid_loss"] > 0

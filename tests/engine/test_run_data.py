@@ -70,6 +70,9 @@ def test_lost_rows_stop_a_run(tmp_path):
         f"{index.path}/dropped.jsonl and prepare the data again, or allow it with --max-dropped 0.011"
     )
     audit([index], max_dropped=0.011, allow_unsupervised=False)
+    half = opened(tmp_path / "half", rows=50, filtered=0, dropped=drops(no_answer=29))
+    assert refused(half).endswith("--max-dropped 0.58")
+    audit([half], max_dropped=0.58, allow_unsupervised=False)  # 0.58 * 50 is below 29 in floating point
     assert "--max-dropped 0.011" in refused(index, max_dropped=0.0, allow_unsupervised=True)
     audit(
         [opened(tmp_path / "few", **meta | {"dropped": drops(no_answer=12)})],

@@ -91,6 +91,22 @@ def test_bases_and_later_files_win_key_by_key(written):
         read_recipe(circle)
 
 
+def test_a_key_is_one_key_with_dashes_or_underscores(written):
+    written("low", {"too_long": "drop", "to-hf": {"dtype": "bf16", "max-sequence-length": 64}, "output": "r"})
+    written("middle", {"base": "low.yaml", "too-long": "cut"})
+    top = written("top", {"base": "middle.yaml", "too_long": "truncate", "to_hf": {"dtype": "source"}})
+    assert read_section([top], "to_hf") == {
+        "checkpoint": "r", "output": "r/final", "dtype": "source", "max_sequence_length": 64,
+    }  # fmt: skip
+    assert parse_run([str(top)]).too_long == "truncate"
+
+
+def test_data_are_prepared_into_the_directory_whatever_weight_it_has(written):
+    assert (
+        read_section([written("one", RECIPE | {"data": "runs/one/data:0.5"})], "prepare")["output"] == "runs/one/data"
+    )
+
+
 def test_a_section_that_is_not_there_is_named(written):
     path = written("one", {"model": "M", "average": {"steps": 1}})
     with pytest.raises(ValueError, match=r"one.yaml has no section `prepare:` .*; its sections: average$"):

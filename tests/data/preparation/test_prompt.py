@@ -163,11 +163,13 @@ def test_a_field_that_a_row_lacks_is_named():
         Prompt("{level}").messages({"problem": "a", "levels": "b"})
     with pytest.raises(RowError, match="missing prompt field"):
         RowReader(prompt=Prompt("{problem} {level}"))(ROW)
-    nested: list = []
-    for _ in range(100_000):
-        nested = [nested]
-    with pytest.raises(RowError, match="missing prompt field: {level} of the prompt .* nested too deeply"):
-        RowReader(prompt=Prompt("{problem} {level}"))(ROW | {"level": nested})
+    for value in ([], ["a"], {"a": 1}):
+        with pytest.raises(
+            RowError, match="missing prompt field: {level} of the prompt is of type .*: text or a number"
+        ):
+            RowReader(prompt=Prompt("{problem} {level}"))(ROW | {"level": value})
+    with pytest.raises(RowError, match="{} of the prompt is of type list"):
+        RowReader(prompt=Prompt("Solve: {}"))({"question": ["a", None], "answer": "b"})
 
 
 def test_a_prompt_takes_no_blank_question():
