@@ -88,8 +88,9 @@ class Columns:
         return text_of(self.row, name)
 
     def unused(self) -> tuple[str, ...]:
-        """Names of the whole row's columns that were not used, in alphabetical order."""
-        return tuple(sorted([str(name) for name in self._whole if name not in self.used]))
+        """Names of the whole row's columns that say something and were not used, in alphabetical order."""
+        left = [name for name, value in self._whole.items() if name not in self.used and not is_blank(value)]
+        return tuple(sorted(map(str, left)))
 
     def refuse_unused(self, known: Iterable[str], kind: str) -> None:
         """Raises RowError for one of these columns that says something and was not used; the others count as used."""

@@ -33,9 +33,9 @@ CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>", 
         ({"instruction": " ", "input": "2+2?", "output": "4"}, "alpaca", ()),
         ({"problem": "other", "solution": "other", "messages": [USER, ASSISTANT]}, "messages", ("problem", "solution")),
         # nulls are what a table gives to rows of another kind
-        ({"problem": "2+2?", "solution": None, "generated_solution": "4"}, "question_answer", ("solution",)),
-        ({"messages": None, "instruction": None, "input": "2+2?", "output": "4"}, "question_answer", None),
-        ({"messages": None, "text": None, **PAIR, "system": "", "tools": ""}, "question_answer", ("messages", "text")),
+        ({"problem": "2+2?", "solution": None, "generated_solution": "4"}, "question_answer", ()),
+        ({"messages": None, "instruction": None, "input": "2+2?", "output": "4"}, "question_answer", ()),
+        ({"messages": None, "text": None, **PAIR, "system": "", "tools": ""}, "question_answer", ()),
     ],
 )  # fmt: skip
 def test_rows_that_need_no_telling(row, kind, unused):
@@ -43,7 +43,7 @@ def test_rows_that_need_no_telling(row, kind, unused):
     assert conversation.messages == [USER, ASSISTANT]
     assert (conversation.tools, conversation.template_args, conversation.untrained) == (None, None, frozenset())
     assert (conversation.text, conversation.trained, conversation.kind) == (None, (), kind)
-    assert unused is None or conversation.unused == unused
+    assert conversation.unused == unused
 
 
 def test_an_instruction_comes_before_what_it_is_about():

@@ -13,6 +13,7 @@ import pytest
 import data.preparation.rows
 from data.index import DocumentIndex
 from data.preparation.formats import Fields
+from data.preparation.sources import Source
 from data.preparation.tokenizer import tokenizer_fingerprint
 from tests.support.chatting import chat, small_tokenizer
 from tests.support.preparing import ROOT, answers, contents, jsonl, rows, run, texts
@@ -177,6 +178,33 @@ def test_tokenizer_larger_than_the_model_is_refused(tmp_path):
         run(tmp_path / "model", tmp_path / "data", source)
     meta, _ = run(tmp_path / "model", tmp_path / "data", source, resize_embeddings=True)
     assert meta["documents"] == 3 and meta["options"]["resize_embeddings"]
+
+
+def test_what_a_user_can_mend_is_named(model, tmp_path):
+    source, folder = jsonl(tmp_path / "a.jsonl", rows(3)), tmp_path / "damaged"
+    small_tokenizer().save_pretrained(folder)
+    (folder / "config.json").write_text('{"vocab_size": ')
+    (tmp_path / "open.jinja").write_text("{% for m in messages %}")
+    (tmp_path / "empty.jinja").write_text("{{ messages | length }}")
+    mixed = (Source(data=str(source), name="talk", format="messages", prompt="math"), source)
+    for sources, options, message in (
+        ((source,), {"model": str(folder)}, f"--model {folder}: {folder}/config.json is damaged"),
+        ((source,), {"chat_template": tmp_path / "open.jinja"}, "--chat-template .*open.jinja: .* is not Jinja"),
+        ((source,), {"chat_template": tmp_path / "empty.jinja"}, "empty.jinja: .*no assistant turn.*: give another$"),
+        ((source,), {"prompt": "Solve {problem}. " * 30}, "--prompt Solve {problem}. .*: there is no such file"),
+        (mixed, {}, "--sources talk: --format messages takes whole conversations"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(options.pop("model", model), tmp_path / "data", *sources, **options)
+
+
+def test_names_that_no_terminal_can_show_end_nothing(model, tmp_path):
+    odd = [{"\ud800": 1}, *({**row, "\ud801": 1} for row in rows(3))]
+    source = jsonl(tmp_path / "a.jsonl", odd)
+    for options in ({}, {"preview": 1}):
+        _, printed = run(model, tmp_path / "data", source, **options)
+        assert r"the row has \ud800: name two" in printed
+        printed.encode()  # as a terminal does
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="needs gsm8k_train.jsonl in LATHE_DATA")

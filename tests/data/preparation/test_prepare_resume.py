@@ -85,6 +85,17 @@ def test_other_options_start_anew_and_an_output_is_not_replaced(model, tmp_path)
     assert len(DocumentIndex(tmp_path / "data")) == 3
 
 
+def test_another_end_token_under_the_same_path_is_noticed(tmp_path):
+    source, model = jsonl(tmp_path / "a.jsonl", rows(3)), tmp_path / "model"
+    tokenizer = small_tokenizer().__class__(tokenizer_object=small_tokenizer().backend_tokenizer, eos_token="</s>")
+    tokenizer.save_pretrained(model)
+    run(model, tmp_path / "data", source, chat_template="tulu")
+    tokenizer.eos_token = "<|end|>"
+    tokenizer.save_pretrained(model)
+    with pytest.raises(ValueError, match="data exists: choose another, or replace it with --overwrite"):
+        run(model, tmp_path / "data", source, chat_template="tulu")
+
+
 @pytest.mark.parametrize("kind", ["run", "sources", "file in data", "data file", "link", "parts", "partial"])
 def test_nothing_is_removed_that_preparing_did_not_make(model, tmp_path, kind):
     rows_of = jsonl(tmp_path / "a.jsonl", rows(5))

@@ -113,6 +113,10 @@ def test_every_field_of_a_source_is_a_key(tmp_path):
         ({"sources": ["b", {"take": 1}]}, r"sources\[1\]: data is missing"),
         ({"sources": [{"data": "a", "take": "half"}]}, "take is 'half'; it takes a whole number or a number"),
         ({"sources": [{"data": "a", "take": 0}]}, "a:0: take a share or a count above 0"),
+        ({"sources": [{"data": "a", "take": float("inf")}]}, "a:inf: take a share or a count above 0"),
+        ({"sources": [{"data": "a", "take": float("nan")}]}, "a:nan: take a share or a count above 0"),
+        ({"sources": [{"data": "a", "hold_out": float("nan")}]}, "hold_out nan: hold out a share in"),
+        ({"template_args": {"messages": 1}}, "--template-args messages: it is made from each row: leave it out"),
         ({"sources": ["a:0.0"]}, "a:0.0: take a share or a count above 0"),
         ({"sources": [{"data": "a", "hold_out": 1.0}]}, "hold_out 1.0: hold out a share in"),
         ({"sources": [{"data": "a", "prompt": {"user": "no field"}}]}, "prompt names no field"),
@@ -165,6 +169,8 @@ def test_what_is_no_mixture_file_is_a_source():
 def test_template_arguments_are_pairs():
     with pytest.raises(ValueError, match="--template-args thinking: write name=value"):
         read_options(["--sources", "a", "--model", "m", "--output", "o", "--template-args", "thinking"])
+    with pytest.raises(ValueError, match=r"--template-args x=\[1: the value is no YAML: quote it if it is text"):
+        read_options(["--sources", "a", "--model", "m", "--output", "o", "--template-args", "x=[1"])
 
 
 def test_an_amount_behind_the_data_of_a_mixture_names_its_key():

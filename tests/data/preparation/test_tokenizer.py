@@ -80,6 +80,14 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
     small_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="--chat-template tulip: there is no such file, and no template of that name"):
         load_tokenizer(str(tmp_path), "tulip")
+    with pytest.raises(ValueError, match="--chat-template {{ messages }}{{ messages }}.*: there is no such file"):
+        load_tokenizer(str(tmp_path), "{{ messages }}" * 30)
+    (tmp_path / "latin.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"--chat-template .*latin.jinja: not UTF-8 at byte 3: save the file"):
+        load_tokenizer(str(tmp_path), tmp_path / "latin.jinja")
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=f"no tokenizer could be loaded from {tmp_path}"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_what_stands_around_a_text():
