@@ -98,7 +98,11 @@ class ChatEncoder:
         return results
 
     def end_token_ids(self) -> list[int]:
-        """See the function of this name."""
+        """Ids of the tokens with which the template ends an assistant's turn, for `generation_config`.
+
+        The one after an answer comes first, then the one after a tool call where it differs. Empty where the
+        template ends turns with nothing, or with text that is no token of this tokenizer.
+        """
         if not self.finders:
             return self._text_ends[1].tolist()
         ends = [end for finder in self.finders.values() for end in finder.learned.ends]
@@ -212,12 +216,3 @@ def _batches(located: list[_Located]):
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def end_token_ids(tokenizer, chat_template: str | None = None) -> list[int]:
-    """Ids of the tokens with which the template ends an assistant's turn, for `generation_config`.
-
-    The one after an answer comes first, then the one after a tool call where it differs. Empty where the
-    template ends turns with nothing, or with text that is no token of this tokenizer.
-    """
-    return ChatEncoder(tokenizer, chat_template).end_token_ids()

@@ -38,12 +38,6 @@ def templates_of(tokenizer) -> str | dict[str, str]:
     return templates
 
 
-def template_of(tokenizer) -> str:
-    """The tokenizer's own chat template for conversations without tools. Raises ValueError where it has none."""
-    templates = templates_of(tokenizer)
-    return templates["default"] if isinstance(templates, dict) else templates
-
-
 def load_tokenizer(name: str, chat_template: str | Path | None = None, *, needs_template: bool = True):
     """The tokenizer of a directory or hub name, with the chat templates that are to be used.
 

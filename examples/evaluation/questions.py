@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from data.preparation.files import open_source
-from data.preparation.prompt import Prompt, load_prompt
+from data.preparation.prompt import QUESTIONS, Prompt, load_prompt
 from data.preparation.rows import Unreadable
 from examples.evaluation.extraction import last_boxed, stated_answer
 from examples.evaluation.options import EvaluationError, EvaluationOptions, flag
-
-PROBLEM_FIELDS = ("problem", "question", "input")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +79,11 @@ def _messages(row: dict[str, Any], prompt: Prompt | None) -> list[dict[str, Any]
         if not asked:
             raise ValueError("`messages` has no turn before the last assistant turn")
         return asked
-    for name in PROBLEM_FIELDS:
+    for name in QUESTIONS:
         if isinstance(row.get(name), str) and row[name].strip():
             return [{"role": "user", "content": row[name]}]
     raise ValueError(
-        f"none of messages, {', '.join(PROBLEM_FIELDS)} is among its fields ({', '.join(row)}); "
+        f"none of messages, {', '.join(QUESTIONS)} is among its fields ({', '.join(row)}); "
         "give --prompt FILE with the fields to use"
     )
 

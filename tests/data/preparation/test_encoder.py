@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data.preparation.conversation import Conversation, RowError
-from data.preparation.encoder import ChatEncoder, Document, end_token_ids
+from data.preparation.encoder import ChatEncoder, Document
 from data.preparation.formats import to_conversation
-from data.preparation.tokenizer import load_tokenizer, template_of, tokenizer_fingerprint
+from data.preparation.tokenizer import load_tokenizer, tokenizer_fingerprint
 from data.preparation.trained_on import TrainedOn
 from tests.support.chatting import CHATML, SPECIAL, TEMPLATES, WORDS, chat, small_tokenizer, tool_row
 
@@ -76,7 +76,7 @@ def test_spans_of_every_template(name, trim_offsets):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_end_token_ids(name):
-    tokens = small_tokenizer().convert_ids_to_tokens(end_token_ids(small_tokenizer(), TEMPLATES[name]))
+    tokens = small_tokenizer().convert_ids_to_tokens(ChatEncoder(small_tokenizer(), TEMPLATES[name]).end_token_ids())
     assert tokens == END_TOKENS.get(name, ["<|im_end|>"])
 
 
@@ -260,7 +260,7 @@ def test_fingerprint_and_template_survive_saving(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
     assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
-    assert template_of(loaded) == CHATML
+    assert loaded.chat_template == CHATML
     (tmp_path / "other.jinja").write_text(TEMPLATES["header style"])
     other = load_tokenizer(str(tmp_path), tmp_path / "other.jinja")
     assert other.chat_template == TEMPLATES["header style"]
