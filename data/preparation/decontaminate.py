@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from data.preparation.conversation import Conversation
+from data.preparation.messages import MESSAGES, ROLES
 from data.preparation.prompt import QUESTIONS
 from data.preparation.rows import JsonLines, Table, Unreadable
 
@@ -51,7 +52,8 @@ class Questions:
                 for number, row in reader.read(start, stop):
                     question = None if isinstance(row, Unreadable) else _question(row)
                     if question is None:
-                        why = row.error if isinstance(row, Unreadable) else f"none of {', '.join(_COLUMNS)} is text"
+                        names = ", ".join((*MESSAGES, *_COLUMNS))
+                        why = row.error if isinstance(row, Unreadable) else f"its column must be one of {names}"
                         raise ValueError(f"--decontaminate {reader.name}:{line + number}: no question found ({why})")
                     self._add(_words(question), Place(len(self.files) - 1, line + number))
                 line += reader.lines(start, stop)
@@ -91,9 +93,13 @@ def _question(row: Any) -> str | None:
     """The question of a test row: its first user's turn, or its first column with a question's name."""
     if not isinstance(row, dict):
         return None
-    turns = [turn for name in ("messages", "prompt") if isinstance(row.get(name), list) for turn in row[name]]
-    texts = [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"]
+    turns = [turn for name in (*MESSAGES, "prompt") if isinstance(row.get(name), list) for turn in row[name]]
+    texts = [turn.get("content", turn.get("value")) for turn in turns if isinstance(turn, dict) and _is_user(turn)]
     return next((text for text in (*texts, *map(row.get, _COLUMNS)) if isinstance(text, str)), None)
+
+
+def _is_user(turn: dict[str, Any]) -> bool:
+    return ROLES.get(str(turn.get("role", turn.get("from"))).strip().lower()) == "user"
 
 
 def _words(text: str) -> list[str]:

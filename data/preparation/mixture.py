@@ -51,6 +51,8 @@ def read_values(mapping: Any, kind: type, where: str) -> dict[str, Any]:
     values = {}
     for key, value in mapping.items():
         name = str(key).replace("-", "_")
+        if kind is Source and name not in hints and name in typing.get_type_hints(PrepareOptions):
+            raise ValueError(f"{where}: {key} counts for all sources: write it beside `sources`, not inside one")
         if name not in hints:
             nearest = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)[0]
             raise ValueError(f"{where}: unknown key {key}; the nearest is {nearest}")

@@ -45,23 +45,26 @@ def test_an_overlap_is_a_run_of_words_whatever_stands_between_them(tmp_path):
 
 
 def test_questions_are_found_in_every_kind_of_file(tmp_path):
-    texts = [f"Question number {number} is about {number} green and {number} blue apples" for number in range(4)]
+    texts = [f"Question number {number} is about {number} green and {number} blue apples" for number in range(5)]
     jsonl(
         tmp_path / "a.jsonl",
         [chat(("system", "s"), ("user", texts[0])), {"prompt": [{"role": "user", "content": texts[1]}]}],
     )
     pyarrow.parquet.write_table(pyarrow.table({"id": [1], "question": [texts[2]]}), tmp_path / "b.parquet")
     (tmp_path / "c.csv").write_text(f"instruction,answer\n{texts[3]},4\n")
+    jsonl(tmp_path / "d.jsonl", [{"conversations": [{"from": "human", "value": texts[4]}]}])
     found = Questions(8)
-    for name in ("a.jsonl", "b.parquet", "c.csv"):
+    for name in ("a.jsonl", "b.parquet", "c.csv", "d.jsonl"):
         found.add_file(name, open_source(str(tmp_path / name)))
-    assert [found.find(asked(text)).file for text in texts] == [0, 0, 1, 2]
-    assert found.questions == [2, 1, 1]
+    assert [found.find(asked(text)).file for text in texts] == [0, 0, 1, 2, 3]
+    assert found.questions == [2, 1, 1, 1]
 
 
 @pytest.mark.parametrize("row", [{"q": "What?"}, {"problem": None}, "{", "[1]"])
 def test_a_test_row_without_a_question_is_named(tmp_path, row):
-    with pytest.raises(ValueError, match=r"--decontaminate .*test\.jsonl:2: no question found"):
+    with pytest.raises(
+        ValueError, match=r"--decontaminate .*test\.jsonl:2: no question found \((its column must be one of|not JSON)"
+    ):
         questions(tmp_path, [{"problem": LONG}, row])
 
 

@@ -110,6 +110,7 @@ def test_every_field_of_a_source_is_a_key(tmp_path):
     [
         ({"sorces": "a"}, "unknown key sorces; the nearest is sources"),
         ({"sources": [{"data": "a", "promt": "x"}]}, r"sources\[0\]: unknown key promt; the nearest is prompt"),
+        ({"sources": [{"data": "a", "chat_template": "x"}]}, r"sources\[0\]: chat_template counts for all sources"),
         ({"sources": ["b", {"take": 1}]}, r"sources\[1\]: data is missing"),
         ({"sources": [{"data": "a", "take": "half"}]}, "take is 'half'; it takes a whole number or a number"),
         ({"sources": [{"data": "a", "take": 0}]}, "a:0: take a share or a count above 0"),
