@@ -1,6 +1,7 @@
 """`inspect_data.py`: which documents and dropped rows it prints, and what it says where it was mistyped."""
 
 import re
+import shutil
 
 import pytest
 
@@ -14,6 +15,13 @@ from tests.support.reporting import ANSWERS, END, write_data
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("inspected") / "data")
+
+
+def as_prefix(data, folder):
+    """The token files of a data directory by themselves, under a prefix in `folder`."""
+    for ending in (".bin", ".idx"):
+        shutil.copy(data / f"tokens{ending}", folder / f"other{ending}")
+    return folder / "other"
 
 
 @pytest.fixture
@@ -81,11 +89,12 @@ def test_dropped_rows_are_shown_by_reason(folder, show):
 def test_a_prefix_shows_ids_or_the_text_of_a_tokenizer(folder, show, tmp_path):
     small_tokenizer().save_pretrained(tmp_path)
     ids = DocumentIndex(folder).tokens(3).tolist()
-    text = show(folder / "tokens", "--row", 3)
-    assert f"document 3 of 14, source tokens, kind text\n{len(ids)} tokens, {len(ids) - 1} supervised" in text
+    prefix = as_prefix(folder, tmp_path)
+    text = show(prefix, "--row", 3)
+    assert f"document 3 of 14, source other, kind text\n{len(ids)} tokens, {len(ids) - 1} supervised" in text
     assert f"{ids[0]} [[{' '.join(map(str, ids[1:]))} ]]" in text
-    assert f"assistant↵\n{ANSWERS[3]}{END}]]" in show(folder / "tokens.bin", "--row", 3, "--tokenizer", tmp_path)
-    assert show(folder / "tokens", "--dropped") == "no row was dropped\n"
+    assert f"assistant↵\n{ANSWERS[3]}{END}]]" in show(tmp_path / "other.bin", "--row", 3, "--tokenizer", tmp_path)
+    assert show(prefix, "--dropped") == "no row was dropped\n"
 
 
 def test_the_page_is_written_again(folder, show):
@@ -119,7 +128,8 @@ def test_a_tokenizer_of_other_data_is_refused(folder, show, tmp_path):
         '{"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}}'
     )
     backend.save(str(tmp_path / "small" / "tokenizer.json"))
-    sentence = show(other / "tokens", "--row", 0, "--tokenizer", tmp_path / "small", status=2)
+    prefix = as_prefix(other, tmp_path)
+    sentence = show(prefix, "--row", 0, "--tokenizer", tmp_path / "small", status=2)
     largest = DocumentIndex(other).tokens(0).max()
     assert sentence.startswith(
         f"error: --tokenizer {tmp_path / 'small'} has no token {largest}, which document 0 holds"
@@ -127,4 +137,4 @@ def test_a_tokenizer_of_other_data_is_refused(folder, show, tmp_path):
     (tmp_path / "small" / "tokenizer.json").write_text("{")
     assert "is no tokenizer that can be read" in show(other, "--tokenizer", tmp_path / "small", status=2)
     assert "there is no such data directory" in show(tmp_path / "nothing", status=2)
-    assert "is no data directory that a report could" in show(other / "tokens", "--report", status=2)
+    assert "is no data directory that a report could" in show(prefix, "--report", status=2)
