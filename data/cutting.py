@@ -67,9 +67,7 @@ class Pieces(Documents):
     def spans(self, document: int) -> np.ndarray:
         """Supervised tokens within it: int32 [n, 2]; the first token of a later piece is the piece before's."""
         whole, start = self._find(document)
-        end = start + int(self.lengths[document])
-        spans = np.clip(self._index.spans(whole), start + (start > 0), end) - start
-        return spans[spans[:, 0] < spans[:, 1]].astype(np.int32)
+        return spans_within(self._index.spans(whole), start, start + int(self.lengths[document]))
 
     def place(self, document: int) -> str:
         """The document, and which tokens of it."""
@@ -88,6 +86,15 @@ class Pieces(Documents):
             if piece < self._pieces_before[begun]:
                 return int(self._long[begun - 1]), int(self._starts[piece])
         return document + begun - int(self._pieces_before[begun]), 0
+
+
+def spans_within(spans: np.ndarray, start: int, end: int) -> np.ndarray:
+    """Spans [n, 2] of a document as its piece of tokens [start, end) has them: int32 [m, 2], counted from `start`.
+
+    The first token of a later piece is the last of the piece before, which has predicted it.
+    """
+    inside = np.clip(spans, start + (start > 0), end) - start
+    return inside[inside[:, 0] < inside[:, 1]].astype(np.int32)
 
 
 def _cut(index: Documents, long: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:

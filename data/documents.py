@@ -45,3 +45,9 @@ class Documents:
 def constant(value: int, count: int, dtype: type) -> np.ndarray:
     """A read-only array [count] of one value that takes the memory of one."""
     return np.broadcast_to(dtype(value), count)
+
+
+def runs_of(values: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The runs values[start : start + count] end to end, for each of starts and counts [runs]."""
+    shift = starts - (np.cumsum(counts) - counts)
+    return values[np.arange(counts.sum()) + np.repeat(shift, counts)]

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from data.documents import Documents, constant
+from data.documents import Documents, constant, runs_of
 from data.prefix import PrefixIndex, prefix_of
 from data.token_files import map_token_files, write_idx
 
@@ -75,9 +75,7 @@ class DocumentIndex(Documents):
 
     def spans_of(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         first, counts = self._offsets[documents], self._offsets[documents + 1] - self._offsets[documents]
-        # The spans of a document are consecutive: its first one plus 0, 1, 2, ...
-        before = np.cumsum(counts) - counts
-        return self._spans[np.arange(counts.sum()) + np.repeat(first - before, counts)], counts
+        return runs_of(self._spans, first, counts), counts
 
     def _map(self, name: str) -> np.ndarray:
         try:

@@ -135,21 +135,20 @@ def read_section(files: Sequence[Path], name: str) -> dict[str, Any]:
     return _implied(recipe, name) | recipe[name]
 
 
-def _without_weight(data: str) -> str:
-    """The path of DATA or DATA:WEIGHT."""
-    path, colon, weight = data.rpartition(":")
+def split_weight(argument: str) -> tuple[str, float]:
+    """DATA or DATA:WEIGHT as a path and a weight; what is no number behind a colon belongs to the path."""
+    path, colon, weight = argument.rpartition(":")
     try:
-        float(weight)
+        return (path, float(weight)) if colon else (argument, 1.0)
     except ValueError:
-        return data
-    return path if colon else data
+        return argument, 1.0
 
 
 def _implied(recipe: dict[str, Any], name: str) -> dict[str, Any]:
     run, data = recipe.get("output"), recipe.get("data") or []
     if name == "prepare":
         data = data if isinstance(data, list) else [data]
-        return {"model": recipe.get("model")} | ({"output": _without_weight(str(data[0]))} if len(data) == 1 else {})
+        return {"model": recipe.get("model")} | ({"output": split_weight(str(data[0]))[0]} if len(data) == 1 else {})
     if run is None:
         return {}
     if name == "evaluate":

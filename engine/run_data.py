@@ -11,6 +11,7 @@ from data.audit import lost_rows, unsupervised
 from data.documents import Documents
 from data.index import open_index
 from data.prefix import prefix_of
+from engine.cli import split_weight
 
 
 def open_data(arguments: tuple[str, ...], flag: str = "--data") -> tuple[tuple[Documents, float], ...]:
@@ -42,13 +43,7 @@ def open_valid(arguments: tuple[str, ...]) -> dict[str, tuple[Documents, float]]
 
 
 def _open(argument: str, flag: str) -> tuple[Documents, float]:
-    path, colon, weight = argument.rpartition(":")
-    if not colon or _is_data(argument):
-        path, weight = argument, "1"
-    try:
-        factor = float(weight)
-    except ValueError:
-        path, factor = argument, 1.0
+    path, factor = (argument, 1.0) if _is_data(argument) else split_weight(argument)
     if factor <= 0:
         raise ValueError(f"{flag} {argument}: the weight must be above 0")
     return open_index(path), factor

@@ -1,4 +1,17 @@
-"""A flag of one script among the flags of another."""
+"""What the scripts of this folder share: errors as one sentence, and a flag of one script among those of another."""
+
+import sys
+from collections.abc import Callable
+
+
+def exit_status(work: Callable[[], object]) -> int:
+    """Does a script's work; returns its exit status. A user's mistake is one sentence and exit status 2."""
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def take_flag(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from examples.flags import exit_status
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -189,15 +191,14 @@ def print_summary(index: Documents, console: Console) -> None:
 
 def main(arguments: list[str]) -> int:
     """Reads the command line and shows; returns the exit status. A user's mistake is one sentence."""
-    try:
+
+    def show() -> None:
         options = tyro.cli(InspectOptions, args=arguments, description=__doc__)
         from rich.console import Console
 
         inspect_data(options, Console())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(show)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from examples.flags import take_flag
+from examples.flags import exit_status, take_flag
 
 GIB = 2**30
 
@@ -75,12 +75,7 @@ def plan(arguments: list[str]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Plans a run; returns the exit status. A user's mistake is one sentence."""
-    try:
-        plan(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: plan(arguments))
 
 
 if __name__ == "__main__":

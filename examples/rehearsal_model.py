@@ -17,6 +17,7 @@ from data.preparation.conversation import RowError
 from data.preparation.files import open_source
 from data.preparation.formats import Fields, RowReader
 from data.preparation.rows import JsonLines, Table, Unreadable
+from examples.flags import exit_status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +97,7 @@ def make_model(options: RehearsalOptions) -> None:
 
 def main(arguments: list[str]) -> int:
     """Reads the command line and makes the model; returns the exit status."""
-    try:
-        make_model(tyro.cli(RehearsalOptions, args=arguments, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: make_model(tyro.cli(RehearsalOptions, args=arguments, description=__doc__)))
 
 
 if __name__ == "__main__":

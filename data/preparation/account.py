@@ -28,7 +28,6 @@ class Tally:
 class Account(Tally):
     """What became of the rows of one source; `documents` are those to train on."""
 
-    name: str = ""
     filtered: int = 0
     cut: int = 0  # documents that rows of text gave beyond their first
     not_taken: int = 0

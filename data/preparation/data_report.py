@@ -24,6 +24,7 @@ from data.preparation.report_cards import (
 )
 from data.preparation.report_parts import card, clipped, fold, percent, short
 from data.preparation.samples import document_html, title_of
+from data.preparation.summary import NOTES
 
 REPORT = "data_report.html"
 SAMPLES_EACH, MOST_SAMPLES, SAMPLE_TOKENS = 2, 40, 400
@@ -35,14 +36,6 @@ SHOWN_ELSEWHERE = {
     *("tokens", "supervised_tokens", "encoded_tokens", "held_out_tokens", "not_taken_tokens", "repeated_tokens"),
     *("dropped_tokens", "sources", "kinds", "kind_counts", "options", "chat_template", "date", "plan"),
     *("end_token_ids", "end_tokens", "vocab_size", "dtype", "fingerprint", "tokenizer_fingerprint"),
-}
-NOTES = {
-    "open_turns": "assistant turns that end with no end token or text in this template",
-    "rewritten_turns": "assistant turns that the template changed, for instance by leaving out earlier thinking",
-    "straddling_tokens": "supervised tokens with characters on both sides of a turn's boundary",
-    "untrained_turns": "assistant turns that their row says not to train",
-    "stripped_turns": "assistant turns not trained because the template leaves out their thinking",
-    "masked_tool_outputs": "tool outputs inside assistant turns that are not trained",
 }
 
 

@@ -44,7 +44,8 @@ class Document:
 class ChatEncoder:
     """Tokenises conversations with a tokenizer and its chat template, or the one given as text.
 
-    Without a template it takes text alone. Raises ValueError for a template that cannot be trained on.
+    Without a template it takes text alone; `hashed` says whether documents get their hashes. Raises ValueError for a
+    template that cannot be trained on.
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class ChatEncoder:
         chat_template: str | dict[str, str] | None = None,
         now: datetime | None = None,
         options: TrainedOn | None = None,
+        *,
+        hashed: bool = True,
     ):
-        self.options = options or TrainedOn()
+        self.options, self._hashed = options or TrainedOn(), hashed
         templates = chat_template or (templates_of(tokenizer) if tokenizer.chat_template else {})
         backend = backend_of(tokenizer)
         added = [token.content for token in backend.get_added_tokens_decoder().values()]
@@ -115,13 +118,16 @@ class ChatEncoder:
         else:
             text = conversation.text
             turns = [Turn(start, end, number) for number, (start, end) in enumerate(conversation.trained)]
-        trained = (turn.start for turn in turns if turn.message not in conversation.untrained)
-        first = next(trained, len(text))  # examples that all rows share are part of the prompt
-        encoded = text.encode()
-        prompt = encoded[:first] if len(encoded) == len(text) else text[:first].encode()
         kept, counts = choose_turns(text, turns, conversation, self.options)
-        hashes = blake2b(prompt, digest_size=16).digest(), blake2b(encoded, digest_size=16).digest()
-        return _Located(index, text, kept, counts, hashes, conversation.kind == "text")
+        text.encode()  # raises for half of a surrogate pair
+        plain = conversation.kind == "text"
+        hashes = (b"", b"")
+        if self._hashed:
+            trained = (turn.start for turn in turns if turn.message not in conversation.untrained)
+            # examples that all rows share are part of the prompt; a text has none, and is compared whole
+            prompt = text if plain else text[: next(trained, len(text))]
+            hashes = _hash(prompt), _hash(text)
+        return _Located(index, text, kept, counts, hashes, plain)
 
     def _finder(self, conversation: Conversation) -> TurnFinder:
         """That of the template which transformers' `get_chat_template` picks."""
@@ -132,11 +138,12 @@ class ChatEncoder:
 
     def _document(self, encoding: Encoding, located: _Located) -> Document | RowError:
         tokens = np.frombuffer(array("i", encoding.ids), np.int32)  # twice as fast as np.array
+        prompt_hash, text_hash = located.hashes
         if located.plain:
             begin, end = self._text_ends
             tokens = np.concatenate((begin, tokens, end))
             whole = np.array([[0, len(tokens)]], np.int32)
-            return Document(tokens, whole, prompt_hash=located.hashes[0], text_hash=located.hashes[1])
+            return Document(tokens, whole, prompt_hash=prompt_hash, text_hash=text_hash)
         spans: list[tuple[int, int]] = []
         straddling = 0
         for place in located.kept:
@@ -147,7 +154,6 @@ class ChatEncoder:
                 spans.append((first, stop))
         if not spans:
             return RowError("nothing to supervise", "no token of the text belongs to an assistant's turn")
-        prompt_hash, text_hash = located.hashes
         return Document(
             tokens,
             np.array(spans, dtype=np.int32),
@@ -182,6 +188,10 @@ class ChatEncoder:
         covered = text[place[0] : place[1]]
         core = place[0] + len(covered) - len(covered.lstrip())
         return not start <= core < end
+
+
+def _hash(text: str) -> bytes:
+    return blake2b(text.encode(), digest_size=16).digest()
 
 
 def _token_at(encoding: Encoding, character: int, characters: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.cutting import spans_within
 from data.preparation.conversation import Conversation, RowError
 from data.preparation.decontaminate import REASON, Questions
 from data.preparation.encoder import ChatEncoder, Document
@@ -127,8 +128,6 @@ def prepare_rows(job: Job, source: Reading, rows: Iterable[Row]) -> Prepared:
         if isinstance(document, RowError):
             done.drops.append(Drop(place, document, row))
             continue
-        if conversation.kind == "text":  # it has no prompt: the whole of it is compared
-            document = replace(document, prompt_hash=document.text_hash)
         pieces = [document]
         done.tokens += len(document.tokens)
         if job.max_length is not None and len(document.tokens) > job.max_length:
@@ -155,15 +154,15 @@ def cut(document: Document, length: int) -> list[Document]:
     """
     pieces = []
     for number, start in enumerate(range(0, len(document.tokens) - 1, length - 1)):
-        low, high = start + (start > 0), min(start + length, len(document.tokens))
-        spans = np.clip(document.spans, low, high)
-        spans = spans[spans[:, 0] < spans[:, 1]] - start
+        end = min(start + length, len(document.tokens))
+        spans = spans_within(document.spans, start, end)
         changes: dict[str, Any] = {} if start == 0 else dict.fromkeys(COUNTS.values(), 0)
         for name in HASHES.values():
             changes[name] = _numbered(getattr(document, name), number)
-        pieces.append(replace(document, tokens=document.tokens[start:high], spans=spans, **changes))
+        pieces.append(replace(document, tokens=document.tokens[start:end], spans=spans, **changes))
     return pieces
 
 
 def _numbered(digest: bytes, number: int) -> bytes:
-    return (int.from_bytes(digest) ^ number).to_bytes(len(digest))
+    """The hash of a piece; none where documents have none."""
+    return digest and (int.from_bytes(digest) ^ number).to_bytes(len(digest))

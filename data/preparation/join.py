@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from data.documents import runs_of
 from data.index import IndexWriter
 from data.preparation.account import Account, Tally, kinds_together, total
 from data.preparation.job import COUNTS, Job
@@ -198,9 +199,7 @@ def write_repeated(writer: IndexWriter, arrays: tuple[np.ndarray, ...], copies: 
 def _gather(values: np.ndarray, sizes: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Of runs of `sizes` that lie end to end in `values`, those of `order`, end to end."""
     sizes = sizes.astype(np.int64)
-    starts, chosen = np.cumsum(sizes) - sizes, sizes[order]
-    shift = starts[order] - (np.cumsum(chosen) - chosen)
-    return values[np.arange(chosen.sum()) + np.repeat(shift, chosen)]
+    return runs_of(values, (np.cumsum(sizes) - sizes)[order], sizes[order])
 
 
 def join_parts(

@@ -128,8 +128,7 @@ def _open(options: PrepareOptions, scratch: Path, console: Console) -> Inputs:
     chunks: list[Chunk] = []
     given = options.each_source()
     for number, source in enumerate(given):
-        prompt = source.prompt if isinstance(source.prompt, Prompt | None) else load_prompt(source.prompt)
-        source = replace(source, prompt=prompt)
+        source = replace(source, prompt=_loaded(source.prompt))
         where = Where(source.where or (), lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
         reader = _reader(source, added, of=f"--sources {source.name}: " if len(given) > 1 else "")
         try:
@@ -163,6 +162,10 @@ def _reader(source: Source, added: tuple[str, ...], of: str) -> RowReader:
         )
     except ValueError as error:
         raise ValueError(f"{of}{error}") from None
+
+
+def _loaded(prompt: str | Path | Prompt | None) -> Prompt | None:
+    return prompt if isinstance(prompt, Prompt | None) else load_prompt(prompt)
 
 
 def _plan(opened: list[JsonLines | Table], first: int, limit: int | None, where: Where) -> list[Chunk]:
@@ -199,7 +202,7 @@ def _job(options: PrepareOptions, inputs: Inputs, parts: Path, now: datetime | N
         template_args=options.template_args,
     )
     try:
-        encoder = ChatEncoder(inputs.tokenizer, now=now, options=trained_on)
+        encoder = ChatEncoder(inputs.tokenizer, now=now, options=trained_on, hashed=options.dedup != "none")
     except ValueError as error:
         template = options.chat_template or f"of {options.tokenizer or options.model}"
         raise ValueError(f"--chat-template {template}: {error}: give another") from error
@@ -220,7 +223,7 @@ def _job(options: PrepareOptions, inputs: Inputs, parts: Path, now: datetime | N
 def _recorded(options: PrepareOptions, sources: list[Source]) -> dict[str, Any]:
     """The options that decide what is written, as JSON."""
     kept = {key: value for key, value in vars(options).items() if key not in _NOT_RECORDED}
-    prompt = options.prompt if isinstance(options.prompt, Prompt | None) else load_prompt(options.prompt)
+    prompt = _loaded(options.prompt)
     kept |= {"prompt": prompt and asdict(prompt), "fields": asdict(options.fields)}
     kept |= {"sources": [asdict(source) for source in sources]}
     return json.loads(json.dumps(kept, default=str))

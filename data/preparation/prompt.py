@@ -6,7 +6,6 @@ empty pair after a LaTeX command, as in `\\boxed{}`.
 """
 
 import functools
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 from data.preparation.columns import listing, nearest
+from data.preparation.named_files import find_named, names_in, read_utf8
 from data.preparation.values import described
 
 PROMPTS = Path(__file__).parents[2] / "examples" / "prompts"  # prompts that go by their names
@@ -72,10 +72,7 @@ def load_prompt(prompt: str | Path | Mapping[str, Any] | Prompt) -> Prompt:
         return _from_parts(prompt, "prompt")
     path = find_prompt(prompt)
     label = f"--prompt {path}"
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{label}: not UTF-8 at byte {error.start}: save the file in this encoding") from error
+    text = read_utf8(path, label, "utf-8-sig")
     if path.suffix not in (".yaml", ".yml"):
         if not text.strip():
             raise ValueError(f"{label}: the file is empty")
@@ -89,10 +86,9 @@ def load_prompt(prompt: str | Path | Mapping[str, Any] | Prompt) -> Prompt:
 
 def find_prompt(prompt: str | Path) -> Path:
     """The file of a path, or of a name in `PROMPTS`. Raises ValueError where there is neither."""
-    for path in (Path(prompt), *(PROMPTS / f"{prompt}{suffix}" for suffix in ("", *_SUFFIXES))):
-        if os.path.isfile(path):  # false for what can be no path, too, such as the prompt's own text
-            return path
-    known = sorted({file.stem for file in PROMPTS.glob("*") if file.suffix in _SUFFIXES})
+    if (path := find_named(prompt, PROMPTS, ("", *_SUFFIXES))) is not None:
+        return path
+    known = names_in(PROMPTS, _SUFFIXES)
     near = nearest([str(prompt)], known)
     raise ValueError(
         f"--prompt {str(prompt)[:80]}: there is no such file, and no prompt of this name{near};"

@@ -13,7 +13,7 @@ from data.preparation.dropped import printable
 _ALWAYS = ("rows", "dropped", "documents", "tokens", "supervised_tokens")  # the others only where there are any
 _COLUMNS = ("rows", "filtered", "dropped", "cut", "not_taken", "held_out", "repeated", *_ALWAYS[2:])
 _FILES = 20  # of a source that are named
-_NOTES = {
+NOTES = {
     "open_turns": "assistant turns end with no end token or text in this template",
     "rewritten_turns": "assistant turns were changed by the template (such as earlier thinking left out)",
     "straddling_tokens": "supervised tokens hold characters on both sides of a turn's boundary",
@@ -78,5 +78,5 @@ def _of_all(meta: dict[str, Any], output: Path) -> list[str]:
         )
     if not meta["end_token_ids"]:
         lines.append("warning: no token of its own ends a turn in this template: generation will not stop")
-    lines += [f"note: {meta[name]:,} {note}" for name, note in _NOTES.items() if meta[name]]
+    lines += [f"note: {meta[name]:,} {note}" for name, note in NOTES.items() if meta[name]]
     return lines + [f"note: {note}" for note in meta["notes"]]

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, normalizers
+
+from data.preparation.named_files import find_named, names_in, read_utf8
 
 # the project's own templates, by name
 CHAT_TEMPLATES = Path(__file__).parents[2] / "examples" / "chat_templates"
@@ -86,21 +87,14 @@ def _class_of(name: str) -> Any:
 def read_template(given: str | Path) -> str:
     """The text of a chat template given by its path or by its name. Raises ValueError."""
     file = template_file(given)
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--chat-template {file}: not UTF-8 at byte {error.start}: save the file in this encoding"
-        ) from error
+    return read_utf8(file, f"--chat-template {file}")
 
 
 def template_file(given: str | Path) -> Path:
     """The file of a chat template given by its path or by the name of one of the project's own."""
-    named = CHAT_TEMPLATES / f"{given}.jinja"
-    for file in (Path(given), named):
-        if os.path.isfile(file):  # false for what can be no path, too, such as the template's own text
-            return file
-    names = ", ".join(sorted(file.stem for file in CHAT_TEMPLATES.glob("*.jinja"))) or "none"
+    if (file := find_named(given, CHAT_TEMPLATES, (".jinja",))) is not None:
+        return file
+    names = ", ".join(names_in(CHAT_TEMPLATES, (".jinja",))) or "none"
     raise ValueError(
         f"--chat-template {str(given)[:80]}: there is no such file, and no template of that name (there are {names})"
     )

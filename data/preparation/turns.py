@@ -93,11 +93,11 @@ class TurnFinder:
             if shape is not None:
                 return _interleaved(shape, [message["content"] for message in messages])
         rendered = self.template.render(messages, conversation.tools, arguments)
-        return rendered.text, self._turns(rendered, messages, conversation.tools, arguments)
+        return rendered.text, self._turns(rendered, messages, arguments)
 
     def _know(self, arguments: dict[str, Any]) -> Learned:
         """What was learned of the template under these arguments."""
-        key = json.dumps(arguments, sort_keys=True, default=str)
+        key = _key(arguments)
         if key not in self._learned:
             if len(self._learned) > _HELD:  # arguments of rows may all be different
                 self._learned.clear()
@@ -106,7 +106,7 @@ class TurnFinder:
 
     def _shape(self, messages: Messages, arguments: dict[str, Any]) -> Shape | None:
         roles = tuple(message["role"] for message in messages)
-        key = (json.dumps(arguments, sort_keys=True, default=str) if arguments else "", roles)
+        key = (_key(arguments), roles)
         if key not in self._shapes:
             if len(self._shapes) > _HELD:  # long conversations rarely share their roles
                 self._shapes.clear()
@@ -121,7 +121,7 @@ class TurnFinder:
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
         try:
             text, runs, parts = self.template.render(messages, None, arguments, string=Watched.whole)
-            turns = self._turns(Rendered(text, runs, parts), messages, None, arguments)
+            turns = self._turns(Rendered(text, runs, parts), messages, arguments)
         except (RowError, Inspected):
             return None
         runs = tuple(run for run in runs if run.stop > run.start)
@@ -139,13 +139,11 @@ class TurnFinder:
         ]
         return Shape(literals, stripped, relative)
 
-    def _turns(
-        self, rendered: Rendered, messages: Messages, tools: list | None, arguments: dict[str, Any]
-    ) -> list[Turn]:
-        _check_all_written(rendered, messages, tools)
+    def _turns(self, rendered: Rendered, messages: Messages, arguments: dict[str, Any]) -> list[Turn]:
+        _check_all_written(rendered, messages)
         learned = self._know(arguments)
         if self.template.has_markers:
-            return _marked_turns(rendered, messages, learned)
+            return _marked_turns(rendered, learned)
         text = rendered.text
         runs = sorted((run for run in rendered.runs if run.stop > run.start), key=lambda run: run.start)
         owners = [rendered.parts[run.part].message for run in runs]
@@ -166,6 +164,10 @@ class TurnFinder:
             changes = said.changes(index, text[before:end], learned)  # a header may have begun the thinking
             turns.append(Turn(start, end, index, closed, *changes))
         return turns
+
+
+def _key(arguments: dict[str, Any]) -> str:
+    return json.dumps(arguments, sort_keys=True, default=str) if arguments else ""
 
 
 def _blocks(runs: list[Run], owners: list[int], parts: list[Part], messages: Messages) -> list[tuple[int, int, int]]:
@@ -196,7 +198,7 @@ def _blocks(runs: list[Run], owners: list[int], parts: list[Part], messages: Mes
     return blocks
 
 
-def _check_all_written(rendered: Rendered, messages: Messages, tools: list | None) -> None:
+def _check_all_written(rendered: Rendered, messages: Messages) -> None:
     """Raises RowError where a content, a call or a tool is nowhere in the text."""
     written = {run.part for run in rendered.runs}
     for number, part in enumerate(rendered.parts):
@@ -247,7 +249,7 @@ class _Said:
         return rewritten or stripped, stripped and not learned.prompt_thinks
 
 
-def _marked_turns(rendered: Rendered, messages: Messages, learned: Learned) -> list[Turn]:
+def _marked_turns(rendered: Rendered, learned: Learned) -> list[Turn]:
     """The texts between generation markers, each with the message that it holds something of."""
     starts = [run.start for run in rendered.runs if run.part == GENERATION_STARTS]
     ends = [run.start for run in rendered.runs if run.part == GENERATION_ENDS]
@@ -277,10 +279,6 @@ def _interleaved(shape: Shape, contents: list[str]) -> tuple[str, list[Turn]]:
     ]
     pieces = [*shape.literals, *contents]
     pieces[0::2], pieces[1::2] = shape.literals, contents
-    if len(contents) == 2 and len(shape.turns) == 1 and shape.turns[0][0] == 1:  # a question and its answer
-        start = len(pieces[0]) + len(pieces[1]) + len(pieces[2])
-        _, before, after, closed = shape.turns[0]
-        return "".join(pieces), [Turn(start - before, start + len(pieces[3]) + after, 1, closed)]
     ends, position = [], 0
     for literal, content in zip(shape.literals, contents, strict=False):
         position += len(literal) + len(content)

@@ -185,7 +185,7 @@ def test_turns_are_whole_with_and_without_rendering(name, contents):
     text, turns = finder.locate(Conversation(messages))
     rendered = finder.template.render(messages)
     assert rendered.text == text == render(TEMPLATES[name], messages)
-    assert finder._turns(rendered, messages, None, {}) == turns
+    assert finder._turns(rendered, messages, {}) == turns
     assert [turn.message for turn in turns] == list(range(1, len(contents), 2))
     if "thinking" not in name:
         for turn, content in zip(turns, contents[1::2], strict=True):

@@ -186,7 +186,7 @@ def test_a_limit_covers_the_rows_up_to_the_last_that_counts(mixed, small_chunks,
 
 def test_without_a_limit_no_row_is_asked_for(mixed):
     for file in mixed:
-        file.chunks(None, lambda row: pytest.fail("called"))
+        assert file.chunks(None, lambda row: pytest.fail("called")) == file.chunks(None)
 
 
 def test_a_line_longer_than_many_chunks_belongs_to_one(tmp_path, small_chunks):
