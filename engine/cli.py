@@ -17,6 +17,7 @@ import yaml
 
 from engine.config import RunConfig
 
+_FIELD = {"async": "asynchronous"}  # recipe keys that are words of Python's own, and so no names of fields
 SECTIONS = ("prepare", "average", "to_hf", "evaluate")  # of a recipe, for those commands; other keys are the run's
 
 # Fields that --mcore does not take, by pattern: what the layout, the precision and the exactness of losses and resumes
@@ -83,6 +84,8 @@ def dump_run(config: RunConfig) -> str:
     plain = dataclasses.asdict(config)
     plain["output"] = str(config.output)
     plain["data"], plain["valid"] = list(config.data), list(config.valid)
+    for key, name in _FIELD.items():
+        plain["checkpoint"][key] = plain["checkpoint"].pop(name)
     return yaml.safe_dump(plain, sort_keys=False)
 
 
@@ -179,6 +182,7 @@ def merge(config: Any, values: dict[str, Any], where: str = "") -> Any:
     changes = {}
     for raw, value in values.items():
         name = str(raw).replace("-", "_")
+        name = _FIELD.get(name, name)
         if name in sections:
             continue
         if name not in fields:

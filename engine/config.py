@@ -51,8 +51,22 @@ class CheckpointConfig:
     """Save every N steps; the last step is always saved."""
     keep: int = 0
     """Keep the newest N checkpoints; 0 keeps all."""
+    keep_every: int = 0
+    """Beside them, keep every checkpoint whose step is a multiple of N."""
+    keep_best: int = 0
+    """Beside them, keep the N checkpoints with the lowest held-out loss."""
+    rescue_every: int = 0
+    """Between saves, write every N steps a checkpoint that the next one replaces; 0 writes none."""
+    rescue_minutes: float = 0.0
+    """The same, after so many minutes since the last save."""
+    asynchronous: Annotated[Literal["on", "off"], tyro.conf.arg(name="async")] = "on"
+    """Write checkpoints beside the training, from a copy in the host's memory."""
     resume: bool = True
     """Continue from RUN's latest checkpoint where there is one."""
+    resume_from: int | None = None
+    """Go back to the checkpoint of this step; what lies beyond it is set aside."""
+    allow_change: tuple[str, ...] = ()
+    """Settings that may differ from those of the run that is resumed although they change its course."""
     export_hf: bool = False
     """Also write each checkpoint as a Hugging Face directory, RUN/hf/step_NNNNNN."""
     minutes_before_end: float | None = None
@@ -161,6 +175,10 @@ class RunConfig:
     """Transformer Engine's layers or native torch's."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none, the attention's, or whole layers'."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Reduce gradients and gather weights while others are computed; auto does on GPUs."""
+    bucket_size: int = 0
+    """Parameters of a gradient bucket, the unit of that overlap; 0 leaves it to megatron-core."""
 
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

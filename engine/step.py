@@ -117,14 +117,21 @@ def take_router_statistics(chunks: list, mesh: Mesh) -> RouterStatistics | None:
     )
 
 
-def wrap_chunks(chunks: list[PackedModel], mesh: Mesh) -> list[DistributedDataParallel]:
-    """Gives each chunk its gradient buffers: reduced in fp32, sharded over data-parallel ranks."""
-    overlap = mesh.device.type == "cuda"
+def wrap_chunks(
+    chunks: list[PackedModel], mesh: Mesh, *, overlap: str = "auto", bucket_size: int = 0
+) -> list[DistributedDataParallel]:
+    """Gives each chunk its gradient buffers: reduced in fp32, sharded over data-parallel ranks.
+
+    `overlap` is auto, on or off: whether buckets of `bucket_size` parameters (0: megatron-core's size) travel while
+    others are computed. Without overlap all parameters are one bucket.
+    """
+    overlaps = mesh.device.type == "cuda" if overlap == "auto" else overlap == "on"
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap,
+        overlap_grad_reduce=overlaps,
+        overlap_param_gather=overlaps,
         use_distributed_optimizer=True,
+        bucket_size=bucket_size or None,
         check_for_nan_in_grad=False,  # engine/optim.py checks the norm, which no non-finite gradient passes
     )
     wrapped = [
@@ -139,7 +146,7 @@ def wrap_chunks(chunks: list[PackedModel], mesh: Mesh) -> list[DistributedDataPa
     ]
     config = chunks[0].config
     config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=mesh.groups)
-    if overlap:
+    if overlaps:
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped

@@ -68,7 +68,7 @@ class Trainer:
         if prepared.resume is None:
             read = weight_reader(prepared.base_model, master=config.precision == "fp32")
             load_weights(chunks, checkpoint.sharding_metadata(mesh), read)
-        self.chunks = wrap_chunks(chunks, mesh)
+        self.chunks = wrap_chunks(chunks, mesh, overlap=config.overlap, bucket_size=config.bucket_size)
         self.optimizer = build_optimizer(config.optim, self.chunks, mesh, bf16=config.precision != "fp32")
         self.step = 0
         if prepared.resume is not None:
