@@ -14,7 +14,7 @@ class Box(NamedTuple):
     lengths: tuple[int, ...]
 
     @property
-    def index(self) -> tuple[slice, ...]:
+    def slices(self) -> tuple[slice, ...]:
         """The slices that cut it out of the tensor."""
         return tuple(slice(start, start + length) for start, length in zip(self.offsets, self.lengths, strict=True))
 
@@ -32,7 +32,7 @@ class Box(NamedTuple):
 
 
 def boxes_of_run(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Cuts the flat elements [start, stop) of a tensor in C order into boxes, in order: at most 2n-1 of n dimensions."""
+    """Cuts the flat elements [start, stop) of a tensor in C order into boxes, in order: at most 2n-1."""
     if start >= stop:
         return
     if len(shape) <= 1:

@@ -38,8 +38,8 @@ def load(point: ResumePoint, shards: list[Shard], chunks: list) -> None:
     missing = sorted({key for key, _, _ in wanted if key not in store})
     if missing:
         raise ValueError(
-            f"{point.directory} lacks {len(missing)} tensor(s) that a run continues with, {missing[0]} among them; start "
-            f"a new run from it with --model {point.directory}"
+            f"{point.directory} lacks {len(missing)} tensor(s) that a run continues with, {missing[0]} among them; "
+            f"start a new run from it with --model {point.directory}"
         )
     for key, shard, target in wanted:
         if store.shape(key) != shard.shape:

@@ -36,19 +36,22 @@ class ImageWriter:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,  # torchrun and terminals signal whole groups of processes
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            # Without the working directory on the path, where a user may have a folder of the same name as ours.
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"},
         )
+        self._failure: str | None = None
 
     def running(self) -> bool:
         return self._process.poll() is None
 
     def failure(self) -> str:
         """Waits for the end; returns what went wrong, or nothing."""
-        _, said = self._process.communicate()
-        if not self._process.returncode:
-            return ""
-        lines = said.decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"its writing process ended with status {self._process.returncode}"
+        if self._failure is None:
+            _, said = self._process.communicate()
+            lines = said.decode(errors="replace").strip().splitlines()
+            status = self._process.returncode
+            self._failure = (lines[-1:] or [f"its writing process ended with status {status}"])[0] if status else ""
+        return self._failure
 
     def kill(self) -> None:
         self._process.kill()
@@ -94,4 +97,5 @@ def main(parent: int, descriptor: int, size: int, path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:4]), Path(sys.argv[4])))
+    own_parent, own_descriptor, own_size = map(int, sys.argv[1:4])
+    sys.exit(main(own_parent, own_descriptor, own_size, Path(sys.argv[4])))

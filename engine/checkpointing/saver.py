@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 from torch import distributed
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
-from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 
 from engine.checkpointing.directory import HF, STATE, point_latest, read_manifest, sync_tree, write_manifest
 from engine.checkpointing.image import Image, pieces_of
@@ -31,6 +29,15 @@ IDLE, WRITTEN, WRITING, FAILED = range(4)
 
 class CheckpointFailed(OSError):
     """A checkpoint that could not be written; every rank knows, and nothing of it is left."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is complete."""
+
+    step: int
+    directory: Path
+    rescue: bool  # the next one takes its place
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Saver:
         self._total_bytes = 0
         self._save: _Save | None = None
 
-    def start(self, step: int, manifest: dict[str, Any]) -> Path | None:
+    def start(self, step: int, manifest: dict[str, Any]) -> Saved | None:
         """Begins the checkpoint of `step`, once the one before is complete; returns what is complete then, if anything.
 
         CheckpointFailed on every rank where one cannot; FloatingPointError where a weight or a state is not finite.
@@ -86,8 +93,8 @@ class Saver:
             return WRITING
         return FAILED if self._save.writer.failure() else WRITTEN
 
-    def finish(self) -> Path | None:
-        """Waits for a save that has begun and completes it on all ranks together; returns its directory.
+    def finish(self) -> Saved | None:
+        """Waits for a save that has begun and completes it on all ranks together; returns it.
 
         CheckpointFailed on every rank where one failed; nothing of it is left then.
         """
@@ -106,7 +113,7 @@ class Saver:
         finally:
             if not self._asynchronous:
                 self._image.release()
-        return target
+        return Saved(save.step, target, save.manifest["rescue"])
 
     def close(self) -> None:
         """Ends a writing process that is left, and gives the memory back."""
@@ -163,18 +170,20 @@ class Saver:
 
 def _metadata(parts: Sequence[dict]) -> Metadata:
     """`.metadata` of what all ranks write; checks that the pieces cover every tensor."""
-    result = Metadata(state_dict_metadata={}, planner_data={}, storage_data={}, version=CURRENT_DCP_VERSION)
+    tensors: dict[str, TensorStorageMetadata] = {}
+    storage: dict[MetadataIndex, Any] = {}
     for part in parts:
         for index, (shape, dtype, chunk, info) in part.items():
-            entry = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
-            entry = result.state_dict_metadata.setdefault(index.fqn, entry)
-            assert index not in result.storage_data, f"{index.fqn}: two ranks write {index.offset}"
-            entry.chunks.append(chunk)
-            result.storage_data[index] = info
-    for key, entry in result.state_dict_metadata.items():
+            assert index not in storage, f"{index.fqn}: two ranks write {index.offset}"
+            blank = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
+            tensors.setdefault(index.fqn, blank).chunks.append(chunk)
+            storage[index] = info
+    for key, entry in tensors.items():
         covered = sum(chunk.sizes.numel() for chunk in entry.chunks)
         assert covered == entry.size.numel(), f"{key}: the ranks write {covered} of {entry.size.numel()} elements"
-    return result
+    return Metadata(
+        state_dict_metadata=dict(tensors), planner_data={}, storage_data=storage, version=CURRENT_DCP_VERSION
+    )
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -95,8 +95,8 @@ class _Places:
     """Which parameter a view belongs to, by its address: all parameters of a buffer share one storage."""
 
     def __init__(self, module: torch.nn.Module):
-        pairs = {parameter.data_ptr(): parameter for parameter in module.parameters() if parameter.numel()}
-        pairs |= {buffer.data_ptr(): buffer for buffer in module.buffers() if buffer.numel()}
+        pairs: dict[int, Tensor] = {one.data_ptr(): one for one in module.parameters() if one.numel()}
+        pairs |= {one.data_ptr(): one for one in module.buffers() if one.numel()}
         self._starts, self._tensors = sorted(pairs), pairs
 
     def parameter(self, view: Tensor) -> Tensor:
@@ -127,7 +127,9 @@ def _shards_of(piece: ShardedTensor, parameter: Tensor, owned: dict[Tensor, _Own
         if common is None:
             continue
         at = flat_start(whole, box.offsets) - run.start
-        inner = tuple(slice(c - b, c - b + n) for c, b, n in zip(common.offsets, box.offsets, common.lengths, strict=True))
+        inner = tuple(
+            slice(c - b, c - b + n) for c, b, n in zip(common.offsets, box.offsets, common.lengths, strict=True)
+        )
         count = torch.Size(box.lengths).numel()
         states = {name: flat.view(-1)[at : at + count].view(box.lengths)[inner] for name, flat in run.states.items()}
         own = (0,) * ahead + tuple(c - h for c, h in zip(common.offsets, here.offsets, strict=True))
@@ -136,7 +138,7 @@ def _shards_of(piece: ShardedTensor, parameter: Tensor, owned: dict[Tensor, _Own
             key=piece.key,
             shape=shape,
             offsets=tuple(a + b for a, b in zip(offsets, own, strict=True)),
-            weight=parameter.detach()[common.index][new],
+            weight=parameter.detach()[common.slices][new],
             states={name: state[new] for name, state in states.items()},
             written=written,
         )

@@ -77,6 +77,11 @@ class StoreReader:
             raise ValueError(f"{self.directory}: pieces of {key} cover {filled} of {result.numel()} elements")
         return result
 
+    def read_into(self, key: str, offsets: Sequence[int], out: Tensor) -> None:
+        """Fills `out` with the box of its shape that begins at `offsets`, in whichever dtype."""
+        index = tuple(slice(start, start + length) for start, length in zip(offsets, out.shape, strict=True))
+        out.copy_(self.read(key, index))
+
     def byte_ranges(self, key: str, index: tuple[slice, ...] = ()) -> list[ByteRange] | None:
         """The bytes that one after the other make up a box; None where it is more than a copy of whole ranges."""
         box, found = box_of(self.shape(key), index), []
