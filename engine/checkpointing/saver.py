@@ -80,7 +80,7 @@ class Saver:
             (partial / STATE).mkdir(parents=True)
 
         together(begin if self._rank == 0 else None, partial)
-        self._image.fill()
+        together(self._image.fill, partial)
         writer = ImageWriter(self._image.descriptor, self._image.size, partial / STATE / self._image.file)
         self._save = _Save(step, manifest, writer)
         return before if self._asynchronous else self.finish()
