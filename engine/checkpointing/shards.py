@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.checkpointing.boxes import Box, boxes_of_run, flat_start, place_of
 from models.build import sharded_tensors
 
-MASTER = "fp32_param"  # the name of master weights among the states
+MASTER = "param"  # megatron-core's name of master weights among the states
 
 
 @dataclass(frozen=True, kw_only=True)
