@@ -20,6 +20,7 @@ _MAGIC, _VERSION = b"LATHESUM", 1
 _HEADER = struct.Struct("<8sIIQQ")
 _BLOCKS = (2**12, 2**26)  # the smallest and the largest block that a file may ask for
 _AT_ONCE = 2**20
+_KEPT_BLOCKS = 4  # an archive begins in one block and ends in another, and its neighbours in the same
 
 
 class DamagedFile(ValueError):
@@ -150,8 +151,7 @@ class CheckedFile:
         self.sums = Sums(self.path) if sums_of(self.path).exists() else None
         self._descriptor = os.open(self.path, os.O_RDONLY)
         self.size = os.fstat(self._descriptor).st_size
-        self._kept: int | None = None  # the block that `_buffer` holds
-        self._buffer = memoryview(b"")
+        self._kept: dict[int, memoryview] = {}  # blocks of which parts were wanted, the oldest first
 
     @property
     def checked(self) -> bool:
@@ -185,16 +185,15 @@ class CheckedFile:
         return data
 
     def _block(self, number: int) -> memoryview:
-        assert self.sums is not None
-        if number != self._kept:
-            if not self._buffer:
-                self._buffer = memoryview(bytearray(self.sums.block))
-            self._kept = None
-            found = self._buffer[: self.sums.length(number)]
+        if number not in self._kept:
+            assert self.sums is not None
+            full = len(self._kept) >= _KEPT_BLOCKS
+            buffer = self._kept.pop(next(iter(self._kept))).obj if full else bytearray(self.sums.block)
+            found = memoryview(buffer)[: self.sums.length(number)]
             self._read(number * self.sums.block, found)
             self.sums.check(number, found)
-            self._kept = number
-        return self._buffer
+            self._kept[number] = found
+        return self._kept[number]
 
     def _read(self, start: int, target: memoryview) -> None:
         while target:  # the kernel reads at most 2 GiB at once
