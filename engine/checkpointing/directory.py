@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.checksums import DamagedFile, file_sum, sums_of, text_sum, write_sums
-from engine.run_folder import RunFolder
+from engine.run_folder import RunFolder, replace_text
 
 FORMAT = 1
 MANIFEST = "lathe.json"
@@ -174,6 +174,12 @@ def find_latest(run: Path) -> ResumePoint | None:
             f"{error}; write the name of a whole checkpoint into {pointer}, or start with another --output "
             "or --checkpoint.no-resume"
         ) from None
+
+
+def point_latest(run: RunFolder, target: Path) -> None:
+    """Moves `latest` to a checkpoint in one step."""
+    replace_text(run.latest, target.name + "\n")
+    sync_directory(run.checkpoints)
 
 
 def sync_tree(directory: Path) -> None:

@@ -70,9 +70,14 @@ def write_store(
     write = partial(_write_share, directory, pieces, num_workers)
     for storage in run_workers(write, range(num_workers), bar):
         metadata.storage_data.update(storage)
+    write_companions(directory)
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def write_companions(directory: Path) -> None:
+    """Write what megatron-core's loader wants beside torch's own files; nothing of ours reads it."""
     (directory / "metadata.json").write_text(json.dumps(MEGATRON_METADATA), encoding="utf-8")
     torch.save({}, directory / "common.pt")
-    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def _chunks(shape: torch.Size, dtype: torch.dtype, limit: int) -> list[ChunkStorageMetadata]:
