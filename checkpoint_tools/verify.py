@@ -10,8 +10,7 @@ from pathlib import Path
 from checkpoint_tools.common import bar
 from data.checksums import SUMS, verify
 from data.index_checks import META, index_faults
-from engine.checkpointing.directory import MANIFEST
-from engine.checkpointing.verification import faults, has_checksums
+from engine.checkpointing.directory import MANIFEST, faults, has_checksums
 
 SHA256 = re.compile("[0-9a-f]{64}")  # the name of a large file's blob in a hub's cache
 

@@ -10,13 +10,13 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.checksums import DamagedFile, file_sum, sums_of, text_sum, write_sums
+from data.checksums import DamagedFile, file_sum, sums_of, text_sum, verify, write_sums
 from engine.run_folder import RunFolder, replace_text
 
 FORMAT = 1
@@ -100,7 +100,7 @@ def parse_manifest(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory} is not a complete checkpoint: it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is damaged") from None
-    if "checksum" in meta and meta["checksum"] != _own_sum(meta):
+    if ("checksum" in meta or checksums) and meta.get("checksum") != _own_sum(meta):
         raise DamagedFile(f"{path} is damaged: it does not have the checksum that it states of itself")
     if meta.get("format") != FORMAT:
         raise ValueError(f"{path} has format {meta.get('format')}, this version reads format {FORMAT}")
@@ -143,6 +143,44 @@ def _own_sum(meta: dict[str, Any]) -> str:
     return text_sum(json.dumps(rest, sort_keys=True, separators=(",", ":")))
 
 
+def faults(directory: Path, advance: Callable[[int], None] = lambda count: None) -> Iterator[str]:
+    """A sentence for each damaged file of a checkpoint, found by reading all of it."""
+    try:
+        meta = parse_manifest(directory)
+    except ValueError as error:
+        yield str(error)
+        return
+    wrong = list(size_faults(directory, meta))
+    yield from (f"{directory / fault}" for fault in wrong)
+    yield from small_faults(directory, meta)
+    for path in data_files(directory, meta):
+        if path.is_file() and not any(fault.startswith(str(path.relative_to(directory)) + " ") for fault in wrong):
+            try:
+                verify(path)
+            except ValueError as error:
+                yield str(error)
+            advance(path.stat().st_size)
+
+
+def has_checksums(directory: Path) -> bool:
+    """Whether a checkpoint was written with checksums; those of older versions were not."""
+    return "checksums" in parse_manifest(directory)
+
+
+def newest_intact(directory: Path) -> str:
+    """Which other checkpoint beside a damaged one is the newest intact one, as the end of a sentence about damage."""
+    beside = RunFolder(directory.absolute().parent.parent)
+    if directory.parent.name != beside.checkpoints.name:
+        return ""
+    for step, other in reversed(beside.checkpoint_steps().items()):
+        if other != directory and next(faults(other), None) is None:
+            return (
+                f"; the newest other checkpoint of {beside.path} that is intact is {other.name}: go on from it with "
+                f"--checkpoint.resume-from {step}"
+            )
+    return f"; {beside.path} has no other checkpoint that is intact"
+
+
 @dataclass(frozen=True)
 class ResumePoint:
     """A checkpoint to continue from, with its manifest."""
@@ -171,8 +209,8 @@ def find_latest(run: Path) -> ResumePoint | None:
         return ResumePoint(directory, read_manifest(directory))
     except ValueError as error:
         raise ValueError(
-            f"{error}; write the name of a whole checkpoint into {pointer}, or start with another --output "
-            "or --checkpoint.no-resume"
+            f"{error}{newest_intact(directory)}; write the name of a whole checkpoint into {pointer}, or start with "
+            "another --output or --checkpoint.no-resume"
         ) from None
 
 

@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from data.checksums import DamagedFile
+
 METADATA = ".metadata"
 MOST_BYTES = 2**30  # of `.metadata`: a million pieces have an eighth of that
 _MOST_RECORDS = 64  # an archive of one tensor has about seven
@@ -205,8 +207,10 @@ def open_archive(file: IO[bytes], place: str) -> tuple[int, Tensor]:
             raise ValueError("it holds no tensor")
         if min(blank.stride(), default=0) < 0 or span_of(blank) > data.file_size:
             raise ValueError(f"{list(blank.shape)} {blank.dtype} is more than its {data.file_size:,} bytes")
+    except DamagedFile:
+        raise
     except (zipfile.BadZipFile, KeyError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{place} is damaged: {str(error).splitlines()[0] if str(error) else 'no archive'}") from None
+        raise DamagedFile(f"{place} is damaged: {str(error).splitlines()[0] if str(error) else 'no archive'}") from None
     return start + int(blank.storage_offset()) * blank.element_size(), blank
 
 

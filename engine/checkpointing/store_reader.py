@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from data.checksums import CheckedFile, DamagedFile
+from engine.checkpointing.directory import newest_intact
 from engine.checkpointing.store_metadata import open_archive, read_metadata, span_of
-from engine.checkpointing.verification import newest_intact
 from models.conversion.byte_ranges import ByteRange
 
 MASTER_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.")
