@@ -59,6 +59,7 @@ class DocumentIndex(Documents):
             self._files = map_token_files(self.path / "tokens.idx", self.path / "tokens.bin")
             self._checked_tokens = CheckedMap(self.path / "tokens.bin", memoryview(map_file(self.path / "tokens.bin")))
             self._checked_spans = CheckedMap(self.path / "spans.npy", memoryview(map_file(self.path / "spans.npy")))
+            self._checked_spans.check_run(0, 128)  # what says how the numbers lie
         except ValueError as error:
             raise ValueError(f"{error}; prepare the data again") from None
         self.lengths = self._files.lengths
@@ -105,7 +106,7 @@ class DocumentIndex(Documents):
     def _map(self, name: str) -> np.ndarray:
         try:
             return np.load(self.path / name, mmap_mode="r").view(np.ndarray)
-        except (ValueError, EOFError):
+        except (ValueError, EOFError, SyntaxError):
             raise ValueError(f"{self.path}: {name} is damaged, prepare the data again") from None
 
     def _numbers(self, name: str, names: list[str], otherwise: str, dtype: type) -> np.ndarray:

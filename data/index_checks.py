@@ -55,8 +55,9 @@ def small_faults(path: Path, meta: dict[str, Any]) -> Iterator[str]:
 
 def read_meta(path: Path) -> dict[str, Any]:
     """What meta.json says; ValueError where it is not what was written."""
-    meta = json.loads((path / META).read_text(encoding="utf-8"))
-    if ("checksum" in meta or "checksums" in meta) and meta.get("checksum") != _own_sum(meta):
+    text = (path / META).read_text(encoding="utf-8")
+    meta = json.loads(text)
+    if ("checksum" in meta or "checksums" in meta) and (meta.get("checksum") != _own_sum(meta) or text[-1:] != "\n"):
         raise ValueError
     return meta
 

@@ -91,7 +91,8 @@ def parse_manifest(directory: Path) -> dict[str, Any]:
     """What lathe.json says, whatever became of the files that it lists; ValueError where it is not there or damaged."""
     path = directory / MANIFEST
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        meta = json.loads(text)
         files, checksums = meta["files"], meta.get("checksums", {})
         names = [*files, *checksums]
         if not all(isinstance(size, int) for size in files.values()) or not isinstance(checksums, dict):
@@ -100,7 +101,7 @@ def parse_manifest(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory} is not a complete checkpoint: it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is damaged") from None
-    if ("checksum" in meta or checksums) and meta.get("checksum") != _own_sum(meta):
+    if ("checksum" in meta or checksums) and (meta.get("checksum") != _own_sum(meta) or not text.endswith("\n")):
         raise DamagedFile(f"{path} is damaged: it does not have the checksum that it states of itself")
     if meta.get("format") != FORMAT:
         raise ValueError(f"{path} has format {meta.get('format')}, this version reads format {FORMAT}")
