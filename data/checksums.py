@@ -20,6 +20,7 @@ _MAGIC, _VERSION = b"LATHESUM", 1
 _HEADER = struct.Struct("<8sIIQQ")
 _BLOCKS = (2**12, 2**26)  # the smallest and the largest block that a file may ask for
 _AT_ONCE = 2**20
+_KEPT_BLOCKS = 4  # an archive begins in one block and ends in another, and its neighbours in the same
 
 
 class DamagedFile(ValueError):
@@ -150,8 +151,7 @@ class CheckedFile:
         self.sums = Sums(self.path) if sums_of(self.path).exists() else None
         self._descriptor = os.open(self.path, os.O_RDONLY)
         self.size = os.fstat(self._descriptor).st_size
-        self._kept: int | None = None  # the block that `_buffer` holds
-        self._buffer = memoryview(b"")
+        self._kept: dict[int, memoryview] = {}  # blocks of which parts were wanted, the oldest first
 
     @property
     def checked(self) -> bool:
@@ -185,16 +185,15 @@ class CheckedFile:
         return data
 
     def _block(self, number: int) -> memoryview:
-        assert self.sums is not None
-        if number != self._kept:
-            if not self._buffer:
-                self._buffer = memoryview(bytearray(self.sums.block))
-            self._kept = None
-            found = self._buffer[: self.sums.length(number)]
+        if number not in self._kept:
+            assert self.sums is not None
+            full = len(self._kept) >= _KEPT_BLOCKS
+            buffer = self._kept.pop(next(iter(self._kept))).obj if full else bytearray(self.sums.block)
+            found = memoryview(buffer)[: self.sums.length(number)]
             self._read(number * self.sums.block, found)
             self.sums.check(number, found)
-            self._kept = number
-        return self._buffer
+            self._kept[number] = found
+        return self._kept[number]
 
     def _read(self, start: int, target: memoryview) -> None:
         while target:  # the kernel reads at most 2 GiB at once
@@ -226,20 +225,36 @@ class CheckedMap:
     def __init__(self, path: Path, mapped: memoryview):
         self.sums = Sums(path) if sums_of(path).exists() else None
         self._mapped = mapped
-        self._seen = np.zeros(len(self.sums) if self.sums else 0, dtype=bool)
+        self._left = len(self.sums) if self.sums else 0  # blocks that were not looked at
+        self._seen = np.zeros(self._left, dtype=bool)
 
-    def check(self, start: int, stop: int) -> None:
-        """See to it that the bytes [start, stop) are those that were written; DamagedFile where not."""
-        if self.sums is None or stop <= start:
+    def check_runs(self, start: np.ndarray, stop: np.ndarray) -> None:
+        """See to it that the bytes [start, stop) of several runs are those that were written.
+
+        Raises DamagedFile where they are not.
+        """
+        if self.sums is None or self._left == 0:
             return
-        block = self.sums.block
-        first, last = start // block, (stop - 1) // block + 1
-        seen = self._seen[first:last]
-        if seen.all():
+        starts, stops = start[stop > start], stop[stop > start]
+        edges = np.zeros(len(self._seen) + 1, dtype=np.int64)
+        np.add.at(edges, starts // self.sums.block, 1)
+        np.add.at(edges, (stops - 1) // self.sums.block + 1, -1)
+        self._look_at(np.flatnonzero((np.cumsum(edges[:-1]) > 0) & ~self._seen))
+
+    def check_run(self, start: int, stop: int) -> None:
+        """The same of one run, which costs next to nothing where all of it was seen."""
+        if self.sums is None or self._left == 0 or stop <= start:
             return
-        for number in (first + np.flatnonzero(~seen)).tolist():
-            self.sums.check(number, self._mapped[number * block : number * block + self.sums.length(number)])
+        first = start // self.sums.block
+        self._look_at(first + np.flatnonzero(~self._seen[first : (stop - 1) // self.sums.block + 1]))
+
+    def _look_at(self, blocks: np.ndarray) -> None:
+        assert self.sums is not None
+        for number in blocks.tolist():
+            first = number * self.sums.block
+            self.sums.check(number, self._mapped[first : first + self.sums.length(number)])
             self._seen[number] = True
+            self._left -= 1
 
 
 def verify(path: Path) -> None:
