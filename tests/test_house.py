@@ -32,8 +32,8 @@ OFFLINE = "directory store_metadata store_reader store_writer hf_export model_fi
 WALLS = (
     Wall(
         files="engine/*",
-        order="rehearsal/ train trainer startup_lines prepare run_data base_model checkpointing/ step optim mesh host "
-        "reporting/ signals cli schedule config run_folder layout quiet",
+        order="rehearsal/ train trainer startup_lines run_start prepare run_data base_model checkpointing/ retention step "
+        "optim mesh host reporting/ signals cli schedule config run_status run_lock run_folder layout quiet",
         why="inside engine/ imports point down the list, and nothing knows of the rehearsal at its top",
     ),
     Wall(
@@ -82,7 +82,8 @@ WALLS = (
         why="reporting knows nothing of signals or training",
     ),
     Wall(
-        files="engine/layout.py engine/schedule.py engine/config.py engine/run_folder.py",
+        files="engine/layout.py engine/schedule.py engine/config.py engine/run_folder.py "
+        "engine/run_lock.py engine/run_status.py",
         closed=HEAVY,
         deep=True,
         why=PURE,
