@@ -201,5 +201,5 @@ def test_the_largest_of_several_data_sets_names_the_vocabulary(pool, tmp_path):
     assert (tmp_path / "export" / "tokenizer.json").read_text() == "{}"
     config = step / "hf" / "config.json"
     config.write_text(config.read_text().replace(f'"vocab_size": {GROWN}', f'"vocab_size": {GROWN - 6}'))
-    with pytest.raises(ValueError, match=r"a vocabulary of 140 tokens and its hf/config.json has 134"):
+    with pytest.raises(ValueError, match=r"hf/config.json is damaged"):
         open_checkpoint(step)
