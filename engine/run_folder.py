@@ -110,8 +110,11 @@ class RunFolder:
         for folder in (self.checkpoints, self.exports):
             for path in folder.glob(f"step_*{BEING_WRITTEN}"):
                 shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(self.model_files.with_name(self.model_files.name + BEING_WRITTEN), ignore_errors=True)
         for path in (self.metrics, self.report, self.status, self.latest):
             path.with_name(path.name + BEING_WRITTEN).unlink(missing_ok=True)
+        for path in self.path.glob(f"{self.lock.name}.*{BEING_WRITTEN}"):
+            path.unlink(missing_ok=True)
 
     def complete_checkpoint(self, partial: Path, step: int) -> Path:
         """Gives a checkpoint that was written beside its place its name, and moves `latest` to it; returns its place.

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from engine.run_folder import RunFolder
+from engine.run_folder import BEING_WRITTEN, RunFolder
 
 BEAT = 20.0  # seconds between signs of life
 SILENCE = 600.0  # seconds without one after which an owner counts as dead
@@ -121,7 +121,7 @@ def _take(run: RunFolder, own: dict[str, Any]) -> str | None:
 
 def _create(path: Path, own: dict[str, Any]) -> bool:
     """Makes the lock with its whole content, or says that there is one."""
-    beside = path.with_name(f"{path.name}.{own['token']}")
+    beside = path.with_name(f"{path.name}.{own['token']}{BEING_WRITTEN}")
     beside.write_text(json.dumps(own) + "\n", encoding="utf-8")
     try:
         os.link(beside, path)
@@ -136,12 +136,12 @@ def _create(path: Path, own: dict[str, Any]) -> bool:
         except FileExistsError:
             return False
     finally:
-        beside.unlink()
+        beside.unlink(missing_ok=True)
 
 
 def _remove(path: Path, owner: dict[str, Any]) -> bool:
     """Removes a dead owner's lock, and no other: another job may have taken it over in this moment."""
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}{BEING_WRITTEN}")
     try:
         os.rename(path, aside)
     except FileNotFoundError:
@@ -203,7 +203,7 @@ def _wait_for_silence(run: RunFolder, limit: float, *, patient: bool = True) -> 
 
 def _age(run: RunFolder) -> float:
     """Seconds since the last sign of life, by the clock of the file system alone."""
-    clock = run.lock.with_name(f"{run.lock.name}.{uuid.uuid4().hex}")
+    clock = run.lock.with_name(f"{run.lock.name}.{uuid.uuid4().hex}{BEING_WRITTEN}")
     try:
         clock.touch()
         return clock.stat().st_mtime - run.lock.stat().st_mtime

@@ -122,15 +122,20 @@ def begin(prepared: Prepared, lines: str) -> None:
     run, base, config = prepared.run, prepared.base_model, prepared.config
     overrides = config_overrides(config.override, base.own_vocab_size, base.description.vocab_size)
     data = model_data(prepared.order.indexes, prepared.held_out)
-    # The base model's files are perhaps in RUN itself: they are read before RUN is made ready.
-    files = run.model_files.with_name(run.model_files.name + BEING_WRITTEN)
-    write_model_files(base.files, files, overrides=overrides, data=data)
     print(f"{now()} {run.path}\n{lines}", flush=True)
     if prepared.resume is not None:
         go_back(run, prepared.resume.step, config.checkpoint)
-    elif once(config.checkpoint) and not _took_effect(run, config.checkpoint) and (aside := run.set_aside()):
-        print(f"the earlier run was moved to {aside}", flush=True)
     run.remove_leftovers()
+    # The base model's files are perhaps in RUN itself: they are read before these are set aside.
+    files = run.model_files.with_name(run.model_files.name + BEING_WRITTEN)
+    write_model_files(base.files, files, overrides=overrides, data=data)
+    if (
+        prepared.resume is None
+        and once(config.checkpoint)
+        and not _took_effect(run, config.checkpoint)
+        and (aside := run.set_aside())
+    ):
+        print(f"the earlier run was moved to {aside}", flush=True)
     shutil.rmtree(run.model_files, ignore_errors=True)
     os.rename(files, run.model_files)
     run.config.write_text(dump_run(config), encoding="utf-8")
