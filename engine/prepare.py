@@ -12,8 +12,9 @@ from pathlib import Path
 from data.documents import Documents
 from data.order import GlobalOrder
 from engine.base_model import BaseModel, find_base_model, resumed_model
-from engine.checkpointing.directory import ResumePoint, find_resume_point
+from engine.checkpointing.directory import ResumePoint
 from engine.checkpointing.model_files import check_tokenizers
+from engine.checkpointing.resume_point import find_resume_point
 from engine.config import CheckpointConfig, MoeConfig, RunConfig, check_values
 from engine.layout import Layout, check_expert_widths, check_fp8, check_layout, check_sequence
 from engine.run_data import audit, check_data, open_data, open_valid

@@ -170,9 +170,6 @@ def test_a_bad_gradient_names_all_samples_and_saves_the_step_before(pool, inputs
 
 def test_data_that_does_not_belong(inputs, tmp_path):
     write_index(tmp_path / "large", conversations(4).documents, vocab_size=VOCABULARY + 1)
-    meta = {"vocab_size": VOCABULARY + 1}
-    path = tmp_path / "large" / "meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | meta))
     sentence = refusal(inputs, tmp_path / "run", "--data", str(tmp_path / "large"))
     assert "a vocabulary of 132 tokens and the model has 131" in sentence
     for name, template in (("one", "a"), ("two", "b")):

@@ -49,9 +49,9 @@ def test_a_living_process_is_named_and_a_dead_one_succeeded(run):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=rf"is in use by process {process.pid} on .*, since 20\d\d-.*: wait"):
-            with held(run):
-                pass
+        words = rf"is in use by process {process.pid} on .*, since 20\d\d-.*: wait"
+        with pytest.raises(ValueError, match=words), held(run):
+            pass
         assert is_anothers(run) and read_lock(run)["pid"] == process.pid
         process.kill()
     assert not is_anothers(run)
