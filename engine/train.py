@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import time
 from typing import Any
 
@@ -11,20 +11,20 @@ import torch
 from torch import distributed
 
 from engine import host
-from engine.base_model import config_overrides
-from engine.checkpointing.model_files import write_model_files
+from engine.checkpointing.checkpoint import export_hf
 from engine.checkpointing.saver import FAILED as SAVE_FAILED
-from engine.checkpointing.saver import WRITTEN
-from engine.cli import dump_run
+from engine.checkpointing.saver import WRITTEN, CheckpointFailed
 from engine.config import RunConfig
 from engine.mesh import Mesh, build_mesh
 from engine.prepare import Prepared
 from engine.reporting.flops import device_peak, step_flops
-from engine.reporting.metrics import AT_START, MetricsLog, read_metrics
+from engine.reporting.metrics import AT_START, MetricsLog, read_metrics, rewind
 from engine.reporting.progress import held_out_text
-from engine.reporting.report import write_report
-from engine.run_data import model_data
+from engine.reporting.running_report import RunningReport
+from engine.retention import is_due
 from engine.run_folder import FAILED, RunFolder
+from engine.run_start import begin, go_back, owned
+from engine.run_status import DONE, RUNNING, STOPPED, clear_errors, write_status
 from engine.signals import StopRequest, largest, reason
 from engine.startup_lines import sample_document, start_lines
 from engine.trainer import HeldOutLosses, StepResult, Trainer, mean_loss
@@ -35,46 +35,87 @@ def train(prepared: Prepared) -> None:
     """Runs a prepared job to its end on this rank; call it on every rank."""
     on_host = host.enable()
     mesh = build_mesh(prepared.config.layout)
+    with owned(prepared, mesh):
+        if prepared.resume is not None and prepared.resume.step >= prepared.total_steps:
+            stand(prepared, mesh)
+        else:
+            run_to_the_end(prepared, mesh, on_host)
+        distributed.barrier()
+
+
+def stand(prepared: Prepared, mesh: Mesh) -> None:
+    """Leaves a run that is done as it should be, whatever a kill after its last save has kept it from."""
+    run, resume, total_steps = prepared.run, prepared.resume, prepared.total_steps
+    assert resume is not None
+    if mesh.rank == 0:
+        go_back(run, resume.step, prepared.config.checkpoint)
+        run.remove_leftovers()
+    distributed.barrier()
+    export_missing(prepared, mesh)
+    if mesh.rank == 0:
+        clear_errors(run)
+        run.unfinished.unlink(missing_ok=True)
+        rewind(run.metrics, resume.step)
+        print(
+            f"run is done: {resume.step:,} of {total_steps:,} steps; more --steps or --epochs continue it", flush=True
+        )
+        if read_metrics(run.metrics):
+            running_report(prepared).write(always=True)
+        write_status(run, DONE, step=resume.step, total_steps=total_steps)
+
+
+def export_missing(prepared: Prepared, mesh: Mesh) -> None:
+    """Makes the export of the checkpoint that a run resumes from, where a kill has prevented it."""
+    run, resume = prepared.run, prepared.resume
+    if resume is None or not prepared.config.checkpoint.export_hf or resume.manifest.get("rescue"):
+        return
+    (missing,) = largest(int(not run.export(resume.step).exists()))
+    if missing:
+        export_hf(run, resume.step, mesh)
+
+
+def run_to_the_end(prepared: Prepared, mesh: Mesh, on_host: bool) -> None:
+    """Builds this rank's part, trains, and says how that ended."""
+    run, config = prepared.run, prepared.config
     trainer = Trainer(prepared, mesh)
     if mesh.rank == 0:
         begin(prepared, start_lines(prepared, mesh, trainer.step, on_host))
     distributed.barrier()
-    run, config = prepared.run, prepared.config
+    export_missing(prepared, mesh)
     log = open_log(run, config, trainer.step, prepared.total_steps) if mesh.is_logger else None
+    report = running_report(prepared) if mesh.is_logger else None
     stop = StopRequest(prepared.stop_at)
     try:
         with stop.listening():
-            stopped = loop(trainer, log, stop)
+            stopped = loop(trainer, log, stop, report)
     except FloatingPointError as error:
         if mesh.is_logger:
             run.unfinished.write_text(f"{FAILED}{error}\n", encoding="utf-8")
+        raise
+    except CheckpointFailed:  # every rank is here, and the report shows how far the run came
+        if mesh.rank == 0:
+            write_status(run, RUNNING, step=trainer.step)
         raise
     finally:
         trainer.saver.close()
         if log is not None:
             log.close()
-    if mesh.is_logger:
+        if report is not None and sys.exc_info()[0] is not None and trainer.step:
+            report.write(always=True)
+    if report is not None:
         end(run, trainer.step, trainer.total_steps, stopped)
-        print(f"report: {write_report(run.path, sample=sample_document(prepared.order.indexes[0]))}", flush=True)
+        report.write(always=True)
+        print(f"report: {run.report}", flush=True)
     distributed.barrier()
+    if mesh.rank == 0:
+        write_status(
+            run, STOPPED if stopped else DONE, step=trainer.step, total_steps=trainer.total_steps, reason=stopped
+        )
 
 
-def begin(prepared: Prepared, lines: str) -> None:
-    """Makes RUN ready on one rank: model files, config, no leftovers, nothing of a run that is not continued."""
-    run, base, override = prepared.run, prepared.base_model, prepared.config.override
-    overrides = config_overrides(override, base.own_vocab_size, base.description.vocab_size)
-    data = model_data(prepared.order.indexes, prepared.held_out)
-    # The base model's files are perhaps in RUN itself: they are read before RUN is made ready.
-    write_model_files(base.files, run.model_files, overrides=overrides, data=data)
-    print(lines, flush=True)
-    run.remove_leftovers()
-    if prepared.resume is None and (aside := run.set_aside()):
-        print(f"what an earlier run saved was moved to {' and '.join(map(str, aside))}", flush=True)
-    run.config.write_text(dump_run(prepared.config), encoding="utf-8")
-    run.unfinished.write_text("running, or killed\n", encoding="utf-8")
-    if math.isfinite(prepared.stop_at):
-        at = time.strftime("%H:%M:%S", time.localtime(prepared.stop_at))
-        print(f"saves and stops at {at}, before the job's end", flush=True)
+def running_report(prepared: Prepared) -> RunningReport:
+    """The report of a run, with the first document of its data."""
+    return RunningReport(prepared.run, lambda: sample_document(prepared.order.indexes[0]))
 
 
 def open_log(run: RunFolder, config: RunConfig, step: int, total_steps: int) -> MetricsLog:
@@ -89,7 +130,7 @@ def open_log(run: RunFolder, config: RunConfig, step: int, total_steps: int) -> 
     )
 
 
-def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest) -> str | None:
+def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest, report: RunningReport | None) -> str | None:
     """Steps until the run is over or has to stop, saving and measuring on the way; returns why it stopped early."""
     config, description = trainer.config, trainer.prepared.description
     at_start = trainer.held_out_losses() if config.valid_at_start and trainer.step == 0 else None
@@ -119,17 +160,28 @@ def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest) -> str | N
                 line |= {f"{name}{AT_START}": value for name, value in held_out_fields(at_start).items()}
                 at_start = None
             log.write(**line, **(held_out_fields(held_out) if held_out is not None else {}))
-        number, writing = largest(stop.number(), trainer.saver.progress())
+        since = int(time.monotonic() - trainer.saved_at)  # of the rank on whose clock most time has passed
+        number, writing, since = largest(stop.number(), trainer.saver.progress(), since)
         if writing in (WRITTEN, SAVE_FAILED):
             trainer.finish_save()
         stops = None if last else reason(number)
-        if last or stops or (config.checkpoint.every and result.step % config.checkpoint.every == 0):
-            trainer.start_save()
+        due = is_due(result.step, since, config.checkpoint, last=last, stopping=stops is not None)
+        if due:
+            trainer.start_save(rescue=due == "rescue")
+            note_save(trainer, report)
         if stops:
             trainer.finish_save()
             return stops
     trainer.finish_save()
     return None
+
+
+def note_save(trainer: Trainer, report: RunningReport | None) -> None:
+    """Says at a save how far the run is, to those who look at RUN."""
+    if trainer.mesh.rank == 0:
+        write_status(trainer.prepared.run, RUNNING, step=trainer.step)
+    if report is not None:
+        report.write()
 
 
 def save_before(trainer: Trainer, error: FloatingPointError) -> None:

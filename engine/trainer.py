@@ -19,6 +19,7 @@ from engine.first_weights import fill_weights
 from engine.mesh import Mesh
 from engine.optim import build_optimizer, set_steps_taken, steps_taken, update
 from engine.prepare import Prepared
+from engine.retention import retain
 from engine.schedule import learning_rate
 from engine.signals import shielded
 from engine.step import (
@@ -83,6 +84,7 @@ class Trainer:
         self.total_steps = prepared.total_steps
         self.data_state = self.loader.state_dict()  # after the last good step, also when the next one fails
         self.saved_step = self.step
+        self.saved_at = time.monotonic()
 
     def _make_loader(self, order: GlobalOrder) -> Loader:
         config, mesh = self.config, self.mesh
@@ -185,7 +187,7 @@ class Trainer:
             "rescue": rescue,
             "data": self.data_state,
         }
-        self.saved_step = self.step
+        self.saved_step, self.saved_at = self.step, time.monotonic()
         with shielded():
             self._completed(self.saver.start(self.step, manifest))
 
@@ -202,7 +204,7 @@ class Trainer:
         if keep.export_hf and not saved.rescue:
             checkpoint.export_hf(run, saved.step, self.mesh)
         if self.mesh.rank == 0:
-            run.remove_checkpoints(keep.keep)
+            retain(run, keep)
 
 
 def told_apart(loader: Loader) -> list[str]:

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from data.checksums import DamagedFile, file_sum, sums_of, text_sum, verify, write_sums
-from engine.run_folder import RunFolder, replace_text
+from engine.run_folder import MANIFEST, RunFolder
 
 FORMAT = 1
-MANIFEST = "lathe.json"
 STATE = "state"
 HF = "hf"
 DATA_FILES = "*.distcp"
@@ -205,7 +204,7 @@ def find_latest(run: Path) -> ResumePoint | None:
     pointer = RunFolder(run).latest
     if not pointer.exists():
         return None
-    directory = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    directory = pointer.parent / (pointer.read_text(encoding="utf-8").strip() or "(nothing)")
     try:
         return ResumePoint(directory, read_manifest(directory))
     except ValueError as error:
@@ -213,12 +212,6 @@ def find_latest(run: Path) -> ResumePoint | None:
             f"{error}{newest_intact(directory)}; write the name of a whole checkpoint into {pointer}, or start with "
             "another --output or --checkpoint.no-resume"
         ) from None
-
-
-def point_latest(run: RunFolder, target: Path) -> None:
-    """Moves `latest` to a checkpoint in one step."""
-    replace_text(run.latest, target.name + "\n")
-    sync_directory(run.checkpoints)
 
 
 def sync_tree(directory: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from torch import distributed
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 
-from engine.checkpointing.directory import HF, STATE, point_latest, read_manifest, sync_tree, write_manifest
+from engine.checkpointing.directory import HF, STATE, read_manifest, sync_tree, write_manifest
 from engine.checkpointing.image import Image, pieces_of
 from engine.checkpointing.image_writer import ImageWriter
 from engine.checkpointing.shards import Shard
@@ -109,7 +108,7 @@ class Saver:
 
         try:
             together(written, partial)
-            together((lambda: self._complete(save, partial, target)) if self._rank == 0 else None, partial)
+            together((lambda: self._complete(save, partial)) if self._rank == 0 else None, partial)
         finally:
             if not self._asynchronous:
                 self._image.release()
@@ -126,7 +125,7 @@ class Saver:
         target = self._run.checkpoint(step)
         return target.with_name(target.name + BEING_WRITTEN)
 
-    def _complete(self, save: _Save, partial: Path, target: Path) -> None:
+    def _complete(self, save: _Save, partial: Path) -> None:
         """The first rank's: what makes the files of all ranks a checkpoint."""
         assert self._metadata is not None
         (partial / STATE / ".metadata").write_bytes(self._metadata)
@@ -135,9 +134,7 @@ class Saver:
         write_manifest(partial, save.manifest | {"step": save.step})
         sync_tree(partial)
         read_manifest(partial)
-        shutil.rmtree(target, ignore_errors=True)  # the same step of a run that did not resume
-        os.rename(partial, target)
-        point_latest(self._run, target)
+        self._run.complete_checkpoint(partial, save.step)
 
     def _describe_once(self) -> None:
         """At the first save, tells the first rank what all ranks write, which never changes."""
