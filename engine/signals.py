@@ -106,12 +106,20 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def reason(self) -> str | None:
-        """Why all ranks stop now, the same on each; None where none has to. Every rank calls it after a step."""
-        own = self._signal or (_TIME_LIMIT if time.time() >= self._deadline else 0)
-        most = torch.tensor(own, dtype=torch.int32)
-        distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
-        number = int(most)
-        if number == _TIME_LIMIT:
-            return "the job's time limit is near"
-        return f"{signal.Signals(number).name} was received" if number else None
+    def number(self) -> int:
+        """What asks this rank to stop, for `largest` and then `reason`; 0 for nothing."""
+        return self._signal or (_TIME_LIMIT if time.time() >= self._deadline else 0)
+
+
+def reason(number: int) -> str | None:
+    """What a number of `StopRequest` means; None where nothing asks to stop."""
+    if number == _TIME_LIMIT:
+        return "the job's time limit is near"
+    return f"{signal.Signals(number).name} was received" if number else None
+
+
+def largest(*numbers: int) -> list[int]:
+    """The largest of all ranks for each of these numbers. Every rank calls it, once after a step."""
+    most = torch.tensor(numbers, dtype=torch.int32)
+    distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+    return most.tolist()

@@ -13,6 +13,8 @@ from torch import distributed
 from engine import host
 from engine.base_model import config_overrides
 from engine.checkpointing.model_files import write_model_files
+from engine.checkpointing.saver import FAILED as SAVE_FAILED
+from engine.checkpointing.saver import WRITTEN
 from engine.cli import dump_run
 from engine.config import RunConfig
 from engine.mesh import Mesh, build_mesh
@@ -23,7 +25,7 @@ from engine.reporting.progress import held_out_text
 from engine.reporting.report import write_report
 from engine.run_data import model_data
 from engine.run_folder import FAILED, RunFolder
-from engine.signals import StopRequest
+from engine.signals import StopRequest, largest, reason
 from engine.startup_lines import sample_document, start_lines
 from engine.trainer import HeldOutLosses, StepResult, Trainer, mean_loss
 from models.description import ModelDescription
@@ -42,16 +44,17 @@ def train(prepared: Prepared) -> None:
     stop = StopRequest(prepared.stop_at)
     try:
         with stop.listening():
-            reason = loop(trainer, log, stop)
+            stopped = loop(trainer, log, stop)
     except FloatingPointError as error:
         if mesh.is_logger:
             run.unfinished.write_text(f"{FAILED}{error}\n", encoding="utf-8")
         raise
     finally:
+        trainer.saver.close()
         if log is not None:
             log.close()
     if mesh.is_logger:
-        end(run, trainer.step, trainer.total_steps, reason)
+        end(run, trainer.step, trainer.total_steps, stopped)
         print(f"report: {write_report(run.path, sample=sample_document(prepared.order.indexes[0]))}", flush=True)
     distributed.barrier()
 
@@ -95,9 +98,8 @@ def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest) -> str | N
     while trainer.step < trainer.total_steps:
         try:
             result = trainer.train_step()
-        except FloatingPointError:
-            if trainer.step > trainer.saved_step:  # every rank is here; the weights are those before the step
-                trainer.save()
+        except FloatingPointError as error:
+            save_before(trainer, error)
             raise
         last = result.step == trainer.total_steps
         every = config.valid_every
@@ -117,12 +119,27 @@ def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest) -> str | N
                 line |= {f"{name}{AT_START}": value for name, value in held_out_fields(at_start).items()}
                 at_start = None
             log.write(**line, **(held_out_fields(held_out) if held_out is not None else {}))
-        reason = None if last else stop.reason()
-        if last or reason or (config.checkpoint.every and result.step % config.checkpoint.every == 0):
-            trainer.save()
-        if reason:
-            return reason
+        number, writing = largest(stop.number(), trainer.saver.progress())
+        if writing in (WRITTEN, SAVE_FAILED):
+            trainer.finish_save()
+        stops = None if last else reason(number)
+        if last or stops or (config.checkpoint.every and result.step % config.checkpoint.every == 0):
+            trainer.start_save()
+        if stops:
+            trainer.finish_save()
+            return stops
+    trainer.finish_save()
     return None
+
+
+def save_before(trainer: Trainer, error: FloatingPointError) -> None:
+    """Saves where a step that failed left the run: every rank is here, and the weights are those before the step."""
+    try:
+        if trainer.step > trainer.saved_step:
+            trainer.start_save()
+        trainer.finish_save()
+    except FloatingPointError as another:  # the weights are not finite either
+        raise FloatingPointError(f"{error}; and {another}") from None
 
 
 def step_line(
