@@ -22,6 +22,9 @@ class RunFolder:
         self.report = self.path / "report.html"  # the same as a page
         self.wandb_id = self.path / "wandb_id"  # the Weights & Biases run to go on in
         self.unfinished = self.path / "unfinished"  # there until the last step is done; says how the run stands
+        self.skipped = self.path / "skipped.jsonl"  # steps that --on-bad-step skip left out, with their documents
+        self.heartbeats = self.path / "heartbeats"  # while a run runs: where each rank stands
+        self.stacks = self.path / "stacks"  # rank_N.txt, what ranks were doing when the watchdog ended them
         self.model_files = self.path / "model_files"  # config, tokenizer and templates, as checkpoints hold them
         self.checkpoints = self.path / "checkpoints"  # step_NNNNNN/, see `engine.checkpointing.directory`
         self.latest = self.checkpoints / "latest"  # the name of the newest

@@ -14,7 +14,8 @@ from types import FrameType
 import torch
 from torch import distributed
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# SLURM's --signal and preemption send the last two as people ask for them.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 # Seconds since the epoch, which newer releases of SLURM set for their jobs.
 JOB_START, JOB_END = "SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"
 # How long before its end a job stops by default: so many minutes, or this share of a shorter job.
@@ -53,11 +54,33 @@ def _seconds(name: str) -> float | None:
 
 _saving = False
 _interrupted_again = False
+_early = 0  # the last signal that came before a StopRequest was made
+
+
+def hear_early() -> None:
+    """Notes signals from now on, as `StopRequest.listening` does, for a run that starts up to stop before its first step.
+
+    For the life of the process. Without it a signal during start-up kills, and RUN does not say why.
+    """
+
+    def note(number: int, frame: FrameType | None) -> None:
+        global _early
+        if number == signal.SIGINT and _early:
+            raise KeyboardInterrupt
+        _early = number
+
+    for number in _heard():
+        signal.signal(number, note)
+
+
+def _heard() -> list[signal.Signals]:
+    """What is ignored stays so: shells start what runs in the background without SIGINT."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """Puts a second SIGINT off to the end of this block, and keeps SIGTERM and SIGINT from processes started in it.
+    """Puts a second SIGINT off to the end of this block, and keeps SIGNALS from processes started in it.
 
     torchrun signals whole process groups, and so also the helpers that write a checkpoint.
     """
@@ -80,11 +103,11 @@ class StopRequest:
 
     def __init__(self, deadline: float = math.inf):
         self._deadline = deadline
-        self._signal = 0
+        self._signal = _early
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Notes SIGTERM and SIGINT within this block; a second SIGINT interrupts, but not while a save is written.
+        """Notes SIGNALS within this block; a second SIGINT interrupts, but not while a save is written.
 
         A second SIGTERM does not: a scheduler sends one to every process, and torchrun another to those it started.
         """
@@ -97,14 +120,21 @@ class StopRequest:
                 _interrupted_again = True
             self._signal = number
 
-        # What is ignored stays so: shells start what runs in the background without SIGINT.
-        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        before = {number: signal.signal(number, note) or signal.SIG_DFL for number in heard}
+        before = {number: signal.signal(number, note) or signal.SIG_DFL for number in _heard()}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def before_start(self) -> str | None:
+        """Which signal came to any rank during start-up, the same on each. Every rank calls it before the first step.
+
+        The time limit does not count: a job that has so little time left makes one step all the same.
+        """
+        number = torch.tensor(self._signal, dtype=torch.int32)
+        distributed.all_reduce(number, op=distributed.ReduceOp.MAX)
+        return f"{signal.Signals(int(number)).name} was received" if number else None
 
     def reason(self) -> str | None:
         """Why all ranks stop now, the same on each; None where none has to. Every rank calls it after a step."""

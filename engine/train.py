@@ -15,10 +15,14 @@ from engine.base_model import config_overrides
 from engine.checkpointing.model_files import write_model_files
 from engine.cli import dump_run
 from engine.config import RunConfig
+from engine.guards.agreement import check_agreement
+from engine.guards.skips import write_down
+from engine.guards.spikes import Spikes
+from engine.guards.watchdog import SAVE, STEP, Watchdog
 from engine.mesh import Mesh, build_mesh
 from engine.prepare import Prepared
 from engine.reporting.flops import device_peak, step_flops
-from engine.reporting.metrics import AT_START, MetricsLog, read_metrics
+from engine.reporting.metrics import AT_START, MetricsLog, read_metrics, rewind
 from engine.reporting.progress import held_out_text
 from engine.reporting.report import write_report
 from engine.run_data import model_data
@@ -31,18 +35,31 @@ from models.description import ModelDescription
 
 def train(prepared: Prepared) -> None:
     """Runs a prepared job to its end on this rank; call it on every rank."""
+    stop, guard = StopRequest(prepared.stop_at), prepared.config.guard
     on_host = host.enable()
-    mesh = build_mesh(prepared.config.layout)
+    with stop.listening():
+        mesh = build_mesh(prepared.config.layout)
+        with Watchdog(prepared.run, mesh.rank, patience=guard.patience, minutes=guard.minutes) as watchdog:
+            agreement = check_agreement(prepared, mesh.device)
+            if mesh.rank == 0:
+                print("\n".join(agreement), flush=True)
+            if reason := stop.before_start():  # weights take the longest of all before the first step
+                return stopped_early(prepared, mesh, reason)
+            run_training(prepared, mesh, stop, watchdog, on_host)
+
+
+def run_training(prepared: Prepared, mesh: Mesh, stop: StopRequest, watchdog: Watchdog, on_host: bool) -> None:
+    """Reads the weights and trains to the end of the run, or to where it has to stop."""
     trainer = Trainer(prepared, mesh)
     if mesh.rank == 0:
         begin(prepared, start_lines(prepared, mesh, trainer.step, on_host))
     distributed.barrier()
     run, config = prepared.run, prepared.config
+    if reason := stop.before_start():
+        return stopped_early(prepared, mesh, reason)
     log = open_log(run, config, trainer.step, prepared.total_steps) if mesh.is_logger else None
-    stop = StopRequest(prepared.stop_at)
     try:
-        with stop.listening():
-            reason = loop(trainer, log, stop)
+        reason = loop(trainer, log, stop, watchdog)
     except FloatingPointError as error:
         if mesh.is_logger:
             run.unfinished.write_text(f"{FAILED}{error}\n", encoding="utf-8")
@@ -53,6 +70,17 @@ def train(prepared: Prepared) -> None:
     if mesh.is_logger:
         end(run, trainer.step, trainer.total_steps, reason)
         print(f"report: {write_report(run.path, sample=sample_document(prepared.order.indexes[0]))}", flush=True)
+    distributed.barrier()
+
+
+def stopped_early(prepared: Prepared, mesh: Mesh, reason: str) -> None:
+    """Says and writes down that a run was told to stop before its first step: there is nothing to save."""
+    step = prepared.resume.step if prepared.resume else 0
+    if mesh.rank == 0:
+        words = f"stopped while starting up, before step {step + 1:,} of {prepared.total_steps:,}: {reason}"
+        prepared.run.path.mkdir(parents=True, exist_ok=True)
+        prepared.run.unfinished.write_text(words + "\n", encoding="utf-8")
+        print(f"{words}; the same command continues", flush=True)
     distributed.barrier()
 
 
@@ -76,6 +104,7 @@ def begin(prepared: Prepared, lines: str) -> None:
 
 def open_log(run: RunFolder, config: RunConfig, step: int, total_steps: int) -> MetricsLog:
     """Opens RUN's metrics, rewound to where the run stands."""
+    rewind(run.skipped, step)
     return MetricsLog(
         run.path,
         total_steps=total_steps,
@@ -86,23 +115,26 @@ def open_log(run: RunFolder, config: RunConfig, step: int, total_steps: int) -> 
     )
 
 
-def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest) -> str | None:
+def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest, watchdog: Watchdog) -> str | None:
     """Steps until the run is over or has to stop, saving and measuring on the way; returns why it stopped early."""
     config, description = trainer.config, trainer.prepared.description
-    at_start = trainer.held_out_losses() if config.valid_at_start and trainer.step == 0 else None
+    spikes = Spikes(config.guard.spike, (line["loss"] for line in read_metrics(log.path)) if log is not None else ())
+    at_start = trainer.held_out_losses(watchdog) if config.valid_at_start and trainer.step == 0 else None
     if at_start is not None and log is not None:
         print(f"before the first step: {held_out_text(held_out_fields(at_start))}", flush=True)
     while trainer.step < trainer.total_steps:
+        watchdog.enter(STEP, trainer.step + 1)
         try:
             result = trainer.train_step()
         except FloatingPointError:
             if trainer.step > trainer.saved_step:  # every rank is here; the weights are those before the step
+                watchdog.enter(SAVE, trainer.step)
                 trainer.save()
             raise
         last = result.step == trainer.total_steps
         every = config.valid_every
         measures = bool(trainer.valid_loaders) and (last or bool(every and result.step % every == 0))
-        held_out = trainer.held_out_losses() if measures else None
+        held_out = trainer.held_out_losses(watchdog) if measures else None
         if log is not None:
             line = step_line(
                 result,
@@ -113,12 +145,14 @@ def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest) -> str | N
                 aux_loss=config.moe.aux_loss,
                 sources=trainer.sources,
             )
+            line |= flags(line, result, spikes, trainer.prepared.run)
             if at_start is not None:
                 line |= {f"{name}{AT_START}": value for name, value in held_out_fields(at_start).items()}
                 at_start = None
             log.write(**line, **(held_out_fields(held_out) if held_out is not None else {}))
         reason = None if last else stop.reason()
         if last or reason or (config.checkpoint.every and result.step % config.checkpoint.every == 0):
+            watchdog.enter(SAVE, result.step)
             trainer.save()
         if reason:
             return reason
@@ -142,7 +176,7 @@ def step_line(
     peak = peak_tflops or device_peak(torch.cuda.get_device_name() if cuda else None)
     line: dict[str, Any] = {
         "step": result.step,
-        "loss": totals.loss if totals.supervised else None,
+        "loss": totals.loss if totals.supervised and result.skipped is None else None,
         "grad_norm": result.grad_norm,
         "lr": result.lr,
         "tokens": totals.tokens,
@@ -165,6 +199,18 @@ def step_line(
     return line
 
 
+def flags(line: dict[str, Any], result: StepResult, spikes: Spikes, run: RunFolder) -> dict[str, bool]:
+    """Says and writes down what was wrong with a step; the fields of its line that say so."""
+    if result.skipped is not None:
+        write_down(run.skipped, result.skipped)
+        print(f"step {result.step:,} was skipped: {result.skipped.reason}; see {run.skipped}", flush=True)
+        return {"skipped": True}
+    if (times := spikes.times_median(line["loss"])) is not None:
+        print(f"step {result.step:,}: loss {line['loss']:.4f} is {times:.1f} times the recent median", flush=True)
+        return {"spike": True}
+    return {}
+
+
 def held_out_fields(held_out: HeldOutLosses) -> dict[str, Any]:
     """Held-out losses as a line of metrics.jsonl has them."""
     fields: dict[str, Any] = {"valid_loss": held_out.loss, "valid_losses": held_out.losses}
@@ -179,6 +225,8 @@ def end(run: RunFolder, step: int, total_steps: int, reason: str | None) -> None
         print(f"{words}; the same command continues", flush=True)
     else:
         run.unfinished.unlink(missing_ok=True)
+    if skipped := len(read_metrics(run.skipped)):
+        print(f"{skipped:,} of {step:,} steps were skipped, their documents are in {run.skipped}", flush=True)
     silent = sum(not line["supervised_tokens"] for line in read_metrics(run.metrics))
     if silent:
         print(f"{silent:,} of {step:,} steps had no supervised token and changed nothing by loss")

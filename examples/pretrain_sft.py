@@ -63,8 +63,10 @@ def main(arguments: list[str]) -> int:
 
     from engine.checkpointing.checkpoint import CheckpointFailed
     from engine.prepare import prepare_run
+    from engine.signals import hear_early
     from engine.train import train
 
+    hear_early()
     try:
         config = with_input(config, first=rank == 0)
         prepared = prepare_run(config, world_size=world_size, cuda=torch.cuda.is_available())
