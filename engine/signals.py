@@ -58,7 +58,7 @@ _early = 0  # the last signal that came before a StopRequest was made
 
 
 def hear_early() -> None:
-    """Notes signals from now on, as `StopRequest.listening` does, for a run that starts up to stop before its first step.
+    """Notes signals from now on, as `StopRequest.listening` does; a run that starts up stops before its first step.
 
     For the life of the process. Without it a signal during start-up kills, and RUN does not say why.
     """
@@ -103,7 +103,7 @@ class StopRequest:
 
     def __init__(self, deadline: float = math.inf):
         self._deadline = deadline
-        self._signal = _early
+        self.signal = _early  # the last one, 0 for none
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -114,34 +114,34 @@ class StopRequest:
 
         def note(number: int, frame: FrameType | None) -> None:
             global _interrupted_again
-            if number == signal.SIGINT and self._signal:
+            if number == signal.SIGINT and self.signal:
                 if not _saving:
                     raise KeyboardInterrupt
                 _interrupted_again = True
-            self._signal = number
+            self.signal = number
 
         before = {number: signal.signal(number, note) or signal.SIG_DFL for number in _heard()}
+        self.signal = self.signal or _early  # which may have come since
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def before_start(self) -> str | None:
-        """Which signal came to any rank during start-up, the same on each. Every rank calls it before the first step.
+    def number(self) -> int:
+        """What asks this rank to stop, for `largest` and then `reason`; 0 for nothing."""
+        return self.signal or (_TIME_LIMIT if time.time() >= self._deadline else 0)
 
-        The time limit does not count: a job that has so little time left makes one step all the same.
-        """
-        number = torch.tensor(self._signal, dtype=torch.int32)
-        distributed.all_reduce(number, op=distributed.ReduceOp.MAX)
-        return f"{signal.Signals(int(number)).name} was received" if number else None
 
-    def reason(self) -> str | None:
-        """Why all ranks stop now, the same on each; None where none has to. Every rank calls it after a step."""
-        own = self._signal or (_TIME_LIMIT if time.time() >= self._deadline else 0)
-        most = torch.tensor(own, dtype=torch.int32)
-        distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
-        number = int(most)
-        if number == _TIME_LIMIT:
-            return "the job's time limit is near"
-        return f"{signal.Signals(number).name} was received" if number else None
+def reason(number: int) -> str | None:
+    """What a number of `StopRequest` means; None where nothing asks to stop."""
+    if number == _TIME_LIMIT:
+        return "the job's time limit is near"
+    return f"{signal.Signals(number).name} was received" if number else None
+
+
+def largest(*numbers: int) -> list[int]:
+    """The largest of all ranks for each of these numbers. Every rank calls it, once after a step."""
+    most = torch.tensor(numbers, dtype=torch.int32)
+    distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+    return most.tolist()

@@ -13,6 +13,8 @@ from torch import distributed
 from engine import host
 from engine.base_model import config_overrides
 from engine.checkpointing.model_files import write_model_files
+from engine.checkpointing.saver import FAILED as SAVE_FAILED
+from engine.checkpointing.saver import WRITTEN
 from engine.cli import dump_run
 from engine.config import RunConfig
 from engine.guards.agreement import check_agreement
@@ -27,7 +29,7 @@ from engine.reporting.progress import held_out_text
 from engine.reporting.report import write_report
 from engine.run_data import model_data
 from engine.run_folder import FAILED, RunFolder
-from engine.signals import StopRequest
+from engine.signals import StopRequest, largest, reason
 from engine.startup_lines import sample_document, start_lines
 from engine.trainer import HeldOutLosses, StepResult, Trainer, mean_loss
 from models.description import ModelDescription
@@ -43,8 +45,8 @@ def train(prepared: Prepared) -> None:
             agreement = check_agreement(prepared, mesh.device)
             if mesh.rank == 0:
                 print("\n".join(agreement), flush=True)
-            if reason := stop.before_start():  # weights take the longest of all before the first step
-                return stopped_early(prepared, mesh, reason)
+            if stops := signalled(stop):  # weights take the longest of all before the first step
+                return stopped_early(prepared, mesh, stops)
             run_training(prepared, mesh, stop, watchdog, on_host)
 
 
@@ -55,29 +57,39 @@ def run_training(prepared: Prepared, mesh: Mesh, stop: StopRequest, watchdog: Wa
         begin(prepared, start_lines(prepared, mesh, trainer.step, on_host))
     distributed.barrier()
     run, config = prepared.run, prepared.config
-    if reason := stop.before_start():
-        return stopped_early(prepared, mesh, reason)
+    if stops := signalled(stop):
+        trainer.saver.close()
+        return stopped_early(prepared, mesh, stops)
     log = open_log(run, config, trainer.step, prepared.total_steps) if mesh.is_logger else None
     try:
-        reason = loop(trainer, log, stop, watchdog)
+        stopped = loop(trainer, log, stop, watchdog)
     except FloatingPointError as error:
         if mesh.is_logger:
             run.unfinished.write_text(f"{FAILED}{error}\n", encoding="utf-8")
         raise
     finally:
+        trainer.saver.close()
         if log is not None:
             log.close()
     if mesh.is_logger:
-        end(run, trainer.step, trainer.total_steps, reason)
+        end(run, trainer.step, trainer.total_steps, stopped)
         print(f"report: {write_report(run.path, sample=sample_document(prepared.order.indexes[0]))}", flush=True)
     distributed.barrier()
 
 
-def stopped_early(prepared: Prepared, mesh: Mesh, reason: str) -> None:
+def signalled(stop: StopRequest) -> str | None:
+    """Which signal came to any rank during start-up, the same on each; every rank calls it.
+
+    The time limit does not count: a job that has so little time left makes one step all the same.
+    """
+    return reason(*largest(stop.signal))
+
+
+def stopped_early(prepared: Prepared, mesh: Mesh, why: str) -> None:
     """Says and writes down that a run was told to stop before its first step: there is nothing to save."""
     step = prepared.resume.step if prepared.resume else 0
     if mesh.rank == 0:
-        words = f"stopped while starting up, before step {step + 1:,} of {prepared.total_steps:,}: {reason}"
+        words = f"stopped while starting up, before step {step + 1:,} of {prepared.total_steps:,}: {why}"
         prepared.run.path.mkdir(parents=True, exist_ok=True)
         prepared.run.unfinished.write_text(words + "\n", encoding="utf-8")
         print(f"{words}; the same command continues", flush=True)
@@ -126,10 +138,9 @@ def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest, watchdog: 
         watchdog.enter(STEP, trainer.step + 1)
         try:
             result = trainer.train_step()
-        except FloatingPointError:
-            if trainer.step > trainer.saved_step:  # every rank is here; the weights are those before the step
-                watchdog.enter(SAVE, trainer.step)
-                trainer.save()
+        except FloatingPointError as error:
+            watchdog.enter(SAVE, trainer.step)
+            save_before(trainer, error)
             raise
         last = result.step == trainer.total_steps
         every = config.valid_every
@@ -150,13 +161,29 @@ def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest, watchdog: 
                 line |= {f"{name}{AT_START}": value for name, value in held_out_fields(at_start).items()}
                 at_start = None
             log.write(**line, **(held_out_fields(held_out) if held_out is not None else {}))
-        reason = None if last else stop.reason()
-        if last or reason or (config.checkpoint.every and result.step % config.checkpoint.every == 0):
+        number, writing = largest(stop.number(), trainer.saver.progress())
+        if writing in (WRITTEN, SAVE_FAILED):
             watchdog.enter(SAVE, result.step)
-            trainer.save()
-        if reason:
-            return reason
+            trainer.finish_save()
+        stops = None if last else reason(number)
+        if last or stops or (config.checkpoint.every and result.step % config.checkpoint.every == 0):
+            watchdog.enter(SAVE, result.step)
+            trainer.start_save()
+        if stops:
+            trainer.finish_save()
+            return stops
+    trainer.finish_save()
     return None
+
+
+def save_before(trainer: Trainer, error: FloatingPointError) -> None:
+    """Saves where a step that failed left the run: every rank is here, and the weights are those before the step."""
+    try:
+        if trainer.step > trainer.saved_step:
+            trainer.start_save()
+        trainer.finish_save()
+    except FloatingPointError as another:  # the weights are not finite either
+        raise FloatingPointError(f"{error}; and {another}") from None
 
 
 def step_line(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,10 +13,12 @@ from data.loader import Loader, Microbatch
 from data.order import GlobalOrder
 from engine.base_model import weight_reader
 from engine.checkpointing import checkpoint
+from engine.checkpointing.saver import Saved, Saver
+from engine.checkpointing.shards import own_shards
 from engine.guards.skips import SkippedStep, skipped_until
 from engine.guards.watchdog import HELD_OUT, Watchdog
 from engine.mesh import Mesh
-from engine.optim import Update, build_optimizer, update
+from engine.optim import Update, build_optimizer, set_steps_taken, steps_taken, update
 from engine.prepare import Prepared
 from engine.schedule import learning_rate
 from engine.signals import shielded
@@ -73,11 +74,15 @@ class Trainer:
             load_weights(chunks, checkpoint.sharding_metadata(mesh), read)
         self.chunks = wrap_chunks(chunks, mesh, overlap=config.overlap, bucket_size=config.bucket_size)
         self.optimizer = build_optimizer(config.optim, self.chunks, mesh, bf16=config.precision != "fp32")
+        shards = own_shards(self.chunks, self.optimizer, checkpoint.sharding_metadata(mesh))
+        self.saver = Saver(prepared.run, shards, mesh, asynchronous=config.checkpoint.asynchronous == "on")
         self.step = 0
         if prepared.resume is not None:
-            checkpoint.load(prepared.resume, self.chunks, self.optimizer, mesh)
-            self.loader.load_state_dict(prepared.resume.manifest["data"])
+            manifest = prepared.resume.manifest
+            checkpoint.load(prepared.resume, shards, self.chunks)
+            self.loader.load_state_dict(manifest["data"])
             self.step = prepared.resume.step
+            set_steps_taken(self.optimizer, manifest.get("optimizer_step", self.step))
         self.total_steps = prepared.total_steps
         self.data_state = self.loader.state_dict()  # after the last good step, also when the next one fails
         self.saved_step = self.step
@@ -193,12 +198,12 @@ class Trainer:
             sums[:, 1] += [totals.supervised, *totals.source_tokens]
         return sums
 
-    def save(self) -> Path:
-        """Writes the checkpoint of the last step."""
-        for chunk in self.chunks:
-            if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
-        description, run = self.prepared.description, self.prepared.run
+    def start_save(self, *, rescue: bool = False) -> None:
+        """Begins the checkpoint of the last step; `rescue` marks one that the next replaces.
+
+        FloatingPointError where a weight is not finite, CheckpointFailed where this save or the one before failed.
+        """
+        description = self.prepared.description
         manifest = {
             "family": description.family,
             "source_dtype": self.prepared.base_model.dtype,
@@ -208,23 +213,28 @@ class Trainer:
             "precision": self.config.precision,
             "freeze_router": self.config.moe.freeze_router,
             "pad_documents_to": self.prepared.pad_multiple,
+            "optimizer_step": steps_taken(self.optimizer),
+            "rescue": rescue,
             "data": self.data_state,
         }
         self.saved_step = self.step
         with shielded():
-            target = checkpoint.save(
-                run,
-                self.step,
-                self.chunks,
-                self.optimizer,
-                self.mesh,
-                model_files=run.model_files,
-                manifest=manifest,
-                keep=self.config.checkpoint.keep,
-            )
-            if self.config.checkpoint.export_hf:
-                checkpoint.export_hf(run, self.step, self.mesh)
-        return target
+            self._completed(self.saver.start(self.step, manifest))
+
+    def finish_save(self) -> None:
+        """Waits for the checkpoint that has begun, if there is one, and completes it; every rank calls it."""
+        with shielded():
+            self._completed(self.saver.finish())
+
+    def _completed(self, saved: Saved | None) -> None:
+        """What follows a checkpoint that is complete: its export, and the end of those that are not kept."""
+        if saved is None:
+            return
+        run, keep = self.prepared.run, self.config.checkpoint
+        if keep.export_hf and not saved.rescue:
+            checkpoint.export_hf(run, saved.step, self.mesh)
+        if self.mesh.rank == 0:
+            run.remove_checkpoints(keep.keep)
 
 
 def told_apart(loader: Loader) -> list[str]:

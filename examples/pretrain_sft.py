@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     # What is mistyped has been said: torch and megatron-core take seconds to import.
     import torch
 
-    from engine.checkpointing.checkpoint import CheckpointFailed
+    from engine.checkpointing.saver import CheckpointFailed
     from engine.prepare import prepare_run
     from engine.signals import hear_early
     from engine.train import train
