@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+import yaml
 from torch import distributed
 
 from engine.cli import dump_run
@@ -82,9 +83,9 @@ def rank_facts(prepared: Prepared) -> RankFacts:
     orders = {"--data": prepared.order} | {f"--valid {name}": one for name, one in prepared.valid_orders.items()}
     details = {
         "Lathe's source": source_files(Path(__file__).parents[2]),
-        "the configuration": dict(enumerate_lines(dump_run(prepared.config))),
+        "the configuration": entries_of(yaml.safe_load(dump_run(prepared.config))),
         "the model's files": model_files({base.files, base.weights}),
-        "the data": {name: str(order.fingerprint()) for name, order in orders.items()},
+        "the data": entries_of({name: order.fingerprint() for name, order in orders.items()}),
     }
     resume = "none" if prepared.resume is None else f"step {prepared.resume.step}, {prepared.resume.manifest['data']}"
     facts = versions() | {name: digest(entries) for name, entries in details.items()}
@@ -102,19 +103,12 @@ def rank_facts(prepared: Prepared) -> RankFacts:
     )
 
 
-def enumerate_lines(text: str) -> list[tuple[str, str]]:
-    """The settings of a YAML text under their names, those of a section as `section.name`."""
-    found, section = [], ""
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        section = "" if not line.startswith(" ") else section
-        if value.strip():
-            found.append((f"{section}{name.strip()}", value.strip()))
-        elif not line.startswith(" "):
-            section = f"{name.strip()}."
-        else:
-            found.append((f"{section}{len(found)}", line.strip()))
-    return found
+def entries_of(value: object, name: str = "") -> dict[str, str]:
+    """The single values of nested mappings under names such as `optim.lr`; lists are values."""
+    if not isinstance(value, dict):
+        return {name: str(value)}
+    parts = [entries_of(inner, f"{name}.{key}" if name else str(key)) for key, inner in value.items()]
+    return {entry: text for part in parts for entry, text in part.items()}
 
 
 def complaints(run: Path, world_size: int) -> list[str]:
