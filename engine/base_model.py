@@ -134,8 +134,8 @@ def resumed_model(resume: ResumePoint, model: str, override: OverrideConfig, dat
     return held
 
 
-def weight_reader(base: BaseModel, *, master: bool) -> Callable[..., Tensor]:
-    """Returns read(key, global offset, local shape) over the base model; `master` asks for fp32 master weights.
+def weight_reader(base: BaseModel) -> Callable[..., Tensor]:
+    """Returns read(key, global offset, local shape) over the base model; of a checkpoint the master weights, if any.
 
     Rows that the base model has not are the mean of those that it has; below them come zeros up to the padded
     vocabulary.
@@ -148,7 +148,7 @@ def weight_reader(base: BaseModel, *, master: bool) -> Callable[..., Tensor]:
     if missing:
         raise ValueError(f"{base.weights} lacks {len(missing)} tensor(s): {', '.join(missing[:5])}")
 
-    stored = {key: (master_key(store, key) or key) if master else key for key in description.rule}
+    stored = {key: master_key(store, key) or key for key in description.rule}
     tables = [stored[key] for key in VOCABULARY_KEYS if key in stored]
     held = UnpaddedReader(store, dict.fromkeys(tables, base.own_vocab_size))
     resized = ResizedReader(held, dict.fromkeys(tables, description.vocab_size))

@@ -15,6 +15,7 @@ from engine.base_model import weight_reader
 from engine.checkpointing import checkpoint
 from engine.checkpointing.saver import Saved, Saver
 from engine.checkpointing.shards import own_shards
+from engine.first_weights import fill_weights
 from engine.guards.skips import SkippedStep, skipped_until
 from engine.guards.watchdog import HELD_OUT, Watchdog
 from engine.mesh import Mesh
@@ -30,7 +31,7 @@ from engine.step import (
     take_router_statistics,
     wrap_chunks,
 )
-from models.build import build_chunks, load_weights
+from models.build import build_chunks
 from models.layer_spec import attention_kernel, parameter_dtype
 from models.layers.router import set_routers
 
@@ -69,15 +70,14 @@ class Trainer:
         self.kernel = attention_kernel(prepared.backend, mesh.device, parameter_dtype(config.precision))
         chunks = build_chunks(description, prepared.transformer, backend=prepared.backend, groups=mesh.groups)
         set_routers(chunks, aux_loss=config.moe.aux_loss, frozen=config.moe.freeze_router)
-        if prepared.resume is None:
-            read = weight_reader(prepared.base_model, master=config.precision == "fp32")
-            load_weights(chunks, checkpoint.sharding_metadata(mesh), read)
         self.chunks = wrap_chunks(chunks, mesh, overlap=config.overlap, bucket_size=config.bucket_size)
         self.optimizer = build_optimizer(config.optim, self.chunks, mesh, bf16=config.precision != "fp32")
         shards = own_shards(self.chunks, self.optimizer, checkpoint.sharding_metadata(mesh))
         self.saver = Saver(prepared.run, shards, mesh, asynchronous=config.checkpoint.asynchronous == "on")
         self.step = 0
-        if prepared.resume is not None:
+        if prepared.resume is None:
+            fill_weights(shards, self.chunks, weight_reader(prepared.base_model))
+        else:
             manifest = prepared.resume.manifest
             checkpoint.load(prepared.resume, shards, self.chunks)
             self.loader.load_state_dict(manifest["data"])

@@ -32,8 +32,8 @@ OFFLINE = "directory store_metadata store_reader store_writer hf_export model_fi
 WALLS = (
     Wall(
         files="engine/*",
-        order="rehearsal/ train trainer startup_lines guards/ prepare run_data base_model checkpointing/ step optim "
-        "mesh host reporting/ signals cli schedule config run_folder layout quiet",
+        order="rehearsal/ train trainer startup_lines guards/ prepare run_data base_model first_weights checkpointing/ "
+        "step optim mesh host reporting/ signals cli schedule config run_folder layout quiet",
         why="inside engine/ imports point down the list, and nothing knows of the rehearsal at its top",
     ),
     Wall(
