@@ -67,7 +67,9 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from engine.prepare import prepare_run
+    from engine.signals import hear_early
 
+    hear_early()
     try:
         config = with_input(config, first=rank == 0)
         prepared = prepare_run(config, world_size=world_size, cuda=torch.cuda.is_available())

@@ -32,8 +32,8 @@ OFFLINE = "directory store_metadata store_reader store_writer hf_export model_fi
 WALLS = (
     Wall(
         files="engine/*",
-        order="rehearsal/ train trainer startup_lines guards/ run_start prepare changes run_data base_model first_weights "
-        "checkpointing/ retention step optim mesh host reporting/ signals cli check_values schedule config run_status "
+        order="rehearsal/ train metric_lines trainer startup_lines guards/ run_start prepare run_data base_model "
+        "first_weights checkpointing/ retention step optim mesh host reporting/ signals cli schedule config run_status "
         "run_lock run_folder layout quiet",
         why="inside engine/ imports point down the list, and nothing knows of the rehearsal at its top",
     ),
