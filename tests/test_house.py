@@ -100,8 +100,8 @@ WALLS = (
 SCRIPTS = Wall(
     files="examples/prepare_data.py examples/pretrain_sft.py examples/evaluate.py examples/lr_sweep.py "
     "examples/plan_run.py examples/doctor.py examples/rehearsal_model.py examples/lathe.py "
-    "checkpoint_tools/hf_to_mcore.py checkpoint_tools/mcore_to_hf.py checkpoint_tools/average_steps.py checkpoint_tools/inspect_checkpoint.py "
-    "checkpoint_tools/common.py",
+    "checkpoint_tools/hf_to_mcore.py checkpoint_tools/mcore_to_hf.py checkpoint_tools/average_steps.py "
+    "checkpoint_tools/inspect_checkpoint.py checkpoint_tools/common.py",
     closed=HEAVY,
     lazy=True,
     deep=True,
