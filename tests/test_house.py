@@ -33,7 +33,7 @@ WALLS = (
     Wall(
         files="engine/*",
         order="rehearsal/ train trainer startup_lines prepare run_data base_model checkpointing/ step optim mesh host "
-        "reporting/ signals cli schedule config run_folder layout quiet",
+        "reporting/ signals changes check_values cli schedule config run_folder layout quiet",
         why="inside engine/ imports point down the list, and nothing knows of the rehearsal at its top",
     ),
     Wall(
@@ -82,7 +82,7 @@ WALLS = (
         why="reporting knows nothing of signals or training",
     ),
     Wall(
-        files="engine/layout.py engine/schedule.py engine/config.py engine/run_folder.py",
+        files="engine/layout.py engine/schedule.py engine/config.py engine/check_values.py engine/run_folder.py",
         closed=HEAVY,
         deep=True,
         why=PURE,
