@@ -37,6 +37,7 @@ setup(
         "pyarrow>=18",
         "safetensors>=0.6",
         "numpy>=2.0",
+        "xxhash>=3.5",
         "jinja2>=3.1",
         "tyro>=1.0,<2",
         "pyyaml>=6.0",

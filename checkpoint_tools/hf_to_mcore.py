@@ -34,12 +34,12 @@ def main(hf: Path, output: Path, num_workers: int | None = None) -> None:
     from engine.checkpointing.store_writer import write_store
     from models.conversion.hf_reader import copy_side_files
     from models.hf_config import describe
-    from models.model_directory import check_directory, open_reader, weights_dtype
+    from models.model_directory import check_directory, model_notes, open_reader, weights_dtype
 
     description = describe(hf)
     reader = open_reader(hf, description)
     left_out = check_directory(description, reader)
-    dtype = weights_dtype(hf, reader)
+    dtype = weights_dtype(hf, reader, description)
     with complete_or_absent(output) as partial:
         specs = [_spec(rule, reader) for rule in description.rules]
         progress = bar("converting", total_bytes(description, dtype))
@@ -47,8 +47,8 @@ def main(hf: Path, output: Path, num_workers: int | None = None) -> None:
         copy_side_files(hf, partial / HF, with_index=True)
         write_manifest(partial, manifest(description, dtype, step=0))
         open_checkpoint(partial)
-    if left_out:
-        print(f"{len(left_out)} tensor(s) left out (copies or computed buffers): {', '.join(left_out)}")
+    for note in model_notes(hf, description, left_out):
+        print(note)
     print(f"{output}: {len(description.rules)} tensors, {description.family}, {dtype_name(dtype)}")
 
 

@@ -1,6 +1,6 @@
 """Show what a checkpoint, a torch_dist directory or a Hugging Face directory holds, or how two of them differ.
 
-python checkpoint_tools/inspect_checkpoint.py PATH [OTHER] [--match PATTERN] [--num-workers N]
+python checkpoint_tools/inspect_checkpoint.py PATH [OTHER] [--match PATTERN] [--num-workers N] [--verify]
 
 Like diff, it ends with status 0 where nothing differs, 1 where something does, and 2 where it could not compare.
 """
@@ -32,6 +32,7 @@ def main(
     other: tyro.conf.Positional[Path | None] = None,
     match: str = "*",
     num_workers: int | None = None,
+    verify: bool = False,
 ) -> int:
     """Print every tensor's name, shape and dtype, and the number of parameters; of two paths what differs.
 
@@ -42,7 +43,12 @@ def main(
         other: another one, to compare with the first.
         match: only names that match this pattern, e.g. "*linear_qkv*".
         num_workers: processes that compare; one for each processor and at most 8 unless given.
+        verify: read all of PATH, a data directory too, and name each file that is damaged; status 1 where one is.
     """
+    if verify:
+        from checkpoint_tools.verify import verify_path
+
+        return verify_path(path)
     if other is not None:
         return show_differences(path, other, match, worker_count(num_workers))
     from engine.checkpointing.hf_export import dtype_name

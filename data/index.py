@@ -9,7 +9,9 @@ kinds.npy           uint8 [documents]: the kind of row it was made of, by its pl
 meta.json           counts, drops, fingerprints, template, options
 tokenizer/          the tokenizer with the chat template that was used
 
-Older directories have neither sources.npy nor kinds.npy: all their documents are of one source and kind.
+Beside each file of numbers lie its checksums (`data.checksums`); meta.json has those of all other files and of itself.
+Older directories have none of them, and neither sources.npy nor kinds.npy: all their documents are of one source and
+kind.
 """
 
 import hashlib
@@ -22,13 +24,13 @@ from typing import Any
 
 import numpy as np
 
+from data.checksums import DATA_BLOCK, BlockSums, CheckedMap, DamagedFile, verify, write_sums
 from data.documents import Documents, constant, runs_of
+from data.index_checks import FILES, META, NUMBERS, READ_WHOLE, add_checksums, read_meta, small_faults
 from data.prefix import PrefixIndex, prefix_of
-from data.token_files import map_token_files, write_idx
+from data.token_files import map_file, map_token_files, write_idx
 
-_NUMBERS: dict[str, type] = {"sources": np.uint16, "kinds": np.uint8}
-_LARGEST = {name: int(np.iinfo(dtype).max) for name, dtype in _NUMBERS.items()}
-_FILES = ("meta.json", "tokens.bin", "tokens.idx", "spans.npy", "spans_offsets.npy")
+_LARGEST = {name: int(np.iinfo(dtype).max) for name, dtype in NUMBERS.items()}
 
 
 class DocumentIndex(Documents):
@@ -42,18 +44,27 @@ class DocumentIndex(Documents):
         self.path = Path(path)
         _check_files(self.path)
         try:
-            self.meta = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
+            self.meta = read_meta(self.path)
             self.fingerprint = self.meta["fingerprint"]
             self.source_names = [source["name"] for source in self.meta.get("sources", [])]
             self.kinds = list(self.meta.get("kinds", []))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{self.path}: meta.json is damaged, prepare the data again") from None
         try:
+            for fault in small_faults(self.path, self.meta):
+                raise DamagedFile(fault)
+            for name in READ_WHOLE:
+                if (self.path / name).exists():
+                    verify(self.path / name)
             self._files = map_token_files(self.path / "tokens.idx", self.path / "tokens.bin")
+            self._checked_tokens = CheckedMap(self.path / "tokens.bin", memoryview(map_file(self.path / "tokens.bin")))
+            self._checked_spans = CheckedMap(self.path / "spans.npy", memoryview(map_file(self.path / "spans.npy")))
+            self._checked_spans.check_run(0, 128)  # what says how the numbers lie
         except ValueError as error:
             raise ValueError(f"{error}; prepare the data again") from None
         self.lengths = self._files.lengths
         self._spans, self._offsets = self._map("spans.npy"), self._map("spans_offsets.npy")
+        self._spans_start = (self.path / "spans.npy").stat().st_size - self._spans.nbytes
         if len(self._offsets) != len(self) + 1 or self._offsets[-1] != len(self._spans):
             raise ValueError(f"{self.path}: spans and tokens do not belong together, prepare the data again")
         self.may_be_cut = bool(self.meta.get("may_be_cut"))
@@ -65,22 +76,37 @@ class DocumentIndex(Documents):
 
     def tokens(self, document: int) -> np.ndarray:
         """Token ids [length] of a document, a read-only view on the memory map."""
+        start = int(self._files.pointers[document])
+        self._check(self._checked_tokens, start, start + int(self.lengths[document]) * self._files.tokens.itemsize)
         return self._files.sequence(document)
+
+    def _check(self, file: CheckedMap, start: int | np.ndarray, stop: int | np.ndarray) -> None:
+        try:
+            if isinstance(start, np.ndarray):
+                file.check_runs(start, np.asarray(stop))
+            else:
+                file.check_run(start, int(stop))
+        except DamagedFile as error:
+            raise DamagedFile(f"{error}; copy the data anew from where it is whole, or prepare it again") from None
 
     def spans(self, document: int) -> np.ndarray:
         """Supervised tokens of a document: int32 [n, 2] half-open ranges, sorted and disjoint."""
         if document < 0:
             document += len(self)
-        return self._spans[self._offsets[document] : self._offsets[document + 1]]
+        first, last = int(self._offsets[document]), int(self._offsets[document + 1])
+        start = self._spans_start
+        self._check(self._checked_spans, start + first * 8, start + last * 8)
+        return self._spans[first:last]
 
     def spans_of(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         first, counts = self._offsets[documents], self._offsets[documents + 1] - self._offsets[documents]
+        self._check(self._checked_spans, self._spans_start + 8 * first, self._spans_start + 8 * (first + counts))
         return runs_of(self._spans, first, counts), counts
 
     def _map(self, name: str) -> np.ndarray:
         try:
             return np.load(self.path / name, mmap_mode="r").view(np.ndarray)
-        except (ValueError, EOFError):
+        except (ValueError, EOFError, SyntaxError):
             raise ValueError(f"{self.path}: {name} is damaged, prepare the data again") from None
 
     def _numbers(self, name: str, names: list[str], otherwise: str, dtype: type) -> np.ndarray:
@@ -112,7 +138,7 @@ def _check_files(path: Path) -> None:
             f"{path}: there is no such data directory, nor {prefix}.bin with {prefix}.idx; make a directory with "
             "examples/prepare_data.py"
         )
-    missing = [name for name in _FILES if not (path / name).is_file()]
+    missing = [name for name in FILES if not (path / name).is_file()]
     if missing:
         raise ValueError(f"{path} is no prepared data directory: {', '.join(missing)} missing")
     if (path / "tokens.bin").stat().st_size == 0:
@@ -131,6 +157,7 @@ class IndexWriter:
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True)
         self._bin = open(self.directory / "tokens.bin", "wb")  # noqa: SIM115 (closed by close or discard)
+        self._sums = BlockSums(DATA_BLOCK)
         self._hash = hashlib.sha256(self.dtype.name.encode())
         self._lengths: list[np.ndarray] = []
         self._spans: list[np.ndarray] = []
@@ -168,6 +195,7 @@ class IndexWriter:
         self._add_numbers("kinds", kinds, len(lengths))
         data = np.ascontiguousarray(tokens, dtype=self.dtype).data
         self._bin.write(data)
+        self._sums.update(data)
         self._hash.update(data)
         self._lengths.append(np.asarray(lengths, dtype=np.int32))
         self._spans.append(spans)
@@ -181,7 +209,7 @@ class IndexWriter:
             numbers = np.asarray(numbers)
             if len(numbers) != documents or not 0 <= numbers.min(initial=0) <= numbers.max(initial=0) <= _LARGEST[name]:
                 raise ValueError(f"{name} are a number from 0 to {_LARGEST[name]} for each document")
-            added.append(numbers.astype(_NUMBERS[name]))
+            added.append(numbers.astype(NUMBERS[name]))
 
     @property
     def documents(self) -> int:
@@ -216,7 +244,11 @@ class IndexWriter:
         }
         if tokenizer is not None:
             tokenizer.save_pretrained(self.directory / "tokenizer")
-        (self.directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        self._sums.write(self.directory / "tokens.bin")
+        for path in [self.directory / "tokens.idx", *self.directory.glob("*.npy")]:
+            write_sums(path, DATA_BLOCK)
+        add_checksums(self.directory, meta)
+        (self.directory / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         os.rename(self.directory, self.path)
         return meta
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.checksums import CheckedFile
 from engine.checkpointing.directory import HF, STATE, ResumePoint, read_manifest
 from engine.checkpointing.hf_export import dtype_name
 from engine.checkpointing.store_reader import StoreReader, box_of, master_key
@@ -19,7 +20,14 @@ from models.conversion.resize import ResizedReader
 from models.conversion.rules import Index, TensorReader
 from models.description import ModelDescription
 from models.hf_config import describe
-from models.model_directory import VOCABULARY_KEYS, check_directory, open_reader, read_shard, weights_dtype
+from models.model_directory import (
+    VOCABULARY_KEYS,
+    check_directory,
+    model_notes,
+    open_reader,
+    read_shard,
+    weights_dtype,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,20 +49,28 @@ class BaseModel:
     def reader(self) -> TensorReader:
         """The tensors of a Hugging Face directory; looked through once, at the first use."""
         assert not self.is_checkpoint
-        return open_reader(self.weights, self.description)
+        return open_reader(self.weights, self.description, CheckedFile)
 
     @cached_property
     def dtype(self) -> str:
         """Of the weights as Hugging Face files had them: "bfloat16", "float32", ..."""
         if self.checkpoint_dtype is not None:
             return self.checkpoint_dtype
-        return dtype_name(weights_dtype(self.weights, self.reader))
+        return dtype_name(weights_dtype(self.weights, self.reader, self.description))
+
+    @cached_property
+    def left_out(self) -> tuple[str, ...]:
+        """Tensors of the files that are no weights; ValueError where the others are not just the model's."""
+        return () if self.is_checkpoint else check_directory(self.description, self.reader)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the model's files is not taken up, a line each."""
+        return model_notes(self.files, self.description, self.left_out)
 
     def check(self) -> None:
         """Refuses weights of several dtypes or not of the model; a checkpoint is checked as it is read."""
-        if not self.is_checkpoint:
-            weights_dtype(self.weights, self.reader)
-            check_directory(self.description, self.reader)
+        _ = self.dtype, self.left_out
 
     def resized(self, override: OverrideConfig, data_vocab_size: int) -> BaseModel:
         """This model under a run's overrides."""
@@ -97,7 +113,7 @@ def _from_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.py", "original/*"]))
     except Exception as error:
         raise ValueError(
             f"--model {model} is no local directory and could not be downloaded from the hub ({type(error).__name__})"
@@ -144,8 +160,8 @@ def resumed_model(
     return held
 
 
-def weight_reader(base: BaseModel, *, master: bool) -> Callable[..., Tensor]:
-    """Returns read(key, global offset, local shape) over the base model; `master` asks for fp32 master weights.
+def weight_reader(base: BaseModel) -> Callable[..., Tensor]:
+    """Returns read(key, global offset, local shape) over the base model; of a checkpoint the master weights, if any.
 
     Rows that the base model has not are the mean of those that it has; below them come zeros up to the padded
     vocabulary.
@@ -158,7 +174,7 @@ def weight_reader(base: BaseModel, *, master: bool) -> Callable[..., Tensor]:
     if missing:
         raise ValueError(f"{base.weights} lacks {len(missing)} tensor(s): {', '.join(missing[:5])}")
 
-    stored = {key: (master_key(store, key) or key) if master else key for key in description.rule}
+    stored = {key: master_key(store, key) or key for key in description.rule}
     tables = [stored[key] for key in VOCABULARY_KEYS if key in stored]
     held = UnpaddedReader(store, dict.fromkeys(tables, base.own_vocab_size))
     resized = ResizedReader(held, dict.fromkeys(tables, description.vocab_size))

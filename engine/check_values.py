@@ -6,7 +6,7 @@ import math
 import os
 import re
 
-from engine.config import CheckpointConfig, OptimConfig, RunConfig
+from engine.config import CheckpointConfig, GuardConfig, OptimConfig, RunConfig
 
 # What --checkpoint.allow-change takes: settings that change the course of a run that is resumed.
 ALLOWED_CHANGES = ("model", "optim.moments", "precision")
@@ -38,6 +38,7 @@ def check_values(config: RunConfig) -> None:
     _check_optim(config.optim)
     check_rates(config.optim, config.steps)
     _check_checkpoint(config.checkpoint)
+    _check_guard(config.guard)
     if bool(config.model) != bool(config.data):
         missing = "--data" if config.model else "--model"
         raise ValueError(f"{missing} is missing: give both --model and --data, or neither for the built-in demo")
@@ -97,8 +98,9 @@ def check_rates(optim: OptimConfig, total_steps: int | None) -> None:
 
 
 def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
-    if checkpoint.every < 0 or checkpoint.keep < 0:
-        raise ValueError("--checkpoint.every and --checkpoint.keep must not be negative")
+    for name in ("every", "keep", "keep_every", "keep_best", "rescue_every", "rescue_minutes"):
+        if not 0 <= getattr(checkpoint, name) < math.inf:
+            raise ValueError(f"--checkpoint.{name.replace('_', '-')} {getattr(checkpoint, name)} must be 0 or more")
     if not 0 <= (checkpoint.minutes_before_end or 0) < math.inf:
         raise ValueError("--checkpoint.minutes-before-end must be a number of 0 or more")
     for name in checkpoint.allow_change:
@@ -107,6 +109,14 @@ def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
                 f"--checkpoint.allow-change {name}: no such setting needs to be allowed; those that do are "
                 f"{', '.join(ALLOWED_CHANGES)}"
             )
+
+
+def _check_guard(guard: GuardConfig) -> None:
+    for name in ("max_skips", "spike", "patience", "minutes"):
+        if not 0 <= getattr(guard, name) < math.inf:
+            raise ValueError(f"--guard.{name.replace('_', '-')} {getattr(guard, name)} must be 0 or more")
+    if 0 < guard.spike <= 1:
+        raise ValueError(f"--guard.spike {guard.spike} must be above 1, or 0 to flag no spikes")
 
 
 def _check_output(config: RunConfig) -> None:

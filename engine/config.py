@@ -94,6 +94,20 @@ class MoeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What a run does when a step goes wrong or never ends."""
+
+    max_skips: int = 10
+    """Steps that --on-bad-step skip may skip in all; of more than 3 in a row none is skipped."""
+    spike: float = 2.0
+    """A loss above so many times the median of the last 50 is flagged as a spike; 0 flags none."""
+    patience: float = 10.0
+    """A step that takes so many times as long as the longest of the last 50 ends the run; 0 waits for ever."""
+    minutes: float = 10.0
+    """But no step ends the run in less; the first step, a save or start-up has six times as long."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """Where metrics go besides metrics.jsonl and TensorBoard."""
 
@@ -178,10 +192,14 @@ class RunConfig:
     bucket_size: int = 0
     """Parameters of a gradient bucket, the unit of that overlap; 0 leaves it to megatron-core."""
 
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """What to do with a step whose loss or gradient is not finite: stop, or skip it and write its documents down."""
+
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     override: OverrideConfig = field(default_factory=OverrideConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
     mcore: Annotated[dict[str, object], tyro.conf.Suppress] = field(default_factory=dict)
     """TransformerConfig fields by name, given as --mcore.FIELD=VALUE."""

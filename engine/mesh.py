@@ -14,14 +14,6 @@ from engine.layout import Layout, world_from_environment
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostGroups:
-    """Gloo twins of the groups over which optimizer state is gathered for a checkpoint."""
-
-    dp_cp: Any  # torch.distributed.ProcessGroup
-    expert_dp: Any
-
-
-@dataclass(frozen=True, kw_only=True)
 class Mesh:
     """This process in the grid of ranks; `groups` is what megatron-core's modules take."""
 
@@ -35,7 +27,6 @@ class Mesh:
     pp_rank: int
     device: torch.device
     groups: Any  # megatron.core.process_groups_config.ProcessGroupCollection
-    host_groups: HostGroups
 
     @property
     def is_last_stage(self) -> bool:
@@ -75,18 +66,12 @@ def build_mesh(layout: Layout, *, timeout_minutes: int = 30) -> Mesh:
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
-        create_gloo_process_groups=cuda,
+        create_gloo_process_groups=False,
         distributed_timeout_minutes=timeout_minutes,
     )
     # Nothing is drawn at random in training, but sequence parallelism forks these generators.
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    host_groups = HostGroups(dp_cp=groups.intra_dp_cp, expert_dp=groups.intra_expt_dp)
-    if cuda:
-        host_groups = HostGroups(
-            dp_cp=parallel_state.get_data_parallel_group_gloo(with_context_parallel=True, partial_data_parallel=True),
-            expert_dp=parallel_state.get_expert_data_parallel_group_gloo(partial_expert_data_parallel=True),
-        )
     return Mesh(
         layout=layout,
         world_size=world_size,
@@ -98,7 +83,6 @@ def build_mesh(layout: Layout, *, timeout_minutes: int = 30) -> Mesh:
         pp_rank=groups.pp.rank(),
         device=device,
         groups=groups,
-        host_groups=host_groups,
     )
 
 

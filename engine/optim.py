@@ -142,8 +142,7 @@ class ShardedAdamW(DistributedOptimizer):
     """megatron-core's distributed optimizer around `AdamW`, whose step count lives in its groups.
 
     megatron-core 0.16.1 reads the step from a parameter's state unless Transformer Engine's or Apex's Adam
-    is installed; here it is one number, the same for every parameter, with or without them. Checkpoints hold
-    moments in fp32, which every bf16 number survives.
+    is installed; here it is one number, the same for every parameter, with or without them.
     """
 
     def __init__(self, *args, **kwargs):
@@ -159,21 +158,18 @@ class ShardedAdamW(DistributedOptimizer):
                 shard = self.optimizer.param_groups[group]["params"][order]
                 self.optimizer.shard_ranges[shard] = ShardRange(name, start, parameter.numel())
 
-    def state_dict(self) -> dict:
-        """Returns the step and the groups' settings; tensors are `sharded_state_dict`'s business."""
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        return {"optimizer": {"param_groups": groups}}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Takes over the step and, where there are any, the tensors that `sharded_state_dict` described."""
-        self.optimizer.initialize()
-        steps = {group["step"] for group in state["optimizer"]["param_groups"] if "step" in group}
-        assert len(steps) <= 1, f"parameter groups disagree on the step: {steps}"
-        for group in self.optimizer.param_groups:
-            if steps:
-                group["step"] = next(iter(steps))
-        if "param_state" in state:
-            self.load_parameter_state_from_fully_reshardable(state["param_state"])
+def steps_taken(optimizer: ChainedOptimizer) -> int:
+    """How many updates the optimizer has made; all that a resume needs of it beside its tensors."""
+    steps = {group.get("step", 0) for group in optimizer.param_groups}
+    assert len(steps) == 1, f"parameter groups disagree on the step: {steps}"
+    return steps.pop()
+
+
+def set_steps_taken(optimizer: ChainedOptimizer, steps: int) -> None:
+    """Lets the optimizer go on as if it had made so many updates."""
+    for group in optimizer.param_groups:
+        group["step"] = steps
 
 
 def _is_one_dimensional(parameter: torch.nn.Parameter) -> bool:
@@ -200,13 +196,13 @@ def build_optimizer(optim: OptimConfig, chunks: list, mesh: Mesh, *, bf16: bool)
     )
     one_dimensional = ParamKey(predicate=ParamPredicate(name="one_dimensional", fn=_is_one_dimensional))
     overrides = {} if optim.decay_one_dimensional else {one_dimensional: {"wd_mult": 0.0}}
-    groups, host = mesh.groups, mesh.host_groups
+    groups = mesh.groups
     kinds = (
-        (False, "buffers", groups.intra_dp_cp, host.dp_cp, groups.mp, groups.tp),
-        (True, "expert_parallel_buffers", groups.intra_expt_dp, host.expert_dp, groups.tp_ep_pp, groups.expt_tp),
+        (False, "buffers", groups.intra_dp_cp, groups.mp, groups.tp),
+        (True, "expert_parallel_buffers", groups.intra_expt_dp, groups.tp_ep_pp, groups.expt_tp),
     )
     optimizers = []
-    for expert, buffer_name, dp_group, host_group, mp_group, tp_group in kinds:
+    for expert, buffer_name, dp_group, mp_group, tp_group in kinds:
         param_groups, buffers = _get_param_groups_and_buffers(
             chunks, 0, config, overrides, lambda group, e=expert: group["is_expert_parallel"] == e, buffer_name
         )
@@ -224,7 +220,7 @@ def build_optimizer(optim: OptimConfig, chunks: list, mesh: Mesh, *, bf16: bool)
             model_chunks=chunks,
             per_model_buffers=buffers,
             data_parallel_group=dp_group,
-            data_parallel_group_gloo=host_group,
+            data_parallel_group_gloo=None,  # over which it would gather its state, which stays where it lies
             data_parallel_group_idx=mp_group.rank(),
             distributed_optimizer_instance_id=0,
         )

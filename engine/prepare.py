@@ -7,18 +7,21 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from data.documents import Documents
 from data.order import GlobalOrder
 from engine.base_model import BaseModel, find_base_model, resumed_model
 from engine.changes import resume_lines
 from engine.check_values import check_rates, check_values
-from engine.checkpointing.directory import ResumePoint, find_latest
+from engine.checkpointing.directory import ResumePoint
 from engine.checkpointing.model_files import check_tokenizers
-from engine.config import MoeConfig, RunConfig
+from engine.checkpointing.resume_point import find_resume_point
+from engine.config import CheckpointConfig, MoeConfig, RunConfig
 from engine.layout import Layout, check_expert_widths, check_fp8, check_layout, check_sequence
 from engine.run_data import audit, check_batch, check_data, check_held_out, open_data, open_valid
 from engine.run_folder import RunFolder
+from engine.run_status import took_effect
 from engine.signals import deadline
 from models.build import TransformerConfig, transformer_config
 from models.description import ModelDescription
@@ -61,7 +64,9 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     check_values(config)
     stop_at = deadline(config.checkpoint.minutes_before_end)
     assert config.model is not None and config.data, "the entry script fills in the built-in demo"
-    resume = find_latest(config.output) if config.checkpoint.resume else None
+    run = RunFolder(config.output)
+    check_output(run, config.model)
+    resume = find_start(run, config.checkpoint)
     blend, valid = open_data(config.data), open_valid(config.valid)
     check_held_out([index for index, _ in blend], {name: index for name, (index, _) in valid.items()})
     audit((index for index, _ in blend), max_dropped=config.max_dropped, allow_unsupervised=config.allow_unsupervised)
@@ -97,10 +102,9 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     else:
         order.check_state(resume.manifest["data"])
         changes = resume_lines(config, RunFolder(resume.run).config, precision=resume.manifest.get("precision"))
-        _check_length(resume, config.steps)
     return Prepared(
         config=config,
-        run=RunFolder(config.output),
+        run=run,
         base_model=base_model,
         transformer=transformer,
         backend=backend,
@@ -169,13 +173,36 @@ def _check_router(resume: ResumePoint, frozen: bool) -> None:
         )
 
 
-def _check_length(resume: ResumePoint, steps: int | None) -> None:
-    """Refuses a run that is over already."""
-    if steps is not None and resume.step >= steps:
+def check_output(run: RunFolder, model: str) -> None:
+    """Refuses an --output in which no run may write."""
+    if run.path.exists() and not run.path.is_dir():
+        raise ValueError(f"--output {run.path} is a file: give a directory")
+    if run.is_foreign() or (Path(model).exists() and run.path.resolve() == Path(model).resolve()):
         raise ValueError(
-            f"--steps {steps}: the run in {resume.run} is at step {resume.step} already; give more steps, or "
-            "--checkpoint.no-resume to start it anew"
+            f"--output {run.path} is a model, prepared data or a checkpoint itself: give a directory of the run's own"
         )
+
+
+def find_start(run: RunFolder, config: CheckpointConfig) -> ResumePoint | None:
+    """The checkpoint from which a run starts; None for a new run.
+
+    A flag that goes back or starts anew does so once a job: where torchrun or SLURM start the same command again, the
+    run continues.
+    """
+    if config.resume_from is not None and not config.resume:
+        raise ValueError("--checkpoint.resume-from and --checkpoint.no-resume exclude each other: give one of them")
+    flag = once(config)
+    again = flag is not None and took_effect(run, flag)
+    if not config.resume and not again:
+        return None
+    return find_resume_point(run.path, None if again else config.resume_from)
+
+
+def once(config: CheckpointConfig) -> str | None:
+    """The flag that must not do its work again when SLURM or torchrun start the same command again."""
+    if not config.resume:
+        return "--checkpoint.no-resume"
+    return None if config.resume_from is None else f"--checkpoint.resume-from {config.resume_from}"
 
 
 def _kept_padding(resume: ResumePoint, asked: int | None, cp: int) -> int:

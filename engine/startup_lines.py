@@ -21,6 +21,7 @@ def start_lines(prepared: Prepared, mesh: Mesh, step: int, on_host: bool) -> str
     where = "host, gloo" if on_host else f"{torch.cuda.get_device_name()}, NCCL"
     lines = [
         f"model: {description.family}, {parameters / 1e6:,.1f} M parameters from {base.weights}",
+        *base.notes,
         f"layout: {mesh.layout.product(mesh.world_size)}, sp {'on' if mesh.layout.sp else 'off'}, {where}",
         f"backend: {prepared.backend} ({prepared.backend_reason}), {config.precision}",
         f"data: {prepared.order.counts}, packed sequences of {config.seq_len:,} tokens, documents padded to "
@@ -52,7 +53,7 @@ def sample_document(index: Documents) -> list[tuple[str, bool]] | None:
         return None
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(index.path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(index.path / "tokenizer", trust_remote_code=False)
     tokens, supervised = index.tokens(0)[:600], np.zeros(len(index.tokens(0)), dtype=bool)
     for start, end in index.spans(0):
         supervised[start:end] = True

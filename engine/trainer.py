@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.loader import Loader
+from data.loader import Loader, Microbatch
 from data.order import GlobalOrder
 from engine.base_model import weight_reader
 from engine.checkpointing import checkpoint
+from engine.checkpointing.saver import Saved, Saver
+from engine.checkpointing.shards import own_shards
+from engine.first_weights import fill_weights
+from engine.guards.skips import SkippedStep, skipped_until
+from engine.guards.watchdog import HELD_OUT, Watchdog
 from engine.mesh import Mesh
-from engine.optim import build_optimizer, update
+from engine.optim import Update, build_optimizer, set_steps_taken, steps_taken, update
 from engine.prepare import Prepared
+from engine.retention import retain
 from engine.schedule import learning_rate
 from engine.signals import shielded
 from engine.step import (
@@ -27,7 +32,7 @@ from engine.step import (
     take_router_statistics,
     wrap_chunks,
 )
-from models.build import build_chunks, load_weights
+from models.build import build_chunks
 from models.layer_spec import attention_kernel, parameter_dtype
 from models.layers.router import set_routers
 
@@ -42,6 +47,7 @@ class StepResult:
     lr: float
     seconds: float
     routers: RouterStatistics | None  # of models with experts
+    skipped: SkippedStep | None = None  # where the update was not made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +71,24 @@ class Trainer:
         self.kernel = attention_kernel(prepared.backend, mesh.device, parameter_dtype(config.precision))
         chunks = build_chunks(description, prepared.transformer, backend=prepared.backend, groups=mesh.groups)
         set_routers(chunks, aux_loss=config.moe.aux_loss, frozen=config.moe.freeze_router)
-        if prepared.resume is None:
-            read = weight_reader(prepared.base_model, master=config.precision == "fp32")
-            load_weights(chunks, checkpoint.sharding_metadata(mesh), read)
         self.chunks = wrap_chunks(chunks, mesh, overlap=config.overlap, bucket_size=config.bucket_size)
         self.optimizer = build_optimizer(config.optim, self.chunks, mesh, bf16=config.precision != "fp32")
+        shards = own_shards(self.chunks, self.optimizer, checkpoint.sharding_metadata(mesh))
+        self.saver = Saver(prepared.run, shards, mesh, asynchronous=config.checkpoint.asynchronous == "on")
         self.step = 0
-        if prepared.resume is not None:
-            checkpoint.load(prepared.resume, self.chunks, self.optimizer, mesh)
-            self.loader.load_state_dict(prepared.resume.manifest["data"])
+        if prepared.resume is None:
+            fill_weights(shards, self.chunks, weight_reader(prepared.base_model))
+        else:
+            manifest = prepared.resume.manifest
+            checkpoint.load(prepared.resume, shards, self.chunks)
+            self.loader.load_state_dict(manifest["data"])
             self.step = prepared.resume.step
+            set_steps_taken(self.optimizer, manifest.get("optimizer_step", self.step))
         self.total_steps = prepared.total_steps
         self.data_state = self.loader.state_dict()  # after the last good step, also when the next one fails
         self.saved_step = self.step
+        self.saved_at = time.monotonic()
+        self.skipped = skipped_until(prepared.run.skipped, self.step, most=config.guard.max_skips)
 
     def _make_loader(self, order: GlobalOrder) -> Loader:
         config, mesh = self.config, self.mesh
@@ -99,40 +110,67 @@ class Trainer:
         sources = len(self.sources)
         totals = run_microbatches(self.chunks, microbatches, self.mesh, kernel=self.kernel, sources=sources)
         step = self.step + 1
-        if not math.isfinite(totals.loss_sum):
-            raise FloatingPointError(
-                f"step {step}: the loss is not finite, the update was not made; samples: "
-                f"{self._names(totals.bad_samples)}"
-            )
         lr = learning_rate(self.config.optim, step, self.total_steps)
-        done = update(self.optimizer, lr=lr, clip_grad=self.config.optim.clip_grad)
-        if not done.applied:
-            samples = gather_samples({sample for batch in microbatches for sample in batch.sample_ids})
-            raise FloatingPointError(
-                f"step {step}: the gradient's norm is {done.grad_norm}, the update was not made; samples of the step: "
-                f"{self._names(samples)}"
-            )
+        done = Update(math.nan, applied=False)
+        if math.isfinite(totals.loss_sum):
+            done = update(self.optimizer, lr=lr, clip_grad=self.config.optim.clip_grad)
+        skipped = None if done.applied else self._skip(step, totals, done.grad_norm, microbatches)
         routers = take_router_statistics(self.chunks, self.mesh)
         self.step, self.data_state = step, self.loader.state_dict()
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        return StepResult(step=step, totals=totals, grad_norm=done.grad_norm, lr=lr, seconds=seconds, routers=routers)
+        return StepResult(
+            step=step,
+            totals=totals,
+            grad_norm=done.grad_norm,
+            lr=lr,
+            seconds=seconds,
+            routers=routers,
+            skipped=skipped,
+        )
+
+    def _skip(self, step: int, totals: StepTotals, grad_norm: float, microbatches: list[Microbatch]) -> SkippedStep:
+        """A step whose update was not made, as it is written down; FloatingPointError unless it may be skipped.
+
+        Loss and norm are sums over all ranks, so all ranks are here.
+        """
+        documents = gather_samples({sample for batch in microbatches for sample in batch.sample_ids})
+        if math.isfinite(totals.loss_sum):
+            wrong, samples, whose = f"the gradient's norm is {grad_norm}", documents, "samples of the step"
+        else:
+            wrong, samples, whose = "the loss is not finite", totals.bad_samples, "samples"
+        if self.config.on_bad_step == "stop" or not self.skipped.may_skip(step):
+            raise FloatingPointError(
+                f"step {step}: {wrong}, the update was not made; {whose}: {self._names(samples)}"
+                f"{self.skipped.account()}"
+            )
+        self.skipped.steps.append(step)
+        return SkippedStep(
+            step=step,
+            reason=wrong,
+            suspects=self._places(totals.bad_samples),
+            documents=self._places(documents),
+        )
+
+    def _places(self, samples: tuple[tuple[int, int], ...]) -> tuple[str, ...]:
+        """Where samples lie, as DATA:document."""
+        indexes = self.prepared.order.indexes
+        return tuple(indexes[dataset].place(document) for dataset, document in samples)
 
     def _names(self, samples: tuple[tuple[int, int], ...]) -> str:
         """Where at most twenty samples lie, as DATA:document."""
-        indexes = self.prepared.order.indexes
-        names = [indexes[dataset].place(document) for dataset, document in samples[:20]]
+        names = self._places(samples[:20])
         return ", ".join(names) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
 
-    def held_out_losses(self) -> HeldOutLosses:
+    def held_out_losses(self, watchdog: Watchdog) -> HeldOutLosses:
         """Measures every set of --valid in order; no weight and no place in the training data changes."""
         losses, source_losses, whole = {}, {}, np.zeros(2)
         for chunk in self.chunks:
             chunk.eval()
         for name, loader in self.valid_loaders.items():
             sources = told_apart(loader)
-            sums = self._held_out_sums(loader, len(sources))
+            sums = self._held_out_sums(loader, len(sources), watchdog)
             whole += sums[0]
             losses[name] = mean_loss(*sums[0])
             for source, pair in zip(sources, sums[1:], strict=True):
@@ -142,13 +180,14 @@ class Trainer:
         return HeldOutLosses(loss=mean_loss(*whole), losses=losses, source_losses=source_losses)
 
     @torch.no_grad()
-    def _held_out_sums(self, loader: Loader, sources: int) -> np.ndarray:
+    def _held_out_sums(self, loader: Loader, sources: int, watchdog: Watchdog) -> np.ndarray:
         """Sums of token losses and supervised tokens [1 + sources, 2]: of a whole set, and of each source."""
         batches = loader.steps_in_epoch(0)
         if self.config.valid_batches:
             batches = min(batches, self.config.valid_batches)
         sums = np.zeros((1 + sources, 2))
         for number in range(batches):
+            watchdog.enter(HELD_OUT, self.step)
             totals = run_microbatches(
                 self.chunks,
                 loader.step(0, number),
@@ -161,12 +200,12 @@ class Trainer:
             sums[:, 1] += [totals.supervised, *totals.source_tokens]
         return sums
 
-    def save(self) -> Path:
-        """Writes the checkpoint of the last step."""
-        for chunk in self.chunks:
-            if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
-        description, run = self.prepared.description, self.prepared.run
+    def start_save(self, *, rescue: bool = False) -> None:
+        """Begins the checkpoint of the last step; `rescue` marks one that the next replaces.
+
+        FloatingPointError where a weight is not finite, CheckpointFailed where this save or the one before failed.
+        """
+        description = self.prepared.description
         manifest = {
             "family": description.family,
             "source_dtype": self.prepared.base_model.dtype,
@@ -176,23 +215,28 @@ class Trainer:
             "precision": self.config.precision,
             "freeze_router": self.config.moe.freeze_router,
             "pad_documents_to": self.prepared.pad_multiple,
+            "optimizer_step": steps_taken(self.optimizer),
+            "rescue": rescue,
             "data": self.data_state,
         }
-        self.saved_step = self.step
+        self.saved_step, self.saved_at = self.step, time.monotonic()
         with shielded():
-            target = checkpoint.save(
-                run,
-                self.step,
-                self.chunks,
-                self.optimizer,
-                self.mesh,
-                model_files=run.model_files,
-                manifest=manifest,
-                keep=self.config.checkpoint.keep,
-            )
-            if self.config.checkpoint.export_hf:
-                checkpoint.export_hf(run, self.step, self.mesh)
-        return target
+            self._completed(self.saver.start(self.step, manifest))
+
+    def finish_save(self) -> None:
+        """Waits for the checkpoint that has begun, if there is one, and completes it; every rank calls it."""
+        with shielded():
+            self._completed(self.saver.finish())
+
+    def _completed(self, saved: Saved | None) -> None:
+        """What follows a checkpoint that is complete: its export, and the end of those that are not kept."""
+        if saved is None:
+            return
+        run, keep = self.prepared.run, self.config.checkpoint
+        if keep.export_hf and not saved.rescue:
+            checkpoint.export_hf(run, saved.step, self.mesh)
+        if self.mesh.rank == 0:
+            retain(run, keep)
 
 
 def told_apart(loader: Loader) -> list[str]:

@@ -88,7 +88,7 @@ def load_tokenizer(index: Documents, name: str | None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name).backend_tokenizer
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False).backend_tokenizer
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"--tokenizer {name}: no tokenizer could be loaded ({type(error).__name__})") from None
 

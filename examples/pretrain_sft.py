@@ -11,10 +11,13 @@ import io
 import multiprocessing
 import os
 import sys
-from typing import TYPE_CHECKING
+import traceback
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from engine.config import RunConfig
+    from engine.prepare import Prepared
+    from engine.run_folder import RunFolder
 
 
 def parse(arguments: list[str], *, world_size: int, first: bool) -> RunConfig:
@@ -52,42 +55,83 @@ def main(arguments: list[str]) -> int:
     rank, world_size, _ = world_from_environment()
     try:
         config = parse(arguments, world_size=world_size, first=rank == 0)
+    except SystemExit as error:  # the parser's own, which has printed what is mistyped
+        return refuse(arguments, "a flag is mistyped", rank, printed=True) if error.code else 0
     except (ValueError, OSError) as error:
-        return refuse(error, rank)
+        return refuse(arguments, str(error), rank)
     # What is mistyped has been said: torch and megatron-core take seconds to import.
     import torch
 
-    from engine.checkpointing.checkpoint import CheckpointFailed
     from engine.prepare import prepare_run
-    from engine.train import train
+    from engine.signals import hear_early
 
+    hear_early()
     try:
         config = with_input(config, first=rank == 0)
         prepared = prepare_run(config, world_size=world_size, cuda=torch.cuda.is_available())
     except (ValueError, OSError) as error:
-        return refuse(error, rank)
+        return refuse(arguments, str(error), rank)
+    return run(prepared, rank)
+
+
+def run(prepared: Prepared, rank: int) -> int:
+    """Trains; returns the exit status, or ends this process where others wait for it in vain."""
+    from engine.checkpointing.saver import CheckpointFailed
+    from engine.run_status import FAILED, REFUSED, Refused, tell
+    from engine.train import train
+
     try:
         train(prepared)
+        return 0
+    except Refused as error:
+        tell(prepared.run, rank, str(error), state=REFUSED, met=True)
+        return 2
     except (CheckpointFailed, FloatingPointError) as error:
-        return refuse(error, rank)
+        tell(prepared.run, rank, str(error), state=FAILED, met=True)
+        return 2
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        leave_at_once()
-    return 0
+        tell(prepared.run, rank, str(error), state=FAILED, alone=True)
+        leave_at_once(2)
+    except KeyboardInterrupt:
+        tell(prepared.run, rank, "interrupted", state=FAILED, met=True)
+        raise
+    except Exception as error:
+        words = f"{type(error).__name__}: {error}".splitlines()[0]
+        tell(prepared.run, rank, words, state=FAILED, details=traceback.format_exc(), alone=True)
+        leave_at_once(1)
+    raise AssertionError("the process has ended")
 
 
-def refuse(error: Exception, rank: int) -> int:
-    """Prints, once, an error that every rank has; returns the exit status."""
-    if rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+def refuse(arguments: list[str], sentence: str, rank: int, *, printed: bool = False) -> int:
+    """Says, once, what every rank finds wrong before the ranks meet; returns the exit status."""
+    from engine.run_status import REFUSED, tell
+
+    tell(folder_of(arguments), rank, sentence, state=REFUSED, printed=printed)
     return 2
 
 
-def leave_at_once() -> None:
+def folder_of(arguments: list[str]) -> RunFolder | None:
+    """RUN, as far as arguments that are perhaps wrong name it."""
+    from engine.cli import read_files, take_files
+    from engine.run_folder import RunFolder
+
+    files, flags = take_files(arguments)
+    for number, flag in enumerate(flags):
+        name, equals, value = flag.partition("=")
+        if name == "--output" and (equals or number + 1 < len(flags)):
+            return RunFolder(value if equals else flags[number + 1])
+    try:
+        output = read_files(files).get("output")
+    except (ValueError, OSError):
+        return None
+    return RunFolder(output) if isinstance(output, str) else None
+
+
+def leave_at_once(status: int) -> NoReturn:
     """Ends this process while others wait for it inside a collective; torchrun then ends them."""
     for child in multiprocessing.active_children():
         child.kill()
-    os._exit(2)
+    os._exit(status)
 
 
 if __name__ == "__main__":

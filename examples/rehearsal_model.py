@@ -90,7 +90,7 @@ def make_model(options: RehearsalOptions) -> None:
         "max_position_embeddings": options.max_position_embeddings,
     }
     write_model(options.output, fields, tokenizer, options.seed)
-    model = AutoModelForCausalLM.from_pretrained(options.output)
+    model = AutoModelForCausalLM.from_pretrained(options.output, trust_remote_code=False)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{options.output}: {parameters / 1e6:.1f} M parameters, vocabulary {len(tokenizer):,}")
 

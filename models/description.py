@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ class ModelDescription:
     qk_norm: str  # "none", "head" or "projection"
     mxfp4: tuple[str, ...]  # tensors that files hold as `_blocks` and `_scales`; empty for plain files
     rules: tuple[Rule, ...]
+    # Fields of config.json that say nothing of the model; whoever wrote them, the model is the same.
+    ignored_fields: tuple[str, ...] = field(default=(), compare=False)
 
     @cached_property
     def rule(self) -> dict[str, Rule]:

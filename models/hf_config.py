@@ -17,6 +17,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from models.conversion.rules import Rule, expand
 from models.description import ModelDescription
 from models.families import FAMILIES
+from models.families.common import IGNORED_FIELDS
 from models.families.family import Family
 
 VOCAB_MULTIPLE = 128  # the same whatever tp is, so that a checkpoint's shapes never depend on the layout
@@ -67,6 +68,7 @@ def describe(model: str | Path | dict, *, overrides: dict | None = None) -> Mode
         qk_norm=family.qk_norm,
         mxfp4=_mxfp4_tensors(config, family, rules),
         rules=rules,
+        ignored_fields=tuple(name for name in IGNORED_FIELDS if name in raw),
     )
 
 
@@ -182,7 +184,7 @@ def _family(raw: Mapping[str, Any]) -> Family:
 
 def _normalised(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Every field that transformers knows, with its default where the file does not say."""
-    fields = {name: value for name, value in raw.items() if name != "model_type"}
+    fields = {name: value for name, value in raw.items() if name != "model_type" and name not in IGNORED_FIELDS}
     try:
         found = AutoConfig.for_model(family.name, **copy.deepcopy(fields))
         config = found.to_dict()
@@ -209,7 +211,7 @@ def _check_fields(config: Mapping[str, Any], raw: Mapping[str, Any], family: Fam
         understood |= set(pair) if understood & set(pair) else set()
     understood |= set(PreTrainedConfig().to_dict()) | set(GenerationConfig().to_dict())
     for name, value in {**config, **raw}.items():
-        if name in understood or name.startswith("_"):
+        if name in understood or name in IGNORED_FIELDS or name.startswith("_"):
             continue
         if value != default.get(name) if name in default else value:
             raise ValueError(

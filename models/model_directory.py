@@ -1,14 +1,16 @@
 """A model directory opened as its description asks: MXFP4 as bf16, and rows for tokens that were added."""
 
+import fnmatch
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from models.conversion.byte_boxes import ByteFile, PlainFile
 from models.conversion.check import check_tensors
-from models.conversion.hf_reader import HFReader
+from models.conversion.hf_reader import SINGLE, HFReader, ignored_files
 from models.conversion.mxfp4 import BLOCKS, Mxfp4Reader, mxfp4_names
 from models.conversion.resize import ResizedReader
 from models.conversion.rules import TensorReader
@@ -19,13 +21,15 @@ from models.hf_config import describe
 VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
-def open_reader(path: str | Path, description: ModelDescription) -> TensorReader:
-    """A directory's tensors as the rules of `description` take them up.
+def open_reader(
+    path: str | Path, description: ModelDescription, open_file: Callable[[Path], ByteFile] = PlainFile
+) -> TensorReader:
+    """A directory's tensors as the rules of `description` take them up, from files that `open_file` opens.
 
     A tensor with a row for each token is resized where the description has more tokens than the directory's
     config.json. Raises ValueError for a damaged directory, and where files and config.json differ on MXFP4.
     """
-    reader: TensorReader = HFReader(path)
+    reader: TensorReader = HFReader(path, open_file)
     if description.mxfp4:
         reader = Mxfp4Reader(reader, description.mxfp4)
     elif names := mxfp4_names(reader):
@@ -65,15 +69,37 @@ def read_shard(
     return rule.read(reader, tuple(slice(offset, end) for offset, end in zip(global_offset, ends, strict=True)))
 
 
-def weights_dtype(path: str | Path, reader: TensorReader | None = None) -> torch.dtype:
+def model_notes(path: str | Path, description: ModelDescription, left_out: Sequence[str] = ()) -> tuple[str, ...]:
+    """What of a directory is not taken up, a line each; `left_out` is what `check_directory` returned."""
+    lines = []
+    if description.ignored_fields:
+        names = ", ".join(description.ignored_fields)
+        code = "; no code of the model is run" if "auto_map" in description.ignored_fields else ""
+        lines.append(f"config.json: ignored {names}, which say nothing of the model{code}")
+    if left_out:
+        shown = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        lines.append(f"{len(left_out)} tensor(s) left out (copies or computed buffers), as transformers does: {shown}")
+    if ignored := ignored_files(path):
+        shown = ", ".join(ignored[:5]) + (", ..." if len(ignored) > 5 else "")
+        read = SINGLE if (Path(path) / SINGLE).is_file() else "the files that the index lists"
+        lines.append(f"weights: read from {read}, as transformers does; ignored {shown}")
+    return tuple(lines)
+
+
+def weights_dtype(
+    path: str | Path, reader: TensorReader | None = None, description: ModelDescription | None = None
+) -> torch.dtype:
     """The dtype of a directory's weights, where MXFP4 counts as bf16; ValueError where there are several.
 
-    reader: what `open_reader` gave, if the directory is open already.
+    reader: what `open_reader` gave, if the directory is open already; description: whose computed buffers, if any,
+    do not count.
     """
     if reader is None:
         files = HFReader(path)
         reader = Mxfp4Reader(files, mxfp4_names(files))
-    counts = Counter(reader.dtype(name) for name in reader.names())
+    buffers = family_named(description.family).buffers if description else ()
+    learned = [name for name in reader.names() if not any(fnmatch.fnmatchcase(name, pattern) for pattern in buffers)]
+    counts = Counter(reader.dtype(name) for name in learned)
     if len(counts) != 1:
         shown = ", ".join(f"{n} x {dtype}" for dtype, n in counts.items()) or "none"
         raise ValueError(f"{path}: weights of one dtype are needed, found {shown}")

@@ -24,16 +24,17 @@ ENTRY_ROOMS = ("examples", "checkpoint_tools")
 OURS = " ".join(ROOMS)
 HEAVY = "torch transformers megatron datasets safetensors"
 PURE = "pure files lead to no torch, so that they answer before it is loaded"
-LOADER = "loader dealing order too_long cutting packing index prefix documents token_files audit"
-OFFLINE = "directory store_reader store_writer hf_export model_files workers"
+LOADER = "loader dealing order too_long cutting packing index index_checks prefix documents token_files audit checksums"
+OFFLINE = "directory store_metadata store_reader store_writer hf_export model_files workers"
 
 # The walls inside the rooms; those between them are ROOMS. They hold for imports that are made at run time, those
 # inside functions too. In an `order` a file imports only what is named after it.
 WALLS = (
     Wall(
         files="engine/*",
-        order="rehearsal/ train trainer startup_lines prepare run_data base_model checkpointing/ step optim mesh host "
-        "reporting/ signals changes check_values cli schedule config run_folder layout quiet",
+        order="rehearsal/ train metric_lines trainer startup_lines guards/ run_start prepare run_data base_model "
+        "first_weights checkpointing/ retention step optim mesh host reporting/ signals changes check_values cli "
+        "schedule config run_status run_lock run_folder layout quiet",
         why="inside engine/ imports point down the list, and nothing knows of the rehearsal at its top",
     ),
     Wall(
@@ -82,7 +83,8 @@ WALLS = (
         why="reporting knows nothing of signals or training",
     ),
     Wall(
-        files="engine/layout.py engine/schedule.py engine/config.py engine/check_values.py engine/run_folder.py",
+        files="engine/layout.py engine/schedule.py engine/config.py engine/check_values.py engine/run_folder.py "
+        "engine/run_lock.py engine/run_status.py",
         closed=HEAVY,
         deep=True,
         why=PURE,

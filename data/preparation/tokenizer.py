@@ -52,7 +52,7 @@ def load_tokenizer(name: str, chat_template: str | Path | None = None, *, needs_
             " name the directory that has them with --tokenizer"
         )
     try:
-        tokenizer = _class_of(name).from_pretrained(name)
+        tokenizer = _class_of(name).from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"no tokenizer could be loaded from {name}: {reason}") from error

@@ -1,7 +1,7 @@
 """What a checkpoint directory holds, and how a directory comes to be complete or absent.
 
 step_000300/
-    lathe.json   format, step, family, dtypes, vocabulary, and the size of every other file
+    lathe.json   format, step, family, dtypes, vocabulary, and size and checksum of every other file
     state/       megatron's torch_dist format: model tensors by key, the optimizer's under `optimizer.`
     hf/          config, generation config, tokenizer and templates of the model, byte for byte
 """
@@ -10,18 +10,19 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.run_folder import RunFolder
+from data.checksums import DamagedFile, file_sum, sums_of, text_sum, verify, write_sums
+from engine.run_folder import MANIFEST, RunFolder
 
 FORMAT = 1
-MANIFEST = "lathe.json"
 STATE = "state"
 HF = "hf"
+DATA_FILES = "*.distcp"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -52,9 +53,18 @@ def complete_or_absent(target: str | Path) -> Iterator[Path]:
 
 
 def write_manifest(directory: str | Path, meta: dict[str, Any]) -> None:
-    """Write lathe.json, the last file of a checkpoint: `meta`, and the size in bytes of every other file."""
+    """Write lathe.json, the last file of a checkpoint: `meta`, and of every other file its size and checksum.
+
+    Large files have their checksums beside them (`data.checksums`), which are made here where their writer made none.
+    """
     directory = Path(directory)
-    meta = {"format": FORMAT, **meta, "files": _sizes(directory)}
+    for path in sorted((directory / STATE).glob(DATA_FILES)):
+        if not sums_of(path).exists():
+            write_sums(path)
+    sizes = _sizes(directory)
+    checksums = {name: file_sum(directory / name) for name in sizes if not _is_data(name)}
+    meta = {"format": FORMAT, **meta, "files": sizes, "checksums": checksums}
+    meta["checksum"] = _own_sum(meta)
     partial = directory / (MANIFEST + ".tmp")
     partial.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     _sync_file(partial)
@@ -63,26 +73,112 @@ def write_manifest(directory: str | Path, meta: dict[str, Any]) -> None:
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """The contents of lathe.json; ValueError where the checkpoint is not there or not whole."""
-    path = Path(directory) / MANIFEST
+    """The contents of lathe.json; ValueError where the checkpoint is not there, not whole, or damaged.
+
+    All files but those of the large tensors are held against their checksums; those are as they are read.
+    """
+    directory = Path(directory)
+    meta = parse_manifest(directory)
+    if (missing := next(size_faults(directory, meta), None)) is not None:
+        raise ValueError(f"{directory} is not a complete checkpoint: {missing}")
+    if (damage := next(small_faults(directory, meta), None)) is not None:
+        raise DamagedFile(damage)
+    return meta
+
+
+def parse_manifest(directory: Path) -> dict[str, Any]:
+    """What lathe.json says, whatever became of the files that it lists; ValueError where it is not there or damaged."""
+    path = directory / MANIFEST
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        files = meta["files"]
+        text = path.read_text(encoding="utf-8")
+        meta = json.loads(text)
+        files, checksums = meta["files"], meta.get("checksums", {})
+        names = [*files, *checksums]
+        if not all(isinstance(size, int) for size in files.values()) or not isinstance(checksums, dict):
+            raise ValueError
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{directory} is not a complete checkpoint: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is damaged") from None
+    if ("checksum" in meta or checksums) and (meta.get("checksum") != _own_sum(meta) or not text.endswith("\n")):
+        raise DamagedFile(f"{path} is damaged: it does not have the checksum that it states of itself")
     if meta.get("format") != FORMAT:
         raise ValueError(f"{path} has format {meta.get('format')}, this version reads format {FORMAT}")
-    found = _sizes(Path(directory))
-    for name, size in files.items():
-        if name not in found:
-            raise ValueError(f"{directory} is not a complete checkpoint: {name} is missing")
-        if found[name] != size:
-            raise ValueError(
-                f"{directory} is not a complete checkpoint: {name} has {found[name]} bytes instead of {size}"
-            )
+    if strangers := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise ValueError(f"{path} names a file outside its directory: {strangers[0]}")
     return meta
+
+
+def size_faults(directory: Path, meta: dict[str, Any]) -> Iterator[str]:
+    """What is missing from a checkpoint, or has another size than its manifest says."""
+    found = _sizes(directory)
+    for name, size in meta["files"].items():
+        if name not in found:
+            yield f"{name} is missing"
+        elif found[name] != size:
+            yield f"{name} has {found[name]} bytes instead of {size}"
+
+
+def small_faults(directory: Path, meta: dict[str, Any]) -> Iterator[str]:
+    """The files that do not have the checksum which the manifest states, but for those with checksums beside them."""
+    for name, expected in meta.get("checksums", {}).items():
+        path = directory / name
+        if path.is_file() and file_sum(path) != expected:
+            size = path.stat().st_size
+            yield f"{path} is damaged: its bytes 0 to {size - 1:,} are not those that were written"
+
+
+def data_files(directory: Path, meta: dict[str, Any]) -> list[Path]:
+    """The files of the large tensors of a checkpoint."""
+    return [directory / name for name in meta["files"] if _is_data(name)]
+
+
+def _is_data(name: str) -> bool:
+    return Path(name).parent == Path(STATE) and Path(name).match(DATA_FILES)
+
+
+def _own_sum(meta: dict[str, Any]) -> str:
+    """The checksum of a manifest's other fields, however they are laid out."""
+    rest = {name: value for name, value in meta.items() if name != "checksum"}
+    return text_sum(json.dumps(rest, sort_keys=True, separators=(",", ":")))
+
+
+def faults(directory: Path, advance: Callable[[int], None] = lambda count: None) -> Iterator[str]:
+    """A sentence for each damaged file of a checkpoint, found by reading all of it."""
+    try:
+        meta = parse_manifest(directory)
+    except ValueError as error:
+        yield str(error)
+        return
+    wrong = list(size_faults(directory, meta))
+    yield from (f"{directory / fault}" for fault in wrong)
+    yield from small_faults(directory, meta)
+    for path in data_files(directory, meta):
+        if path.is_file() and not any(fault.startswith(str(path.relative_to(directory)) + " ") for fault in wrong):
+            try:
+                verify(path)
+            except ValueError as error:
+                yield str(error)
+            advance(path.stat().st_size)
+
+
+def has_checksums(directory: Path) -> bool:
+    """Whether a checkpoint was written with checksums; those of older versions were not."""
+    return "checksums" in parse_manifest(directory)
+
+
+def newest_intact(directory: Path) -> str:
+    """Which other checkpoint beside a damaged one is the newest intact one, as the end of a sentence about damage."""
+    beside = RunFolder(directory.absolute().parent.parent)
+    if directory.parent.name != beside.checkpoints.name:
+        return ""
+    for step, other in reversed(beside.checkpoint_steps().items()):
+        if other != directory and next(faults(other), None) is None:
+            return (
+                f"; the newest other checkpoint of {beside.path} that is intact is {other.name}: go on from it with "
+                f"--checkpoint.resume-from {step}"
+            )
+    return f"; {beside.path} has no other checkpoint that is intact"
 
 
 @dataclass(frozen=True)
@@ -108,13 +204,13 @@ def find_latest(run: Path) -> ResumePoint | None:
     pointer = RunFolder(run).latest
     if not pointer.exists():
         return None
-    directory = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    directory = pointer.parent / (pointer.read_text(encoding="utf-8").strip() or "(nothing)")
     try:
         return ResumePoint(directory, read_manifest(directory))
     except ValueError as error:
         raise ValueError(
-            f"{error}; write the name of a whole checkpoint into {pointer}, or start with another --output "
-            "or --checkpoint.no-resume"
+            f"{error}{newest_intact(directory)}; write the name of a whole checkpoint into {pointer}, or start with "
+            "another --output or --checkpoint.no-resume"
         ) from None
 
 

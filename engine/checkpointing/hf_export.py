@@ -58,12 +58,12 @@ class Checkpoint:
     def reader(self, dtype: torch.dtype) -> Read:
         """Returns read(key, index) of model tensors, where each call overwrites what the last one returned.
 
-        It takes the fp32 master weights where `dtype` holds more than the model's.
+        It takes the fp32 master weights where `dtype` is not the model's, which is rounded in another way.
         """
         stored, converted = Scratch(), Scratch()
 
         def read(key: str, index: Index) -> Tensor:
-            if dtype.itemsize > self.store.dtype(key).itemsize:
+            if dtype != self.store.dtype(key):
                 key = master_key(self.store, key) or key
             tensor = self.store.read(key, index, stored)
             return tensor if tensor.dtype == dtype else converted.empty(tensor.shape, dtype).copy_(tensor)

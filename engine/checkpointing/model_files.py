@@ -51,13 +51,15 @@ def check_tokenizers(model: Path, indexes: Iterable[Documents], *, resized: bool
         return
     from transformers import AutoTokenizer
 
-    own = AutoTokenizer.from_pretrained(model)
+    own = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     fingerprint = tokenizer_fingerprint(own)
     for data, expected in wanted.items():
         if expected in (None, fingerprint):
             continue
-        if resized and own.get_vocab().items() <= AutoTokenizer.from_pretrained(data / "tokenizer").get_vocab().items():
-            continue
+        if resized:
+            larger = AutoTokenizer.from_pretrained(data / "tokenizer", trust_remote_code=False)
+            if own.get_vocab().items() <= larger.get_vocab().items():
+                continue
         raise ValueError(
             f"--data {data} was prepared with another tokenizer than that of --model {model}; prepare the data "
             f"again with prepare_data.py --model {model}"

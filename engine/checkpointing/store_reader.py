@@ -7,47 +7,47 @@ box and their data; archives are not compressed, so a part of a piece is read wh
 
 import io
 import math
-import mmap
-import os
-import pickle
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from data.checksums import CheckedFile, DamagedFile
+from engine.checkpointing.directory import newest_intact
+from engine.checkpointing.store_metadata import open_archive, read_metadata, span_of
 from models.conversion.byte_ranges import ByteRange
 
 MASTER_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.")
+
+SPAN_BYTES = 16 * 2**20  # that are read at once for numbers that do not lie end to end
+OPEN_FILES = 64  # a large checkpoint has a file a rank
 
 Box = tuple[range, ...]  # one a dimension, without steps
 
 
 class StoreReader:
-    """The tensors of one `torch_dist` checkpoint. Raises ValueError for a directory that is none."""
+    """The tensors of one `torch_dist` checkpoint. Raises ValueError for a directory that is none.
+
+    What is read is held against the checksums beside the files (`data.checksums`): DamagedFile where it is not what
+    was written.
+    """
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        self._files = FileSystemReader(self.directory)
-        try:
-            metadata = self._files.read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{directory} holds no readable torch_dist checkpoint: {error}") from None
-        entries = metadata.state_dict_metadata.items()
-        self._tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
-        self._storage = metadata.storage_data
-        self._check_files()
+        self._tensors, self._pieces = read_metadata(self.directory)
         # Pieces in the order of their first rows, and the rows of the tallest.
         self._sorted: dict[str, tuple[list[ChunkStorageMetadata], int]] = {}
         self._sizes = {(key, c.offsets): c.sizes for key, entry in self._tensors.items() for c in entry.chunks}
         self._data: dict[MetadataIndex, tuple[int, Tensor]] = {}  # see `_locate`
+        self._files: dict[str, CheckedFile] = {}
+        self._span = Scratch()
 
     def __contains__(self, key: str) -> bool:
         return key in self._tensors
@@ -68,28 +68,56 @@ class StoreReader:
         """
         box = box_of(self.shape(key), index)
         result = (scratch or Scratch()).empty([len(side) for side in box], self.dtype(key))
-        filled = 0
-        for item in self._items(key, box):
-            block = _cut(result, item.dest_offsets, item.lengths)
-            self._fill(block, item)
-            filled += block.numel()
-        if filled != result.numel():
-            raise ValueError(f"{self.directory}: pieces of {key} cover {filled} of {result.numel()} elements")
+        self._read_box(key, box, result)
         return result
 
+    def read_into(self, key: str, offsets: Sequence[int], out: Tensor) -> None:
+        """Fill a tensor on the host, of any strides, with the box of its shape at `offsets` of a global tensor.
+
+        Where `out` has another dtype, numbers are converted as `Tensor.copy_` does it. ValueError for a box that lies
+        outside the tensor.
+        """
+        box = tuple(range(start, start + length) for start, length in zip(offsets, out.shape, strict=True))
+        shape = self.shape(key)
+        if len(box) != len(shape) or any(s.start < 0 or s.stop > size for s, size in zip(box, shape, strict=False)):
+            raise ValueError(f"{self.directory}: {key} of {list(shape)} has no {list(out.shape)} at {list(offsets)}")
+        self._read_box(key, box, out)
+
+    def _read_box(self, key: str, box: Box, out: Tensor) -> None:
+        try:
+            self._read_pieces(key, box, out)
+        except DamagedFile as error:
+            raise DamagedFile(f"{error}{newest_intact(self.directory.parent)}") from None
+
+    def _read_pieces(self, key: str, box: Box, out: Tensor) -> None:
+        filled = 0
+        for item in self._items(key, box):
+            block = _cut(out, item.dest_offsets, item.lengths)
+            start, whole = self._locate(item.storage_index)
+            file = self._file(self._pieces[item.storage_index].file)
+            self._fill(file, start, _part(whole, item), block)
+            filled += block.numel()
+        if filled != out.numel():
+            raise ValueError(f"{self.directory}: pieces of {key} cover {filled} of {out.numel()} elements")
+
     def byte_ranges(self, key: str, index: tuple[slice, ...] = ()) -> list[ByteRange] | None:
-        """The bytes that one after the other make up a box; None where it is more than a copy of whole ranges."""
+        """The bytes that one after the other make up a box; None where it is more than a copy of whole ranges.
+
+        None too where there are checksums: a copy within the kernel would carry damage along, and one that is looked
+        at costs what reading costs.
+        """
         box, found = box_of(self.shape(key), index), []
         blank = torch.empty([len(side) for side in box], dtype=self.dtype(key), device="meta")
         for item in self._items(key, box):
             block = _cut(blank, item.dest_offsets, item.lengths)
             start, whole = self._locate(item.storage_index)
-            part = _cut(whole, item.storage_offsets, item.lengths)
-            plain = whole.is_contiguous() and part.is_contiguous() and block.is_contiguous()
+            part = _part(whole, item)
+            checked = self._file(self._pieces[item.storage_index].file).checked
+            plain = not checked and whole.is_contiguous() and part.is_contiguous() and block.is_contiguous()
             if not plain or whole.dtype != blank.dtype:
                 return None
-            start += int(part.storage_offset() - whole.storage_offset()) * part.element_size()
-            path = self.directory / self._storage[item.storage_index].relative_path
+            start += int(part.storage_offset()) * part.element_size()
+            path = self.directory / self._pieces[item.storage_index].file
             found.append((int(block.storage_offset()) * part.element_size(), ByteRange(path, start, part.nbytes)))
         found.sort(key=lambda pair: pair[0])
         end = 0
@@ -103,6 +131,7 @@ class StoreReader:
         """The pieces that hold some of a box, where it lies in them, and where in the box."""
         if key not in self._sorted:
             found = sorted(self._tensors[key].chunks, key=_first_row)
+            self._check_disjoint(key, found)
             self._sorted[key] = found, max((piece.sizes[0] for piece in found if piece.sizes), default=1)
         pieces, tallest = self._sorted[key]
         if box:  # large tensors have thousands of pieces: those that may reach into it by their first dimension
@@ -112,48 +141,88 @@ class StoreReader:
         wanted = [ChunkStorageMetadata(offsets=offsets, sizes=sizes)]
         return create_read_items_for_chunk_list(key, replace(self._tensors[key], chunks=pieces), wanted)
 
-    def _check_files(self) -> None:
-        ends: dict[str, int] = {}
-        for index, info in self._storage.items():
-            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-            if getattr(info, "transform_descriptors", None):
-                raise ValueError(f"{self.directory}: {index.fqn} is compressed, which is not supported")
-        for file, end in ends.items():
-            path = self.directory / file
-            if not path.exists() or path.stat().st_size < end:
-                raise ValueError(f"{path} is {'truncated' if path.exists() else 'missing'}")
+    def _check_disjoint(self, key: str, pieces: list[ChunkStorageMetadata]) -> None:
+        """Pieces that overlap would leave a hole elsewhere: all of them together have the tensor's size."""
+        if len(pieces) < 2 or not self.shape(key):
+            return
+        starts = np.array([piece.offsets for piece in pieces])  # [pieces, dimensions]
+        stops = starts + np.array([piece.sizes for piece in pieces])
+        reach = np.maximum.accumulate(stops[:, 0])
+        for number in (1 + np.flatnonzero(starts[1:, 0] < reach[:-1])).tolist():
+            before = slice(int(np.searchsorted(reach, starts[number, 0], "right")), number)
+            common = np.minimum(stops[before], stops[number]) > np.maximum(starts[before], starts[number])
+            if common.all(axis=1).any():
+                raise ValueError(f"{self.directory}: two pieces of {key} hold the same elements")
 
-    def _fill(self, block: Tensor, item: ReadItem) -> None:
-        """Read the part of a piece that an item names into `block`."""
-        start, whole = self._locate(item.storage_index)
-        part = _cut(whole, item.storage_offsets, item.lengths)
-        info = self._storage[item.storage_index]
-        with open(self.directory / info.relative_path, "rb", buffering=0) as file:
-            if not whole.is_contiguous() or whole.dtype != block.dtype:
-                found = torch.load(self._files._slice_file(file, info), weights_only=True, map_location="cpu")
-                block.copy_(_cut(found, item.storage_offsets, item.lengths))
-            elif part.is_contiguous() and block.is_contiguous():
-                skip = int(part.storage_offset() - whole.storage_offset())
-                _read_into(file, start + skip * whole.element_size(), block)
-            else:
-                _copy_mapped(file, start, whole, part, block)
+    def _file(self, name: str) -> CheckedFile:
+        """A file, kept open; the one that was asked for first is closed where there are many."""
+        if name not in self._files:
+            if len(self._files) >= OPEN_FILES:
+                self._files.pop(next(iter(self._files))).close()
+            self._files[name] = CheckedFile(self.directory / name)
+        return self._files[name]
 
     def _locate(self, index: MetadataIndex) -> tuple[int, Tensor]:
         """The first byte of a piece's first element, and a tensor on the meta device that tells its layout."""
         if index not in self._data:
-            info = self._storage[index]
-            path = self.directory / info.relative_path
-            with open(path, "rb", buffering=0) as file:
-                archive = self._files._slice_file(file, info)
-                blank = torch.load(archive, weights_only=True, map_location="meta")
-                sizes = self._sizes[index.fqn, index.offset or torch.Size()]
-                if blank.shape != sizes:
-                    raise ValueError(f"{path}: a piece has shape {list(blank.shape)}, not {list(sizes)}")
-                archive.seek(0)
-                opened: Any = torch._C.PyTorchFileReader(archive)
-                start = info.offset + opened.get_record_offset("data/0")
-            self._data[index] = start + int(blank.storage_offset()) * blank.element_size(), blank
+            piece = self._pieces[index]
+            place = f"{self.directory / piece.file}: the piece at byte {piece.start:,}"
+            start, blank = open_archive(
+                io.BufferedReader(_Window(self._file(piece.file), piece.start, piece.length)), place
+            )
+            sizes = self._sizes[index.fqn, index.offset or torch.Size()]
+            if blank.shape != sizes:
+                raise ValueError(f"{place} has shape {list(blank.shape)}, not {list(sizes)}")
+            # A view of its own, which begins at the element that `start` is the place of.
+            layout = torch.empty(0, dtype=blank.dtype, device="meta").as_strided(blank.shape, blank.stride())
+            self._data[index] = piece.start + start, layout
         return self._data[index]
+
+    def _fill(self, file: CheckedFile, start: int, part: Tensor, block: Tensor) -> None:
+        """Read a part of a piece into `block`; `part` is on the meta device, and its offset counts from byte `start`.
+
+        Numbers that do not lie end to end on both sides are read with all that lies between them, some rows at once.
+        """
+        if not part.numel():
+            return
+        first = start + int(part.storage_offset()) * part.element_size()
+        if part.is_contiguous() and block.is_contiguous() and part.dtype == block.dtype:
+            file.read_into(first, memoryview(block.view(-1).view(torch.uint8).numpy()))
+            return
+        length = span_of(part) - int(part.storage_offset()) * part.element_size()
+        if length <= SPAN_BYTES:
+            span = self._span.empty([length // part.element_size()], part.dtype)
+            file.read_into(first, memoryview(span.view(torch.uint8).numpy()))
+            block.copy_(span.as_strided(part.shape, part.stride()))
+            return
+        dim = next(number for number, size in enumerate(part.shape) if size > 1)
+        step = max(1, part.shape[dim] * SPAN_BYTES // length)
+        for row in range(0, part.shape[dim], step):
+            count = min(step, part.shape[dim] - row)
+            self._fill(file, start, part.narrow(dim, row, count), block.narrow(dim, row, count))
+
+
+class _Window(io.RawIOBase):
+    """One archive within a checked file, as a file of its own."""
+
+    def __init__(self, file: CheckedFile, start: int, length: int):
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence])
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        count = max(0, min(len(buffer), self._length - self._at))
+        self._file.read_into(self._start + self._at, memoryview(buffer).cast("B")[:count])
+        self._at += count
+        return count
 
 
 class Scratch:
@@ -202,31 +271,9 @@ def _cut(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tens
     return tensor[tuple(slice(start, start + length) for start, length in zip(offsets, lengths, strict=True))]
 
 
+def _part(whole: Tensor, item: ReadItem) -> Tensor:
+    return _cut(whole, item.storage_offsets, item.lengths)
+
+
 def _first_row(piece: ChunkStorageMetadata) -> int:
     return piece.offsets[0] if piece.offsets else 0
-
-
-def _read_into(file: io.FileIO, start: int, target: Tensor) -> None:
-    data = memoryview(target.reshape(-1).view(torch.uint8).numpy())
-    while data:  # the kernel reads at most 2 GiB at once
-        count = os.preadv(file.fileno(), [data], start)
-        if not count:
-            raise ValueError(f"{file.name} is truncated")
-        data, start = data[count:], start + count
-
-
-def _copy_mapped(file: io.FileIO, start: int, whole: Tensor, part: Tensor, block: Tensor) -> None:
-    """Copy a part of a contiguous piece: of the mapped file only pages that hold some of it are touched.
-
-    As bytes, because archives begin anywhere in a file and the mapped numbers may lie unaligned.
-    """
-    size = whole.element_size()
-    page = start - start % mmap.ALLOCATIONGRANULARITY
-    length = start - page + whole.numel() * size
-    # Copied on write and never written to: torch takes no memory that it may not write.
-    with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=page) as mapped:
-        flat = torch.frombuffer(mapped, dtype=torch.uint8, count=whole.numel() * size, offset=start - page)
-        shape, strides = (*part.shape, size), (*(stride * size for stride in part.stride()), 1)
-        skip = int(part.storage_offset() - whole.storage_offset()) * size
-        block.unsqueeze(-1).view(torch.uint8).copy_(flat.as_strided(shape, strides, skip))
-        del flat  # else the map could not be closed

@@ -22,9 +22,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from data.checksums import BlockSums
 from engine.checkpointing.store_reader import row_blocks
 from engine.checkpointing.workers import Advance, Bar, no_bar, run_workers, share_of
-from models.conversion.byte_ranges import ByteRange, copy_byte_ranges, read_byte_ranges
+from models.conversion.byte_ranges import ByteRange, iterate_byte_ranges, read_byte_ranges
 
 # What a writer makes and writes at once. Blocks of malloc above 32 MiB go back to the kernel each time they are
 # freed, and pages that come from there cost more than the copying.
@@ -69,9 +70,14 @@ def write_store(
     write = partial(_write_share, directory, pieces, num_workers)
     for storage in run_workers(write, range(num_workers), bar):
         metadata.storage_data.update(storage)
+    write_companions(directory)
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def write_companions(directory: Path) -> None:
+    """Write what megatron-core's loader wants beside torch's own files; nothing of ours reads it."""
     (directory / "metadata.json").write_text(json.dumps(MEGATRON_METADATA), encoding="utf-8")
     torch.save({}, directory / "common.pt")
-    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def _chunks(shape: torch.Size, dtype: torch.dtype, limit: int) -> list[ChunkStorageMetadata]:
@@ -148,8 +154,9 @@ class _Archives:
     def __init__(self, path: Path):
         self.path, self.end = path, 0
         self._descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
-        self._error: OSError | None = None
-        self._gap: tuple[int, int] | None = None  # bytes of data that `write` leaves out, and where they belong
+        self._error: Exception | None = None
+        self._sums = BlockSums()
+        self._gap: list[ByteRange] | None = None  # what `write` writes in place of data of their size
 
     def append(self, tensor: Tensor) -> _StorageInfo:
         start = self.end
@@ -160,20 +167,18 @@ class _Archives:
         return self._finished(start)
 
     def copy(self, shape: torch.Size, dtype: torch.dtype, byte_ranges: list[ByteRange]) -> _StorageInfo:
-        """Append an archive whose data the kernel copies: `torch.save` writes what stands around it."""
+        """Append an archive of other files' bytes: `torch.save` writes what stands around them."""
         size = sum(byte_range.length for byte_range in byte_ranges)
         assert size == shape.numel() * dtype.itemsize
         if size < COPY_BYTES:
             return self.append(torch.frombuffer(read_byte_ranges(byte_ranges), dtype=dtype).view(shape))
-        start, self._gap = self.end, (size, -1)
+        start, self._gap = self.end, byte_ranges
         self._save(torch.empty(shape, dtype=dtype))
-        (_, at), self._gap = self._gap, None
-        assert at >= 0, "torch.save wrote the data in several pieces"
-        copy_byte_ranges(byte_ranges, self._descriptor, at)
+        assert self._gap is None, "torch.save wrote the data in several pieces"
         return self._finished(start)
 
     def _save(self, tensor: Tensor) -> None:
-        # Without checksums, which no reader of torch looks at: so data that the kernel copies is never touched.
+        # Without torch's checksums, which none of its readers looks at: ours stand beside the file.
         checked = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)
         try:
@@ -190,17 +195,21 @@ class _Archives:
 
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data).cast("B")
-        size = len(view)
-        if self._gap and self._gap == (size, -1) and size:
-            self._gap, self.end = (size, self.end), self.end + size
-            return size
+        blocks: Iterable[memoryview] = [view]
+        if self._gap and len(view) == sum(byte_range.length for byte_range in self._gap):
+            blocks, self._gap = iterate_byte_ranges(self._gap), None
         try:
-            while view and not self._error:
-                count = os.pwrite(self._descriptor, view, self.end)
-                view, self.end = view[count:], self.end + count
-        except OSError as error:
+            for block in blocks if not self._error else ():
+                self._write(block)
+        except (OSError, ValueError) as error:
             self._error = error
-        return size
+        return len(view)
+
+    def _write(self, block: memoryview) -> None:
+        self._sums.update(block)
+        while block:
+            count = os.pwrite(self._descriptor, block, self.end)
+            block, self.end = block[count:], self.end + count
 
     def flush(self) -> None:
         """`torch.save` asks for it; nothing is kept back here."""
@@ -211,3 +220,4 @@ class _Archives:
             os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)
+        self._sums.write(self.path)

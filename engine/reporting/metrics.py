@@ -61,6 +61,11 @@ def rewind(path: str | Path, step: int) -> int:
     return len(kept)
 
 
+def lines_after(path: str | Path, step: int) -> list[str]:
+    """The lines of `path` that `rewind` to `step` drops, but for one that is half-written. Raises as `read_metrics`."""
+    return [line for found, line in _steps(path) if found["step"] > step]
+
+
 def _steps(path: str | Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Each step with its line."""
     lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if Path(path).exists() else []

@@ -81,12 +81,12 @@ class TransformersGenerator:
         if torch.cuda.is_available():
             device = f"cuda:{worker % torch.cuda.device_count()}"
         self.eos, self.pad = prompts_eos, pad
-        self.tokenizer = AutoTokenizer.from_pretrained(options.model)
+        self.tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
         dtype = DTYPES.get(options.dtype, "auto")
         # Its bars of loaded weights, one a process, would bury the few lines that matter.
         logging.disable_progress_bar()
         try:
-            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, trust_remote_code=False)
         except (OSError, ValueError, SafetensorError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise EvaluationError(f"--model {options.model}: its weights cannot be loaded ({first})") from error
@@ -174,7 +174,7 @@ def generate_vllm(
     from vllm import LLM, SamplingParams
 
     dtype = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[options.dtype]
-    model = LLM(model=options.model, dtype=dtype, seed=options.seed, generation_config="vllm")
+    model = LLM(model=options.model, dtype=dtype, seed=options.seed, generation_config="vllm", trust_remote_code=False)
     flat = [(request, place) for request in requests for place in range(len(request.ids))]
     params = [
         SamplingParams(

@@ -32,7 +32,7 @@ def load_tokenizer(options: EvaluationOptions) -> Any:
     from data.preparation.tokenizer import read_template
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EvaluationError(f"--model {options.model} cannot be loaded: {first}") from error
@@ -82,7 +82,10 @@ def _eos_ids(model: str, tokenizer: Any) -> list[int]:
         # Read as plain JSON where it is at hand: an architecture unknown here is no reason to fail yet.
         config = Path(model) / "config.json"
         fields = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
-        found = fields.get("eos_token_id") if fields else AutoConfig.from_pretrained(model).eos_token_id
+        if fields is None:
+            found = AutoConfig.from_pretrained(model, trust_remote_code=False).eos_token_id
+        else:
+            found = fields.get("eos_token_id")
     if found is None:
         found = tokenizer.eos_token_id
     if found is None:

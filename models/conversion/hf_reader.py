@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from models.conversion.byte_boxes import BLOCK_BYTES, ByteFile, PlainFile, read_box
 from models.conversion.rules import Index
 
 SINGLE = "model.safetensors"
@@ -46,21 +48,24 @@ SIDE_FILES = (
 class HFReader:
     """The tensors of a Hugging Face directory, in one safetensors file or in several with an index.
 
-    Files are opened for each read and closed after it: mapped pages would otherwise count as memory.
-    Raises ValueError for a directory without safetensors, for a damaged file (naming it), and for an index
-    that does not agree with its files.
+    Where both lie in it the one file is read, as transformers does (`ignored_files`). Bytes of weights come through
+    `open_file` alone, so that what it returns may check them; one file stays open at a time. Nothing is mapped:
+    mapped pages would count as memory. Raises ValueError for a directory without safetensors, for a damaged file
+    (naming it), and for an index that does not agree with its files.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, open_file: Callable[[Path], ByteFile] = PlainFile):
         self.path = Path(path)
-        index = read_index(self.path)
+        index = _used_index(self.path)
         if index is None and not (self.path / SINGLE).exists():
             raise ValueError(_no_safetensors(self.path))
         files = sorted(set(index["weight_map"].values())) if index else [SINGLE]
+        self._open_file = open_file
+        self._opened: tuple[str, ByteFile] | None = None
         self._file: dict[str, str] = {}
         self._shape: dict[str, tuple[int, ...]] = {}
         self._dtype: dict[str, torch.dtype] = {}
-        self._offsets: dict[str, dict[str, int]] = {}  # by file and tensor
+        self._first: dict[str, int] = {}  # a tensor's first byte in its file
         for file in files:
             self._survey(file)
         if index:
@@ -76,46 +81,68 @@ class HFReader:
         return self._dtype[name]
 
     def read(self, name: str, index: Index = (), out: Tensor | None = None) -> Tensor:
-        """A tensor or a slice of it, put into `out` or into memory of its own; only the slice's pages are read."""
-        with self._open(self._file[name]) as file:
-            mapped = file.get_slice(name)
-            part = mapped[tuple(slice(s.start, s.stop) for s in index)] if index else mapped[...]
-            if any(s.step not in (None, 1) for s in index):
-                part = part[tuple(slice(None, None, s.step) for s in index)]
-            return part.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(part)
+        """A tensor or a slice of it, put into `out` or into memory of its own; little more than the slice is read."""
+        shape, dtype = self._shape[name] or (1,), self._dtype[name]
+        sides = [range(size)[part] for size, part in zip(shape, index, strict=False)]
+        sides += [range(size) for size in shape[len(sides) :]]
+        if out is None:
+            out = torch.empty([len(side) for side in sides[: len(self._shape[name])]], dtype=dtype)
+        if not out.numel():
+            return out
+        file, first = self._opened_file(self._file[name]), self._first[name]
+        target = out if out.dim() else out.view(1)
+        if out.dtype == dtype and out.is_contiguous():
+            read_box(file, first, shape, sides, target)
+            return out
+        # Through memory of some rows; rows of the first dimension that has several.
+        cut = next((number for number, side in enumerate(sides) if len(side) > 1), 0)
+        row_bytes = math.prod(len(side) for side in sides[cut + 1 :]) * dtype.itemsize
+        rows, step = sides[cut], max(1, BLOCK_BYTES // row_bytes)
+        for start in range(0, len(rows), step):
+            some = [*sides[:cut], rows[start : start + step], *sides[cut + 1 :]]
+            part = torch.empty([len(side) for side in some], dtype=dtype)
+            read_box(file, first, shape, some, part)
+            target.narrow(cut, start, len(some[cut])).copy_(part)
+        return out
 
     def first_byte(self, name: str) -> tuple[Path, int]:
-        """The file that holds a tensor, and its first byte there (safetensors: 8 bytes of length, a header, data)."""
-        file = self._file[name]
-        if file not in self._offsets:
-            with open(self.path / file, "rb") as opened:
-                length = int.from_bytes(opened.read(8), "little")
-                header = json.loads(opened.read(length))
-            self._offsets[file] = {
-                one: 8 + length + entry["data_offsets"][0] for one, entry in header.items() if one != "__metadata__"
-            }
-        return self.path / file, self._offsets[file][name]
+        """The file that holds a tensor, and its first byte there."""
+        return self.path / self._file[name], self._first[name]
 
-    def _open(self, file: str):
+    def _opened_file(self, file: str) -> ByteFile:
+        if self._opened is None or self._opened[0] != file:
+            if self._opened is not None:
+                self._opened[1].close()
+            self._opened = file, self._open_file(self.path / file)
+        return self._opened[1]
+
+    def _survey(self, file: str) -> None:
+        for name, entry in self._header(file).items():
+            kind = entry["dtype"]
+            if kind not in DTYPES:
+                raise ValueError(f"{self.path / file}: {name} has dtype {kind}, which is not supported")
+            if name in self._file:
+                raise ValueError(f"{self.path}: {name} is both in {self._file[name]} and in {file}")
+            self._file[name] = file
+            self._shape[name] = tuple(entry["shape"])
+            self._dtype[name] = DTYPES[kind]
+            self._first[name] = entry["first"]
+
+    def _header(self, file: str) -> dict:
+        """A file's tensors by name: dtype, shape and first byte (safetensors: 8 bytes of length, a header, data)."""
         try:
-            return safe_open(self.path / file, "pt")
+            with safe_open(self.path / file, "pt"):
+                pass  # the library has checked lengths, shapes and places against each other and against the file
         except FileNotFoundError:
             raise ValueError(f"{self.path} lacks {file}, which its {INDEX} lists") from None
         except SafetensorError as error:
             raise ValueError(f"{self.path / file} is truncated or damaged: {error}") from None
-
-    def _survey(self, file: str) -> None:
-        with self._open(file) as opened:
-            for name in list(opened.keys()):
-                mapped = opened.get_slice(name)
-                kind = mapped.get_dtype()
-                if kind not in DTYPES:
-                    raise ValueError(f"{self.path / file}: {name} has dtype {kind}, which is not supported")
-                if name in self._file:
-                    raise ValueError(f"{self.path}: {name} is both in {self._file[name]} and in {file}")
-                self._file[name] = file
-                self._shape[name] = tuple(mapped.get_shape())
-                self._dtype[name] = DTYPES[kind]
+        opened, length = self._opened_file(file), bytearray(8)
+        opened.read_into(0, memoryview(length))
+        header = bytearray(int.from_bytes(length, "little"))
+        opened.read_into(8, memoryview(header))
+        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        return {name: {**entry, "first": 8 + len(header) + entry["data_offsets"][0]} for name, entry in entries.items()}
 
     def _check_index(self, weight_map: Mapping[str, str]) -> None:
         drift = [name for name, file in weight_map.items() if self._file.get(name) != file]
@@ -125,6 +152,23 @@ class HFReader:
                 f"{self.path / INDEX} does not agree with its files on {len(drift)} tensor(s): "
                 + ", ".join(sorted(drift)[:5])
             )
+
+
+def ignored_files(path: str | Path) -> list[str]:
+    """The safetensors files of a directory, and its index, that are not read: transformers does not read them either.
+
+    It takes model.safetensors before an index of several files (`_get_resolved_checkpoint_files` of 5.23).
+    """
+    folder = Path(path)
+    index = _used_index(folder)
+    used = {INDEX, *index["weight_map"].values()} if index else {SINGLE}
+    there = {file.name for file in folder.glob("*.safetensors")} | {file.name for file in folder.glob(INDEX)}
+    return sorted(there - used)
+
+
+def _used_index(path: Path) -> dict | None:
+    """The index of the weights, where they lie in several files."""
+    return None if (path / SINGLE).is_file() else read_index(path)
 
 
 def read_index(path: Path) -> dict | None:
@@ -147,10 +191,11 @@ def read_index(path: Path) -> dict | None:
 def copy_side_files(src: str | Path, dst: str | Path, *, with_index: bool = False) -> list[str]:
     """Copy config, generation config, tokenizer and chat templates byte for byte; returns the names.
 
-    `with_index` also keeps the list of weight files, from which an export takes its sharding.
+    `with_index` also keeps the list of weight files, where it is one, from which an export takes its sharding.
     """
     copied = []
-    for pattern in (*SIDE_FILES, *([INDEX] if with_index else [])):
+    stale = (Path(src) / SINGLE).is_file()
+    for pattern in (*SIDE_FILES, *([INDEX] if with_index and not stale else [])):
         for file in sorted(Path(src).glob(pattern)):
             name = str(file.relative_to(src))
             if file.is_file() and name not in copied:

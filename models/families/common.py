@@ -97,5 +97,9 @@ DENSE_CONSTANTS = {
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
 }
-ROTARY_BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
+# Wherever they stand, as transformers leaves them out (`_adjust_missing_and_unexpected_keys` of 5.23).
+ROTARY_BUFFERS = ("*rotary_emb.inv_freq",)
 TIED_COPY = ("lm_head.weight", "model.embed_tokens.weight")
+# Fields of config.json that tools left which a model passed through: where code of its own lies, which is never run,
+# and marks of these tools. They say nothing of the model.
+IGNORED_FIELDS = ("auto_map", "is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version")

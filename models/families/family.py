@@ -22,7 +22,7 @@ class Family:
     requires: Mapping[str, Any]  # config.json field -> the only value that is understood
     harmless: tuple[str, ...] = ()  # config.json fields that never change the mathematics
     repeats: Mapping[str, str] = field(default_factory=dict)  # config.json field -> the field that it says again
-    buffers: tuple[str, ...] = ()  # patterns of tensors in old files that are computed, not learned
+    buffers: tuple[str, ...] = ()  # patterns of tensors in old files that are computed, not learned, in any dtype
     tied_copy: tuple[str, str] | None = None  # (copy, original): a tied model's files may hold both
     post_norm: bool = False  # norms after attention and feed-forward, before the residual, in place of before them
     gain_in_fp32: bool = False  # norms multiply by their gain in fp32 and round then; else they round before

@@ -48,6 +48,7 @@ FAMILY = Family(
         "initial_context_length": "original_max_position_embeddings",
         "experts_per_token": "num_experts_per_tok",
     },
+    buffers=common.ROTARY_BUFFERS,
     tied_copy=common.TIED_COPY,
     windows=True,
     gain_in_fp32=True,

@@ -1,7 +1,9 @@
 """The index on disk: read by megatron-core, handed to other processes, refused when damaged."""
 
+import json
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +51,15 @@ def test_writer_refuses_spans_that_are_none(tmp_path, spans):
     assert list(tmp_path.iterdir()) == []
 
 
+def without_checksums(folder: Path) -> None:
+    """Makes a directory what an older version wrote."""
+    for path in folder.glob("*.sums"):
+        path.unlink()
+    meta = json.loads((folder / "meta.json").read_text())
+    rest = {name: value for name, value in meta.items() if name not in ("checksum", "checksums")}
+    (folder / "meta.json").write_text(json.dumps(rest))
+
+
 def test_damaged_directories_are_refused(tmp_path):
     write_index(tmp_path / "a", [([1, 2, 3], [[1, 3]])] * 9, vocab_size=10)
     with pytest.raises(ValueError, match="outside the vocabulary of 3"):
@@ -60,6 +71,7 @@ def test_damaged_directories_are_refused(tmp_path):
         with pytest.raises(ValueError, match="prepare the data again"):
             DocumentIndex(tmp_path / "a")
     write_index(tmp_path / "c", [([1, 2, 3], [[1, 3]])] * 9, vocab_size=10)
+    without_checksums(tmp_path / "c")
     for name, size in (("spans_offsets.npy", 0), ("spans.npy", 150)):
         os.truncate(tmp_path / "c" / name, size)
         with pytest.raises(ValueError, match=rf"/c: {name} is damaged, prepare the data again"):
@@ -99,6 +111,7 @@ def test_documents_know_their_source_and_kind(tmp_path):
     assert older.sources.tolist() == older.kind_numbers.tolist() == [0, 0, 0]
     assert (older.sources.dtype, older.kind_numbers.dtype) == (np.uint16, np.uint8)
 
+    without_checksums(tmp_path / "mixed")
     np.save(tmp_path / "mixed" / "sources.npy", np.array([2, 0, 3], np.uint16))
     with pytest.raises(ValueError, match="sources.npy has numbers that meta.json does not name"):
         DocumentIndex(tmp_path / "mixed")

@@ -41,7 +41,6 @@ def test_a_run_continues_from_itself_alone(pool, inputs):
     """Weights, config and tokenizer of a resumed run come from its checkpoint; what differs is refused."""
     output = inputs / "run"
     assert pool.run(outcome, 1, arguments(inputs, output)) == [""]
-    assert "--steps 2: the run in" in second(inputs, output)
     sentence = second(inputs, output, "--steps", "3", "--override.rope-theta", "5000")
     assert "differs from the model of the run" in sentence and "rope" in sentence
     shutil.rmtree(inputs / "model")
@@ -49,37 +48,96 @@ def test_a_run_continues_from_itself_alone(pool, inputs):
     assert find_latest(output).step == 3
 
 
-def test_a_new_start_sets_old_checkpoints_aside(pool, inputs):
-    """And their exports, also when one of these is the model that it starts from."""
+def test_a_new_start_sets_the_earlier_run_aside(pool, inputs):
+    """All of it, also when one of its exports is the model that the new one starts from."""
     output = inputs / "run"
     export = (*SAVE, "--checkpoint.export-hf")
     assert pool.run(outcome, 1, arguments(inputs, output, *export, "--steps", "3")) == [""]
+    first = metrics(output)
     (output / "hf" / "step_000004.tmp").mkdir()
+    (output / "job.out").write_text("kept")
     model = ("--model", str(output / "hf" / "step_000003"))
     anew = arguments(
         inputs, output, *export, "--steps", "1", "--checkpoint.no-resume", "--checkpoint.keep", "1", *model
     )
     assert pool.run(outcome, 1, anew) == [""]
-    assert find_latest(output).step == 1
-    assert [path.name for path in (output / "checkpoints").glob("step_*")] == ["step_000001"]
-    assert (output / "checkpoints.1" / "step_000003" / "lathe.json").exists()
-    assert [path.name for path in (output / "hf").iterdir()] == ["step_000001"]
-    aside = sorted((output / "hf.1").iterdir())
-    assert [path.name for path in aside] == ["step_000001", "step_000002", "step_000003"]
+    assert find_latest(output).step == 1 and [line["step"] for line in metrics(output)] == [1]
+    for folder in ("checkpoints", "hf"):
+        assert [path.name for path in (output / folder).glob("step_*")] == ["step_000001"]
+    aside = output / "earlier.1"
+    assert metrics(aside) == first and find_latest(aside).step == 3
+    exports = sorted((aside / "hf").iterdir())
+    assert [path.name for path in exports] == ["step_000001", "step_000002", "step_000003"]
+    names = {"config.yaml", "report.html", "tensorboard", "model_files", "status.json", "checkpoints", "hf"}
+    assert {path.name for path in aside.iterdir()} == names | {"metrics.jsonl"}
     again = output / "checkpoints" / "step_000001" / "hf" / "config.json"
-    assert again.read_bytes() == (aside[2] / "config.json").read_bytes()
-    assert [line["step"] for line in metrics(output)] == [1]
+    assert again.read_bytes() == (exports[2] / "config.json").read_bytes()
+    assert (output / "job.out").read_text() == "kept" and not list(output.rglob("*.tmp"))
+    assert json.loads((aside / "status.json").read_text())["step"] == 3
 
 
-def test_what_was_set_aside_before_is_kept(tmp_path):
-    """One number for both; a run without exports, or without checkpoints, moves what there is."""
-    assert RunFolder(tmp_path).set_aside() == []
-    for name in ("checkpoints", "hf", "hf.1"):
-        (tmp_path / name / "step_000001").mkdir(parents=True)
-    assert RunFolder(tmp_path).set_aside() == [tmp_path / "checkpoints.2", tmp_path / "hf.2"]
-    (tmp_path / "hf").mkdir()
-    assert RunFolder(tmp_path).set_aside() == [tmp_path / "hf.3"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints.2", "hf.1", "hf.2", "hf.3"]
+def test_going_back_sets_aside_what_lies_beyond(pool, inputs):
+    output = inputs / "run"
+    flags = (*SAVE, "--optim.schedule", "constant")
+    assert pool.run(outcome, 1, arguments(inputs, output, *flags, "--steps", "5", "--checkpoint.export-hf")) == [""]
+    whole = metrics(output)
+    assert "holds no checkpoint of that step; it has steps 1, 2, 3, 4, 5" in second(
+        inputs, output, "--checkpoint.resume-from", "9"
+    )
+    back = ("--checkpoint.resume-from", "2", "--checkpoint.keep", "2", "--steps", "4")
+    assert pool.run(outcome, 1, arguments(inputs, output, *flags, *back)) == [""]
+    run = RunFolder(output)
+    assert find_latest(output).step == 4 and list(run.checkpoint_steps()) == [3, 4]
+    assert metrics(output) == whole[:4]
+    aside = output / "beyond.1"
+    assert sorted(path.name for path in (aside / "checkpoints").iterdir()) == [f"step_{n:06d}" for n in (3, 4, 5)]
+    assert len(list((aside / "hf").iterdir())) == 3 and metrics(aside) == whole[2:]
+    assert "one was moved to" in second(inputs, output, "--checkpoint.resume-from", "5")
+    run.latest.write_text("step_000003\n")  # by hand
+    assert pool.run(outcome, 1, arguments(inputs, output, *flags, "--steps", "5")) == [""]
+    assert metrics(output) == whole and find_latest(output).step == 5
+    assert [path.name for path in (output / "beyond.2" / "checkpoints").iterdir()] == ["step_000004"]
+
+
+def test_a_lost_latest_never_begins_anew(pool, inputs):
+    output = inputs / "run"
+    assert pool.run(outcome, 1, arguments(inputs, output, *SAVE)) == [""]
+    latest = RunFolder(output).latest
+    latest.unlink()
+    sentence = second(inputs, output)
+    assert "latest is missing" in sentence and "--checkpoint.resume-from 2" in sentence
+    # A process that is killed between the two moves of a save has left its promise.
+    latest.with_name("latest.tmp").write_text("step_000002\n")
+    assert pool.run(outcome, 1, arguments(inputs, output, "--steps", "3")) == [""]
+    assert [line["step"] for line in metrics(output)] == [1, 2, 3] and not list(output.glob("beyond.*"))
+
+
+def test_a_checkpoint_without_optimizer_is_no_place_to_resume(inputs):
+    from checkpoint_tools import hf_to_mcore
+
+    run = RunFolder(inputs / "run")
+    run.checkpoints.mkdir(parents=True)
+    hf_to_mcore.main(inputs / "model", run.checkpoint(7), 1)
+    run.latest.write_text("step_000007\n")
+    sentence = second(inputs, run.path)
+    assert "has no optimizer state and no place in the data" in sentence
+    assert f"start a new run from it with --model {run.checkpoint(7)}" in sentence
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_at_its_end_is_done(pool, inputs, ranks):
+    """Without a model, also where a kill came between the last save and the end."""
+    output = inputs / "run"
+    assert pool.run(outcome, ranks, arguments(inputs, output)) == [""] * ranks
+    run = RunFolder(output)
+    run.report.unlink()
+    run.unfinished.write_text("running, or killed\n")
+    before = run.metrics.read_bytes()
+    again = arguments(inputs, output, "--checkpoint.export-hf")
+    assert pool.run(outcome, ranks, again) == [""] * ranks
+    assert run.report.exists() and not run.unfinished.exists() and run.metrics.read_bytes() == before
+    assert (run.export(2) / "model.safetensors").exists() and not run.lock.exists()
+    assert json.loads(run.status.read_text())["state"] == "done"
 
 
 def stop_at_second_step(arguments: list[str]) -> str:
@@ -112,9 +170,6 @@ def test_a_bad_gradient_names_all_samples_and_saves_the_step_before(pool, inputs
 
 def test_data_that_does_not_belong(inputs, tmp_path):
     write_index(tmp_path / "large", conversations(4).documents, vocab_size=VOCABULARY + 1)
-    meta = {"vocab_size": VOCABULARY + 1}
-    path = tmp_path / "large" / "meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | meta))
     sentence = refusal(inputs, tmp_path / "run", "--data", str(tmp_path / "large"))
     assert "a vocabulary of 132 tokens and the model has 131" in sentence
     for name, template in (("one", "a"), ("two", "b")):

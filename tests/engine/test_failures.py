@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.index import write_index
-from engine.checkpointing import checkpoint
+from engine.checkpointing import saver
 from engine.checkpointing.directory import find_latest
 from engine.cli import parse_run
 from engine.prepare import check_model, prepare_run
@@ -197,21 +197,11 @@ def test_full_disk_leaves_earlier_checkpoints_whole(pool, inputs, tmp_path, rank
 
 
 def test_a_save_that_cannot_fit_is_refused_before_it_starts(monkeypatch, tmp_path):
-    class Chunk:
-        @staticmethod
-        def parameters():
-            return [torch.empty(10**6)]
-
-    class OneRank:
-        class layout:
-            tp = pp = 1
-
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=15 * 10**6))
-    with pytest.raises(OSError, match=r"about 0.01 GiB are needed and 0.01 GiB are free"):
-        checkpoint._check_space(tmp_path, [Chunk], OneRank)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=17 * 10**6))
-    checkpoint._check_space(tmp_path, [Chunk], OneRank)
+    monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: usage._replace(free=15 * 10**6))
+    with pytest.raises(OSError, match=r"0.01 GiB are needed and 0.01 GiB are free"):
+        saver._check_space(tmp_path, 16 * 10**6)
+    saver._check_space(tmp_path, 14 * 10**6)
 
 
 def test_weights_of_several_dtypes_are_refused_before_anything_starts(inputs, tmp_path):

@@ -26,6 +26,9 @@ from models.model_directory import read_shard
 from tests.support import loading
 from tests.support.tiny import MemoryIndex
 
+# As on GPUs: gradients travel while others are computed, in many buckets, most of them padded.
+SMALL_BUCKETS = {"overlap": "on", "bucket_size": 2000}
+
 
 def start(
     folder: Path,
@@ -110,7 +113,7 @@ def train(
     `by_source` has of each step (loss sum, supervised tokens) of every source, where there are several.
     """
     part = start(folder, layout, precision=precision, recompute=recompute, moe=moe)
-    wrapped = wrap_chunks(part.chunks, part.mesh)
+    wrapped = wrap_chunks(part.chunks, part.mesh, **SMALL_BUCKETS)
     optimizer = build_optimizer(optim, wrapped, part.mesh, bf16=precision != "fp32")
     loader = make_loader(index, part.mesh, options)
     sources = len(index.source_names) if len(index.source_names) > 1 else 0
@@ -142,7 +145,7 @@ def logits(folder: Path, layout: Layout, index: MemoryIndex, options: dict) -> d
     """One forward pass over the first step: logits [length, vocabulary] by document, on the first rank."""
     part = start(folder, layout)
     mesh = part.mesh
-    wrapped = wrap_chunks(part.chunks, mesh)
+    wrapped = wrap_chunks(part.chunks, mesh, **SMALL_BUCKETS)
     microbatches = make_loader(index, mesh, options).next_step()
     experts = part.config.num_moe_experts is not None
     batches = [to_device(batch, mesh, kernel="padded", experts=experts) for batch in microbatches]

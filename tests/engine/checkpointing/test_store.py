@@ -108,10 +108,13 @@ def test_any_box_is_read_from_any_pieces(case, dtype, workers):
         assert torch.equal(store.read("t", index, scratch), whole[index])
 
 
-def test_a_box_touches_no_other_bytes(tmp_path):
-    """A column slice of a stored matrix reads its rows' pages, a row slice only its own bytes."""
-    whole = torch.arange(64 * 4096, dtype=torch.float32).view(64, 4096)
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_box_touches_no_other_bytes(tmp_path, checked):
+    """A row slice reads its own bytes, a column slice what lies between; with checksums, whole blocks of 1 MiB."""
+    whole = torch.arange(64 * 65536, dtype=torch.float32).view(64, 65536)
     write_store(tmp_path, [("t", whole.shape, whole.dtype, whole.__getitem__)])
+    if not checked:
+        (tmp_path / "__0_0.distcp.sums").unlink()
     store = StoreReader(tmp_path)
     store.read("t", (slice(0, 1),))  # which finds where the data begins
     counts = []
@@ -123,12 +126,24 @@ def test_a_box_touches_no_other_bytes(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "preadv", counting)
-        assert torch.equal(store.read("t", (slice(7, 9),)), whole[7:9])
-        assert torch.equal(store.read("t", (slice(7, 8), slice(5, 11))), whole[7:8, 5:11])
-        assert torch.equal(store.read("t", (slice(None), slice(100, 103))), whole[:, 100:103])
-    assert counts == [2 * 4096 * 4, 6 * 4]
+        assert torch.equal(store.read("t", (slice(17, 27),)), whole[17:27])
+        assert torch.equal(store.read("t", (slice(42, 43), slice(5, 11))), whole[42:43, 5:11])
+        assert torch.equal(store.read("t", (slice(50, 52), slice(100, 103))), whole[50:52, 100:103])
+    row = 65536 * 4
+    assert counts == ([2**20] * 5 if checked else [10 * row, 6 * 4, row + 3 * 4])
     with pytest.raises(ValueError, match="a box has no steps"):
         store.read("t", (slice(0, 4, 2),))
+
+
+def test_a_box_is_read_into_any_tensor(tmp_path):
+    whole = torch.randn(30, 40)
+    write_store(tmp_path, [("t", whole.shape, whole.dtype, whole.__getitem__)], 600)
+    store = StoreReader(tmp_path)
+    for out in (torch.zeros(7, 9), torch.zeros(9, 7).t(), torch.zeros(7, 20)[:, 3:12], torch.zeros(7, 9).bfloat16()):
+        store.read_into("t", (11, 5), out)
+        assert torch.equal(out, whole[11:18, 5:14].to(out.dtype))
+    with pytest.raises(ValueError, match=r"t of \[30, 40\] has no \[7, 9\] at \[25, 5\]"):
+        store.read_into("t", (25, 5), torch.zeros(7, 9))
 
 
 def test_workers_write_files_of_their_own_and_one_list_of_pieces(tmp_path):

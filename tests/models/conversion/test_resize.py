@@ -162,18 +162,17 @@ def test_a_checkpoint_of_ours_grows_by_the_mean_of_its_rows(pool, tmp_path, name
     step = RunFolder(tmp_path / "first").checkpoint(1)
     base, store = find_base_model(str(step)), StoreReader(step / STATE)
     for key in VOCABULARY_KEYS[: 1 if describe(base.files).tied else 2]:
-        for wide, stored in ((False, key), (True, f"optimizer.state.param.{key}")):
-            own = store.read(stored)
-            assert own.shape[0] == 256 and not own[VOCABULARY:].any()
-            mean = own[:VOCABULARY].double().mean(0).to(own.dtype)
-            for tokens, padded in ((GROWN, 256), (300, 384)):
-                more = describe(base.files, overrides={"vocab_size": tokens})
-                read = weight_reader(replace(base, description=more), master=wide)
-                parts = [read(key, (start, 0), (padded // 4, 64)) for start in range(0, padded, padded // 4)]
-                tensor = torch.cat(parts)
-                assert torch.equal(tensor[:VOCABULARY], own[:VOCABULARY])
-                assert torch.equal(tensor[VOCABULARY:tokens], mean.expand(tokens - VOCABULARY, -1))
-                assert not tensor[tokens:].any()
+        own = store.read(f"optimizer.state.param.{key}")
+        assert own.shape[0] == 256 and not own[VOCABULARY:].any()
+        mean = own[:VOCABULARY].double().mean(0).to(own.dtype)
+        for tokens, padded in ((GROWN, 256), (300, 384)):
+            more = describe(base.files, overrides={"vocab_size": tokens})
+            read = weight_reader(replace(base, description=more))
+            parts = [read(key, (start, 0), (padded // 4, 64)) for start in range(0, padded, padded // 4)]
+            tensor = torch.cat(parts)
+            assert torch.equal(tensor[:VOCABULARY], own[:VOCABULARY])
+            assert torch.equal(tensor[VOCABULARY:tokens], mean.expand(tokens - VOCABULARY, -1))
+            assert not tensor[tokens:].any()
     documents = conversations(8).documents
     documents[0][0][:2] = VOCABULARY, 299
     write_index(tmp_path / "large", documents, vocab_size=300)
@@ -202,5 +201,5 @@ def test_the_largest_of_several_data_sets_names_the_vocabulary(pool, tmp_path):
     assert (tmp_path / "export" / "tokenizer.json").read_text() == "{}"
     config = step / "hf" / "config.json"
     config.write_text(config.read_text().replace(f'"vocab_size": {GROWN}', f'"vocab_size": {GROWN - 6}'))
-    with pytest.raises(ValueError, match=r"a vocabulary of 140 tokens and its hf/config.json has 134"):
+    with pytest.raises(ValueError, match=r"hf/config.json is damaged"):
         open_checkpoint(step)

@@ -1,0 +1,160 @@
+"""How a run stands and what went wrong, for scripts and for people who come later: status.json and errors/ in RUN."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from engine.run_folder import RunFolder, replace_text
+from engine.run_lock import is_anothers, now, this_start
+
+RUNNING, DONE, STOPPED, FAILED, REFUSED = "running", "done", "stopped", "failed", "refused"
+# How long a rank waits for the first one to say what all have found: they start seconds apart, and torchrun ends all
+# as soon as one has ended.
+PATIENCE = 10.0
+_loaded = time.time()
+
+
+class Refused(ValueError):
+    """A start that is refused once the ranks have met: every rank raises it."""
+
+
+def read_status(run: RunFolder) -> dict[str, Any]:
+    """What status.json says; nothing where it is not there or cannot be read."""
+    try:
+        found = json.loads(run.status.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def write_status(
+    run: RunFolder,
+    state: str,
+    *,
+    step: int | None = None,
+    total_steps: int | None = None,
+    reason: str | None = None,
+    rank: int = 0,
+    began_with: str | None = None,
+) -> None:
+    """Writes status.json in one move.
+
+    What is not given is kept from what this start has written before. A start that fails before it has written anything
+    keeps what the run's own status was as `run`. `began_with` is the flag that is to take effect once a job.
+    """
+    before = read_status(run)
+    own = before.get("start") == this_start() and before.get("state") != REFUSED
+    kept = before if own else {}
+    status = {
+        "state": state,
+        "step": kept.get("step") if step is None else step,
+        "total_steps": kept.get("total_steps") if total_steps is None else total_steps,
+        "reason": reason,
+        "time": now(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "rank": rank,
+        "start": this_start(),
+        "began_with": began_with or kept.get("began_with"),
+        "job_started_again": _job_name(),
+    }
+    if state in (FAILED, REFUSED) and not own and before:
+        status["run"] = before.get("run") or before
+    replace_text(run.status, json.dumps(status, indent=1) + "\n")
+
+
+def took_effect(run: RunFolder, flag: str) -> bool:
+    """Whether this job was started again, by torchrun or SLURM, after `flag` had done its work at an earlier start."""
+    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    if not any(count.isdigit() and int(count) for count in counts):
+        return False
+    status = read_status(run)
+    status = status.get("run") or status
+    return status.get("began_with") == flag and status.get("job_started_again") == _job_name()
+
+
+def _job_name() -> str | None:
+    """What a job is called, however often it is started again."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def tell(
+    run: RunFolder | None,
+    rank: int,
+    sentence: str,
+    *,
+    state: str,
+    details: str | None = None,
+    alone: bool = False,
+    met: bool = False,
+    printed: bool = False,
+) -> None:
+    """Says, once for all ranks, why this start ends, and writes it down; call it before the process ends.
+
+    Every rank leaves its own words in RUN/errors/rank_N.txt, with `details` in place of the sentence where there are
+    some. The first rank speaks; another one waits for it, and speaks where it hears nothing. alone: only this rank
+    knows, so it speaks. met: all ranks are known to be here. printed: what there is to say was printed already.
+    Nothing is written into what is no run, or another job's.
+    """
+    if run is not None and (run.is_foreign() or is_anothers(run)):
+        run = None
+    noted = run is not None and _note(run, rank, details or sentence)
+    if rank and not alone:
+        if _heard(run) or met:
+            return
+        if noted and run is not None and _lower_rank_noted(run, rank):
+            return
+    if not printed:
+        who = f"rank {rank}: " if rank else ""
+        print(f"error: {who}{sentence}" if details is None else details.rstrip(), file=sys.stderr, flush=True)
+    if noted and run is not None:
+        print(f"what each rank said lies in {run.errors}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            write_status(run, state, reason=sentence, rank=rank)
+
+
+def clear_errors(run: RunFolder) -> None:
+    """Removes what ranks said at earlier starts."""
+    shutil.rmtree(run.errors, ignore_errors=True)
+
+
+def _note(run: RunFolder, rank: int, words: str) -> bool:
+    try:
+        run.errors.mkdir(parents=True, exist_ok=True)
+        head = f"{now()} rank {rank} on {socket.gethostname()}, process {os.getpid()}"
+        replace_text(_error_file(run, rank), f"{head}\n{words.rstrip()}\n")
+        return True
+    except OSError:  # a full disk, a path that cannot be written: what is printed must do
+        return False
+
+
+def _error_file(run: RunFolder, rank: int) -> Path:
+    return run.errors / f"rank_{rank}.txt"
+
+
+def _heard(run: RunFolder | None) -> bool:
+    """Waits until another rank of this start has written how it ended; whether one has."""
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        if run is not None and run.status.exists():
+            status = read_status(run)
+            fresh = run.status.stat().st_mtime >= _loaded - PATIENCE
+            if fresh and status.get("start") == this_start() and status.get("state") in (FAILED, REFUSED):
+                return True
+        time.sleep(0.2)
+    return False
+
+
+def _lower_rank_noted(run: RunFolder, rank: int) -> bool:
+    """Whether a lower rank has failed at this start, too: it speaks."""
+    files = [_error_file(run, lower) for lower in range(rank)]
+    return any(file.exists() and file.stat().st_mtime >= _loaded - PATIENCE for file in files)
