@@ -132,18 +132,20 @@ class GlobalOrder:
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Return the number of batches in the epoch, the last of which may be smaller."""
+        return -(-self.size_of_epoch(epoch) // self._batch_size)
+
+    def size_of_epoch(self, epoch: int) -> int:
+        """Return how many of what a batch counts, conversations or packed sequences, the epoch holds."""
         if self._by_conversation:
             ranges = (self._stream(dataset, epoch) for dataset in range(len(self._sizes)))
-            count = sum(end - begin for begin, end in ranges)
-        else:
-            # With whole weights every epoch holds the same lengths, hence as many bins.
-            key = 0 if all(weight.denominator == 1 for weight in self._weights) else epoch
-            if key not in self._bins_in_epoch:
-                bins = self._planned(epoch).bins
-                assert bins is not None
-                self._bins_in_epoch[key] = len(bins)
-            count = self._bins_in_epoch[key]
-        return -(-count // self._batch_size)
+            return sum(end - begin for begin, end in ranges)
+        # With whole weights every epoch holds the same lengths, hence as many bins.
+        key = 0 if all(weight.denominator == 1 for weight in self._weights) else epoch
+        if key not in self._bins_in_epoch:
+            bins = self._planned(epoch).bins
+            assert bins is not None
+            self._bins_in_epoch[key] = len(bins)
+        return self._bins_in_epoch[key]
 
     def batch(self, epoch: int, number: int) -> Bins:
         """Return one batch packed into bins; the items are ordinals of documents."""

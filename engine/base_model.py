@@ -135,9 +135,17 @@ def config_overrides(override: OverrideConfig, own_vocab_size: int, data_vocab_s
     }
 
 
-def resumed_model(resume: ResumePoint, model: str, override: OverrideConfig, data_vocab_size: int) -> BaseModel:
-    """What a run's checkpoint itself holds, which a --model that is still there must agree with; else ValueError."""
+def resumed_model(
+    resume: ResumePoint, model: str, override: OverrideConfig, data_vocab_size: int, *, allow_change: bool = False
+) -> BaseModel:
+    """What a run's checkpoint itself holds, which a --model that is still there must agree with; else ValueError.
+
+    With `allow_change` the overrides that leave every weight its shape may be others, and hold from now on.
+    """
     held = _checkpoint(resume.directory, resume.manifest)
+    if allow_change and (override.rope_theta, override.max_position_embeddings) != (None, None):
+        same_shapes = replace(override, resize_embeddings=False)
+        held = held.resized(same_shapes, held.own_vocab_size)
     given = Path(model) / HF if (Path(model) / STATE).is_dir() else Path(model)
     if (given / "config.json").is_file():
         own = describe(given).vocab_size
@@ -145,9 +153,11 @@ def resumed_model(resume: ResumePoint, model: str, override: OverrideConfig, dat
         names = ("family", "transformer", "vocab_size", "tied", "max_position_embeddings", "rope")
         changed = [name for name in names if getattr(asked, name) != getattr(held.description, name)]
         if changed:
+            only = {"rope", "max_position_embeddings"}.issuperset(changed)
+            mend = ", or allow the override with --checkpoint.allow-change model" if only and not allow_change else ""
             raise ValueError(
                 f"--model {model} with its overrides differs from the model of the run in {resume.run} in "
-                f"{', '.join(changed)}; give what the run was started with, or another --output"
+                f"{', '.join(changed)}; give what the run was started with, or another --output{mend}"
             )
     return held
 

@@ -18,6 +18,10 @@ import yaml
 from engine.config import RunConfig
 
 _FIELD = {"async": "asynchronous"}  # recipe keys that are words of Python's own, and so no names of fields
+_LENGTH = (
+    "steps",
+    "epochs",
+)  # either sets the length of a run: the later place in which one stands wins over the other
 SECTIONS = ("prepare", "average", "to_hf", "evaluate")  # of a recipe, for those commands; other keys are the run's
 
 # Fields that --mcore does not take, by pattern: what the layout, the precision and the exactness of losses and resumes
@@ -70,13 +74,27 @@ def parse_run(arguments: list[str], defaults: RunConfig | None = None) -> RunCon
     arguments, extra = take_mcore(arguments)
     config = dataclasses.replace(config, mcore={**config.mcore, **extra})
     parsed = tyro.cli(RunConfig, args=arguments, default=config, prog=Path(sys.argv[0]).name)
-    return dataclasses.replace(parsed, mcore=config.mcore)
+    # A length among the flags wins over that of the files; two among the flags are refused with the other values.
+    steps, epochs = parsed.steps, parsed.epochs
+    if is_given("steps", arguments) != is_given("epochs", arguments) and None not in (steps, epochs):
+        steps, epochs = (steps, None) if is_given("steps", arguments) else (None, epochs)
+    return dataclasses.replace(parsed, mcore=config.mcore, steps=steps, epochs=epochs)
 
 
 def take_files(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     """The YAML files that stand before the first flag, and the rest of the arguments."""
     count = next((place for place, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     return [Path(word) for word in arguments[:count]], list(arguments[count:])
+
+
+def is_given(name: str, arguments: Sequence[str]) -> bool:
+    """Whether a setting stands among the flags, as `--name VALUE` or `--name=VALUE`."""
+    return any(word.partition("=")[0].replace("_", "-") == f"--{flag_name(name)}" for word in arguments)
+
+
+def flag_name(name: str) -> str:
+    """The flag of a field, without its dashes."""
+    return {field: key for key, field in _FIELD.items()}.get(name, name).replace("_", "-")
 
 
 def dump_run(config: RunConfig) -> str:
@@ -104,6 +122,11 @@ def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values, like the flags without their dashes")
     content = _underscored(content)
+    lengths = [name for name in _LENGTH if content.get(name) is not None]
+    if len(lengths) > 1:
+        raise ValueError(f"{path} sets the length of the run twice, by steps and epochs; give one of them")
+    if lengths:
+        content = dict.fromkeys(_LENGTH) | content  # no other length from the files below
     content |= {name: _underscored(content[name]) for name in SECTIONS if isinstance(content.get(name), dict)}
     bases = content.pop("base", None) or []
     below: dict[str, Any] = {}

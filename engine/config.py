@@ -1,9 +1,7 @@
-"""The whole run as frozen dataclasses, and every check of a value, before any process group exists."""
+"""The whole run as frozen dataclasses: every setting, its default and a line that explains it."""
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -96,6 +94,20 @@ class MoeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What a run does when a step goes wrong or never ends."""
+
+    max_skips: int = 10
+    """Steps that --on-bad-step skip may skip in all; of more than 3 in a row none is skipped."""
+    spike: float = 2.0
+    """A loss above so many times the median of the last 50 is flagged as a spike; 0 flags none."""
+    patience: float = 10.0
+    """A step that takes so many times as long as the longest of the last 50 ends the run; 0 waits for ever."""
+    minutes: float = 10.0
+    """But no step ends the run in less; the first step, a save or start-up has six times as long."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """Where metrics go besides metrics.jsonl and TensorBoard."""
 
@@ -180,10 +192,14 @@ class RunConfig:
     bucket_size: int = 0
     """Parameters of a gradient bucket, the unit of that overlap; 0 leaves it to megatron-core."""
 
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """What to do with a step whose loss or gradient is not finite: stop, or skip it and write its documents down."""
+
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     override: OverrideConfig = field(default_factory=OverrideConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
     mcore: Annotated[dict[str, object], tyro.conf.Suppress] = field(default_factory=dict)
     """TransformerConfig fields by name, given as --mcore.FIELD=VALUE."""
@@ -200,44 +216,3 @@ class RunConfig:
     def pad_multiple(self) -> int:
         """Documents are padded to a multiple of this many tokens."""
         return self.pad_documents_to or 2 * self.cp
-
-
-def check_values(config: RunConfig) -> None:
-    """Refuses values that cannot be meant; ValueError in one sentence that names flag, value and mend."""
-    positive = ("seq_len", "micro_batch_size", "global_batch_size", "steps", "epochs", "pad_documents_to")
-    for name in positive:
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
-    if config.steps is not None and config.epochs is not None:
-        raise ValueError("--steps and --epochs both set the length of the run; give one of them")
-    if config.pad_multiple % 2 and config.cp > 1:
-        raise ValueError(f"--pad-documents-to {config.pad_multiple} must be a multiple of 2*cp = {2 * config.cp}")
-    if config.pp_layout and not re.fullmatch(r"\d+(,\d+)*", config.pp_layout):
-        raise ValueError(f"--pp-layout {config.pp_layout}: give layers per stage, separated by commas, e.g. 7,9,9,7")
-    if not 0 <= config.moe.aux_loss < math.inf:
-        raise ValueError(f"--moe.aux-loss {config.moe.aux_loss} must be a number of 0 or more")
-    if not 0 <= config.max_dropped <= 1:
-        raise ValueError(f"--max-dropped {config.max_dropped} is a share of the rows: give 0 to 1, e.g. 0.05")
-    if config.valid_every and not config.valid:
-        raise ValueError(f"--valid-every {config.valid_every} needs held-out data: give --valid")
-    if config.valid_at_start and not config.valid:
-        raise ValueError("--valid-at-start needs held-out data: give --valid")
-    if config.valid_every < 0 or config.valid_batches < 0:
-        raise ValueError("--valid-every and --valid-batches must not be negative")
-    optim = config.optim
-    for name in ("lr", "min_lr", "warmup_steps", "warmup_init", "weight_decay", "clip_grad", "decay_steps"):
-        if not 0 <= getattr(optim, name) < math.inf:
-            raise ValueError(f"--optim.{name.replace('_', '-')} {getattr(optim, name)} must be a number of 0 or more")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(optim, name) < 1:
-            raise ValueError(f"--optim.{name} {getattr(optim, name)} must lie in [0, 1)")
-    if optim.schedule == "wsd" and not optim.decay_steps:
-        raise ValueError("--optim.schedule wsd needs --optim.decay-steps, the length of its final decay")
-    if config.checkpoint.every < 0 or config.checkpoint.keep < 0:
-        raise ValueError("--checkpoint.every and --checkpoint.keep must not be negative")
-    if not 0 <= (config.checkpoint.minutes_before_end or 0) < math.inf:
-        raise ValueError("--checkpoint.minutes-before-end must be a number of 0 or more")
-    if bool(config.model) != bool(config.data):
-        missing = "--data" if config.model else "--model"
-        raise ValueError(f"{missing} is missing: give both --model and --data, or neither for the built-in demo")

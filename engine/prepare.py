@@ -12,12 +12,14 @@ from pathlib import Path
 from data.documents import Documents
 from data.order import GlobalOrder
 from engine.base_model import BaseModel, find_base_model, resumed_model
+from engine.changes import resume_lines
+from engine.check_values import check_rates, check_values
 from engine.checkpointing.directory import ResumePoint
 from engine.checkpointing.model_files import check_tokenizers
 from engine.checkpointing.resume_point import find_resume_point
-from engine.config import CheckpointConfig, MoeConfig, RunConfig, check_values
+from engine.config import CheckpointConfig, MoeConfig, RunConfig
 from engine.layout import Layout, check_expert_widths, check_fp8, check_layout, check_sequence
-from engine.run_data import audit, check_data, open_data, open_valid
+from engine.run_data import audit, check_batch, check_data, check_held_out, open_data, open_valid
 from engine.run_folder import RunFolder
 from engine.run_status import took_effect
 from engine.signals import deadline
@@ -42,6 +44,7 @@ class Prepared:
     valid_orders: dict[str, GlobalOrder]  # of each held-out set
     total_steps: int
     resume: ResumePoint | None
+    changes: tuple[str, ...]  # what a resumed run does otherwise than before, a line each
     pad_multiple: int
     stop_at: float  # seconds since the epoch, see `engine.signals.deadline`
 
@@ -65,14 +68,11 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     check_output(run, config.model)
     resume = find_start(run, config.checkpoint)
     blend, valid = open_data(config.data), open_valid(config.valid)
+    check_held_out([index for index, _ in blend], {name: index for name, (index, _) in valid.items()})
     audit((index for index, _ in blend), max_dropped=config.max_dropped, allow_unsupervised=config.allow_unsupervised)
     indexes = [index for index, _ in (*blend, *valid.values())]
     data_vocab_size = max(index.meta.get("vocab_size", 0) for index in indexes)
-    if resume is None:
-        base_model = find_base_model(config.model).resized(config.override, data_vocab_size)
-    else:
-        base_model = resumed_model(resume, config.model, config.override, data_vocab_size)
-        _check_router(resume, config.moe.freeze_router)
+    base_model = _base_model(config, resume, data_vocab_size)
     description = base_model.description
     pad_multiple = config.pad_multiple if resume is None else _kept_padding(resume, config.pad_documents_to, config.cp)
     check_model(config, description, world_size, pad_multiple=pad_multiple)
@@ -94,8 +94,14 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     )
     order = make_order(blend, global_batch_size=config.global_batch_size, batch_unit=config.batch_unit)
     valid_orders = {name: _held_out_order(name, one, make_order) for name, one in valid.items()}
-    if resume is not None:
+    length = total_steps(order, config.steps, config.epochs)
+    check_rates(config.optim, length)
+    changes: tuple[str, ...] = ()
+    if resume is None:
+        check_batch(order, config.global_batch_size, config.batch_unit)
+    else:
         order.check_state(resume.manifest["data"])
+        changes = resume_lines(config, RunFolder(resume.run).config, precision=resume.manifest.get("precision"))
     return Prepared(
         config=config,
         run=run,
@@ -105,11 +111,22 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
         backend_reason=reason,
         order=order,
         valid_orders=valid_orders,
-        total_steps=total_steps(order, config.steps, config.epochs),
+        total_steps=length,
         resume=resume,
+        changes=changes,
         pad_multiple=pad_multiple,
         stop_at=stop_at,
     )
+
+
+def _base_model(config: RunConfig, resume: ResumePoint | None, data_vocab_size: int) -> BaseModel:
+    """The model that --model names or, of a run that is resumed, the checkpoint itself."""
+    assert config.model is not None
+    if resume is None:
+        return find_base_model(config.model).resized(config.override, data_vocab_size)
+    _check_router(resume, config.moe.freeze_router)
+    allow_change = "model" in config.checkpoint.allow_change
+    return resumed_model(resume, config.model, config.override, data_vocab_size, allow_change=allow_change)
 
 
 def _held_out_order(name: str, data: tuple[Documents, float], make_order: Callable[..., GlobalOrder]) -> GlobalOrder:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.audit import lost_rows, unsupervised
 from data.documents import Documents
 from data.index import open_index
+from data.order import GlobalOrder
 from data.prefix import prefix_of
 from engine.cli import split_weight
 
@@ -71,6 +72,29 @@ def check_data(indexes: list[Documents], vocab_size: int) -> None:
                     f"{index.path} and {templated[0].path} were prepared with different chat templates, of which the "
                     "export can carry one; prepare both with the same --chat-template"
                 )
+
+
+def check_held_out(trained: Sequence[Documents], held_out: Mapping[str, Documents]) -> None:
+    """Refuses a held-out set that is training data, by its place or by what it holds."""
+    places: dict[object, Documents] = {index.path.resolve(): index for index in trained}
+    places |= {index.fingerprint: index for index in trained}
+    for index in held_out.values():
+        if same := places.get(index.path.resolve()) or places.get(index.fingerprint):
+            raise ValueError(
+                f"--valid {index.path} holds the same documents as --data {same.path}, so its loss would not be "
+                "held out; give documents that are not trained on, e.g. what --hold-out of prepare_data.py sets apart"
+            )
+
+
+def check_batch(order: GlobalOrder, global_batch_size: int, batch_unit: str) -> None:
+    """Refuses a batch that no epoch can fill: every step would be smaller than it says."""
+    size = order.size_of_epoch(0)
+    if global_batch_size > size:
+        unit = "packed sequences" if batch_unit == "sequences" else batch_unit
+        raise ValueError(
+            f"--global-batch-size {global_batch_size:,} is more than the {size:,} {unit} of an epoch of --data, and a "
+            f"step never holds more than an epoch; give --global-batch-size {size} or less"
+        )
 
 
 def model_data(trained: list[Documents], held_out: list[Documents]) -> dict[str, Any]:

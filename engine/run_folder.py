@@ -29,6 +29,9 @@ class RunFolder:
         self.status = self.path / "status.json"  # the same for scripts, see `engine.run_status`
         self.errors = self.path / "errors"  # rank_N.txt, what each rank that failed had to say
         self.lock = self.path / "lock.json"  # there while a job works here, see `engine.run_lock`
+        self.skipped = self.path / "skipped.jsonl"  # steps that --on-bad-step skip left out, with their documents
+        self.heartbeats = self.path / "heartbeats"  # while a run runs: where each rank stands
+        self.stacks = self.path / "stacks"  # rank_N.txt, what ranks were doing when the watchdog ended them
         self.model_files = self.path / "model_files"  # config, tokenizer and templates, as checkpoints hold them
         self.checkpoints = self.path / "checkpoints"  # step_NNNNNN/, see `engine.checkpointing.directory`
         self.latest = self.checkpoints / "latest"  # the name of the newest
@@ -63,8 +66,15 @@ class RunFolder:
 
         What is no run's stays: averages and exports made by hand, the log of a job.
         """
-        kinds = (self.config, self.metrics, self.tensorboard, self.report, self.wandb_id, self.unfinished)
-        kinds += (self.model_files, self.errors, self.path / "wandb", *sorted(self.path.glob("beyond.*")))
+        kinds = [self.config, self.metrics, self.tensorboard, self.report, self.wandb_id, self.unfinished]
+        kinds += [
+            self.skipped,
+            self.stacks,
+            self.model_files,
+            self.errors,
+            self.path / "wandb",
+            *sorted(self.path.glob("beyond.*")),
+        ]
         alone = [path for path in kinds if os.path.lexists(path)]
         stores = [folder for folder in (self.checkpoints, self.exports) if _entries(folder)]
         if not alone and not stores:

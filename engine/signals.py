@@ -14,7 +14,8 @@ from types import FrameType
 import torch
 from torch import distributed
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# SLURM's --signal and preemption send the last two as people ask for them.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 # Seconds since the epoch, which newer releases of SLURM set for their jobs.
 JOB_START, JOB_END = "SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"
 # How long before its end a job stops by default: so many minutes, or this share of a shorter job.
@@ -53,11 +54,33 @@ def _seconds(name: str) -> float | None:
 
 _saving = False
 _interrupted_again = False
+_early = 0  # the last signal that came before a StopRequest was made
+
+
+def hear_early() -> None:
+    """Notes signals from now on, as `StopRequest.listening` does; a run that starts up stops before its first step.
+
+    For the life of the process. Without it a signal during start-up kills, and RUN does not say why.
+    """
+
+    def note(number: int, frame: FrameType | None) -> None:
+        global _early
+        if number == signal.SIGINT and _early:
+            raise KeyboardInterrupt
+        _early = number
+
+    for number in _heard():
+        signal.signal(number, note)
+
+
+def _heard() -> list[signal.Signals]:
+    """What is ignored stays so: shells start what runs in the background without SIGINT."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """Puts a second SIGINT off to the end of this block, and keeps SIGTERM and SIGINT from processes started in it.
+    """Puts a second SIGINT off to the end of this block, and keeps SIGNALS from processes started in it.
 
     torchrun signals whole process groups, and so also the helpers that write a checkpoint.
     """
@@ -80,26 +103,25 @@ class StopRequest:
 
     def __init__(self, deadline: float = math.inf):
         self._deadline = deadline
-        self._signal = 0
+        self.signal = _early  # the last one, 0 for none
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Notes SIGTERM and SIGINT within this block; a second SIGINT interrupts, but not while a save is written.
+        """Notes SIGNALS within this block; a second SIGINT interrupts, but not while a save is written.
 
         A second SIGTERM does not: a scheduler sends one to every process, and torchrun another to those it started.
         """
 
         def note(number: int, frame: FrameType | None) -> None:
             global _interrupted_again
-            if number == signal.SIGINT and self._signal:
+            if number == signal.SIGINT and self.signal:
                 if not _saving:
                     raise KeyboardInterrupt
                 _interrupted_again = True
-            self._signal = number
+            self.signal = number
 
-        # What is ignored stays so: shells start what runs in the background without SIGINT.
-        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        before = {number: signal.signal(number, note) or signal.SIG_DFL for number in heard}
+        before = {number: signal.signal(number, note) or signal.SIG_DFL for number in _heard()}
+        self.signal = self.signal or _early  # which may have come since
         try:
             yield
         finally:
@@ -108,7 +130,7 @@ class StopRequest:
 
     def number(self) -> int:
         """What asks this rank to stop, for `largest` and then `reason`; 0 for nothing."""
-        return self._signal or (_TIME_LIMIT if time.time() >= self._deadline else 0)
+        return self.signal or (_TIME_LIMIT if time.time() >= self._deadline else 0)
 
 
 def reason(number: int) -> str | None:

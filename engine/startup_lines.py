@@ -43,6 +43,7 @@ def start_lines(prepared: Prepared, mesh: Mesh, step: int, on_host: bool) -> str
         lines.append(f"tokenizer: the model's could not be compared with that of {paths}, which is not recorded")
     if prepared.resume is not None:
         lines.append(f"resumed from {prepared.resume.directory} after step {step}")
+        lines += [f"changed: {change}" for change in prepared.changes]
     return "\n".join(lines)
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from typing import Any
 
-import torch
 from torch import distributed
 
 from engine import host
@@ -15,9 +13,12 @@ from engine.checkpointing.checkpoint import export_hf
 from engine.checkpointing.saver import FAILED as SAVE_FAILED
 from engine.checkpointing.saver import WRITTEN, CheckpointFailed
 from engine.config import RunConfig
+from engine.guards.agreement import check_agreement
+from engine.guards.spikes import Spikes
+from engine.guards.watchdog import SAVE, STEP, Watchdog
 from engine.mesh import Mesh, build_mesh
+from engine.metric_lines import flags, held_out_fields, step_line
 from engine.prepare import Prepared
-from engine.reporting.flops import device_peak, step_flops
 from engine.reporting.metrics import AT_START, MetricsLog, read_metrics, rewind
 from engine.reporting.progress import held_out_text
 from engine.reporting.running_report import RunningReport
@@ -27,20 +28,33 @@ from engine.run_start import begin, go_back, owned
 from engine.run_status import DONE, RUNNING, STOPPED, clear_errors, write_status
 from engine.signals import StopRequest, largest, reason
 from engine.startup_lines import sample_document, start_lines
-from engine.trainer import HeldOutLosses, StepResult, Trainer, mean_loss
-from models.description import ModelDescription
+from engine.trainer import Trainer
 
 
 def train(prepared: Prepared) -> None:
     """Runs a prepared job to its end on this rank; call it on every rank."""
+    stop, guard = StopRequest(prepared.stop_at), prepared.config.guard
     on_host = host.enable()
-    mesh = build_mesh(prepared.config.layout)
-    with owned(prepared, mesh):
-        if prepared.resume is not None and prepared.resume.step >= prepared.total_steps:
-            stand(prepared, mesh)
-        else:
-            run_to_the_end(prepared, mesh, on_host)
-        distributed.barrier()
+    with stop.listening():
+        mesh = build_mesh(prepared.config.layout)
+        watch = Watchdog(prepared.run, mesh.rank, patience=guard.patience, minutes=guard.minutes)
+        with owned(prepared, mesh), watch as watchdog:
+            if prepared.resume is not None and prepared.resume.step >= prepared.total_steps:
+                stand(prepared, mesh)
+            else:
+                start(prepared, mesh, stop, watchdog, on_host)
+            distributed.barrier()
+
+
+def start(prepared: Prepared, mesh: Mesh, stop: StopRequest, watchdog: Watchdog, on_host: bool) -> None:
+    """Compares the ranks and trains, unless a signal has come before that."""
+    agreement = check_agreement(prepared, mesh.device)
+    if mesh.rank == 0:
+        print("\n".join(agreement), flush=True)
+    if stops := signalled(stop):  # weights take the longest of all before the first step
+        stopped_early(prepared, mesh, stops)
+    else:
+        run_to_the_end(prepared, mesh, stop, watchdog, on_host)
 
 
 def stand(prepared: Prepared, mesh: Mesh) -> None:
@@ -74,20 +88,21 @@ def export_missing(prepared: Prepared, mesh: Mesh) -> None:
         export_hf(run, resume.step, mesh)
 
 
-def run_to_the_end(prepared: Prepared, mesh: Mesh, on_host: bool) -> None:
-    """Builds this rank's part, trains, and says how that ended."""
+def run_to_the_end(prepared: Prepared, mesh: Mesh, stop: StopRequest, watchdog: Watchdog, on_host: bool) -> None:
+    """Reads the weights, trains to the end of the run or to where it has to stop, and says how that ended."""
     run, config = prepared.run, prepared.config
     trainer = Trainer(prepared, mesh)
     if mesh.rank == 0:
         begin(prepared, start_lines(prepared, mesh, trainer.step, on_host))
     distributed.barrier()
+    if stops := signalled(stop):
+        trainer.saver.close()
+        return stopped_early(prepared, mesh, stops)
     export_missing(prepared, mesh)
     log = open_log(run, config, trainer.step, prepared.total_steps) if mesh.is_logger else None
     report = running_report(prepared) if mesh.is_logger else None
-    stop = StopRequest(prepared.stop_at)
     try:
-        with stop.listening():
-            stopped = loop(trainer, log, stop, report)
+        stopped = loop(trainer, log, stop, report, watchdog)
     except FloatingPointError as error:
         if mesh.is_logger:
             run.unfinished.write_text(f"{FAILED}{error}\n", encoding="utf-8")
@@ -118,8 +133,28 @@ def running_report(prepared: Prepared) -> RunningReport:
     return RunningReport(prepared.run, lambda: sample_document(prepared.order.indexes[0]))
 
 
+def signalled(stop: StopRequest) -> str | None:
+    """Which signal came to any rank during start-up, the same on each; every rank calls it.
+
+    The time limit does not count: a job that has so little time left makes one step all the same.
+    """
+    return reason(*largest(stop.signal))
+
+
+def stopped_early(prepared: Prepared, mesh: Mesh, why: str) -> None:
+    """Says and writes down that a run was told to stop before its first step: there is nothing to save."""
+    step = prepared.resume.step if prepared.resume else 0
+    if mesh.rank == 0:
+        words = f"stopped while starting up, before step {step + 1:,} of {prepared.total_steps:,}: {why}"
+        prepared.run.path.mkdir(parents=True, exist_ok=True)
+        prepared.run.unfinished.write_text(words + "\n", encoding="utf-8")
+        print(f"{words}; the same command continues", flush=True)
+        write_status(prepared.run, STOPPED, step=step, total_steps=prepared.total_steps, reason=why)
+
+
 def open_log(run: RunFolder, config: RunConfig, step: int, total_steps: int) -> MetricsLog:
     """Opens RUN's metrics, rewound to where the run stands."""
+    rewind(run.skipped, step)
     return MetricsLog(
         run.path,
         total_steps=total_steps,
@@ -130,22 +165,27 @@ def open_log(run: RunFolder, config: RunConfig, step: int, total_steps: int) -> 
     )
 
 
-def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest, report: RunningReport | None) -> str | None:
+def loop(
+    trainer: Trainer, log: MetricsLog | None, stop: StopRequest, report: RunningReport | None, watchdog: Watchdog
+) -> str | None:
     """Steps until the run is over or has to stop, saving and measuring on the way; returns why it stopped early."""
     config, description = trainer.config, trainer.prepared.description
-    at_start = trainer.held_out_losses() if config.valid_at_start and trainer.step == 0 else None
+    spikes = Spikes(config.guard.spike, (line["loss"] for line in read_metrics(log.path)) if log is not None else ())
+    at_start = trainer.held_out_losses(watchdog) if config.valid_at_start and trainer.step == 0 else None
     if at_start is not None and log is not None:
         print(f"before the first step: {held_out_text(held_out_fields(at_start))}", flush=True)
     while trainer.step < trainer.total_steps:
+        watchdog.enter(STEP, trainer.step + 1)
         try:
             result = trainer.train_step()
         except FloatingPointError as error:
+            watchdog.enter(SAVE, trainer.step)
             save_before(trainer, error)
             raise
         last = result.step == trainer.total_steps
         every = config.valid_every
         measures = bool(trainer.valid_loaders) and (last or bool(every and result.step % every == 0))
-        held_out = trainer.held_out_losses() if measures else None
+        held_out = trainer.held_out_losses(watchdog) if measures else None
         if log is not None:
             line = step_line(
                 result,
@@ -156,6 +196,7 @@ def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest, report: Ru
                 aux_loss=config.moe.aux_loss,
                 sources=trainer.sources,
             )
+            line |= flags(line, result, spikes, trainer.prepared.run)
             if at_start is not None:
                 line |= {f"{name}{AT_START}": value for name, value in held_out_fields(at_start).items()}
                 at_start = None
@@ -163,10 +204,12 @@ def loop(trainer: Trainer, log: MetricsLog | None, stop: StopRequest, report: Ru
         since = int(time.monotonic() - trainer.saved_at)  # of the rank on whose clock most time has passed
         number, writing, since = largest(stop.number(), trainer.saver.progress(), since)
         if writing in (WRITTEN, SAVE_FAILED):
+            watchdog.enter(SAVE, result.step)
             trainer.finish_save()
         stops = None if last else reason(number)
         due = is_due(result.step, since, config.checkpoint, last=last, stopping=stops is not None)
         if due:
+            watchdog.enter(SAVE, result.step)
             trainer.start_save(rescue=due == "rescue")
             note_save(trainer, report)
         if stops:
@@ -194,52 +237,6 @@ def save_before(trainer: Trainer, error: FloatingPointError) -> None:
         raise FloatingPointError(f"{error}; and {another}") from None
 
 
-def step_line(
-    result: StepResult,
-    description: ModelDescription,
-    mesh: Mesh,
-    *,
-    seq_len: int,
-    peak_tflops: float,
-    aux_loss: float,
-    sources: list[str],
-) -> dict[str, Any]:
-    """A step as a line of metrics.jsonl has it."""
-    totals, routers, cuda = result.totals, result.routers, mesh.device.type == "cuda"
-    flops = step_flops(description, totals.tokens, totals.squared_lengths, totals.windowed_squares)
-    tflops = flops / result.seconds / mesh.world_size / 1e12
-    peak = peak_tflops or device_peak(torch.cuda.get_device_name() if cuda else None)
-    line: dict[str, Any] = {
-        "step": result.step,
-        "loss": totals.loss if totals.supervised else None,
-        "grad_norm": result.grad_norm,
-        "lr": result.lr,
-        "tokens": totals.tokens,
-        "supervised_tokens": totals.supervised,
-        "padding_tokens": totals.padding,
-        "seconds": result.seconds,
-        "tflops": tflops,
-        "mfu": tflops / peak if peak else None,
-        "bin_fill": totals.tokens / (totals.bins * seq_len) if totals.bins else None,
-    }
-    if sources:
-        pairs = zip(totals.source_losses, totals.source_tokens, strict=True)
-        line["source_losses"] = dict(zip(sources, (mean_loss(*pair) for pair in pairs), strict=True))
-        line["source_tokens"] = dict(zip(sources, totals.source_tokens, strict=True))
-    if routers is not None:
-        line["tokens_per_expert"] = list(routers.tokens_per_expert)
-        line["expert_imbalance"] = list(routers.expert_imbalance)
-        if aux_loss:
-            line["aux_loss"] = routers.aux_loss / max(totals.supervised, 1)
-    return line
-
-
-def held_out_fields(held_out: HeldOutLosses) -> dict[str, Any]:
-    """Held-out losses as a line of metrics.jsonl has them."""
-    fields: dict[str, Any] = {"valid_loss": held_out.loss, "valid_losses": held_out.losses}
-    return fields | ({"valid_source_losses": held_out.source_losses} if held_out.source_losses else {})
-
-
 def end(run: RunFolder, step: int, total_steps: int, reason: str | None) -> None:
     """Says and writes down how a run ended, and how many of its steps changed nothing."""
     if reason:
@@ -248,6 +245,8 @@ def end(run: RunFolder, step: int, total_steps: int, reason: str | None) -> None
         print(f"{words}; the same command continues", flush=True)
     else:
         run.unfinished.unlink(missing_ok=True)
+    if skipped := len(read_metrics(run.skipped)):
+        print(f"{skipped:,} of {step:,} steps were skipped, their documents are in {run.skipped}", flush=True)
     silent = sum(not line["supervised_tokens"] for line in read_metrics(run.metrics))
     if silent:
         print(f"{silent:,} of {step:,} steps had no supervised token and changed nothing by loss")

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.loader import Loader
+from data.loader import Loader, Microbatch
 from data.order import GlobalOrder
 from engine.base_model import weight_reader
 from engine.checkpointing import checkpoint
 from engine.checkpointing.saver import Saved, Saver
 from engine.checkpointing.shards import own_shards
 from engine.first_weights import fill_weights
+from engine.guards.skips import SkippedStep, skipped_until
+from engine.guards.watchdog import HELD_OUT, Watchdog
 from engine.mesh import Mesh
-from engine.optim import build_optimizer, set_steps_taken, steps_taken, update
+from engine.optim import Update, build_optimizer, set_steps_taken, steps_taken, update
 from engine.prepare import Prepared
 from engine.retention import retain
 from engine.schedule import learning_rate
@@ -45,6 +47,7 @@ class StepResult:
     lr: float
     seconds: float
     routers: RouterStatistics | None  # of models with experts
+    skipped: SkippedStep | None = None  # where the update was not made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,7 @@ class Trainer:
         self.data_state = self.loader.state_dict()  # after the last good step, also when the next one fails
         self.saved_step = self.step
         self.saved_at = time.monotonic()
+        self.skipped = skipped_until(prepared.run.skipped, self.step, most=config.guard.max_skips)
 
     def _make_loader(self, order: GlobalOrder) -> Loader:
         config, mesh = self.config, self.mesh
@@ -106,40 +110,67 @@ class Trainer:
         sources = len(self.sources)
         totals = run_microbatches(self.chunks, microbatches, self.mesh, kernel=self.kernel, sources=sources)
         step = self.step + 1
-        if not math.isfinite(totals.loss_sum):
-            raise FloatingPointError(
-                f"step {step}: the loss is not finite, the update was not made; samples: "
-                f"{self._names(totals.bad_samples)}"
-            )
         lr = learning_rate(self.config.optim, step, self.total_steps)
-        done = update(self.optimizer, lr=lr, clip_grad=self.config.optim.clip_grad)
-        if not done.applied:
-            samples = gather_samples({sample for batch in microbatches for sample in batch.sample_ids})
-            raise FloatingPointError(
-                f"step {step}: the gradient's norm is {done.grad_norm}, the update was not made; samples of the step: "
-                f"{self._names(samples)}"
-            )
+        done = Update(math.nan, applied=False)
+        if math.isfinite(totals.loss_sum):
+            done = update(self.optimizer, lr=lr, clip_grad=self.config.optim.clip_grad)
+        skipped = None if done.applied else self._skip(step, totals, done.grad_norm, microbatches)
         routers = take_router_statistics(self.chunks, self.mesh)
         self.step, self.data_state = step, self.loader.state_dict()
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        return StepResult(step=step, totals=totals, grad_norm=done.grad_norm, lr=lr, seconds=seconds, routers=routers)
+        return StepResult(
+            step=step,
+            totals=totals,
+            grad_norm=done.grad_norm,
+            lr=lr,
+            seconds=seconds,
+            routers=routers,
+            skipped=skipped,
+        )
+
+    def _skip(self, step: int, totals: StepTotals, grad_norm: float, microbatches: list[Microbatch]) -> SkippedStep:
+        """A step whose update was not made, as it is written down; FloatingPointError unless it may be skipped.
+
+        Loss and norm are sums over all ranks, so all ranks are here.
+        """
+        documents = gather_samples({sample for batch in microbatches for sample in batch.sample_ids})
+        if math.isfinite(totals.loss_sum):
+            wrong, samples, whose = f"the gradient's norm is {grad_norm}", documents, "samples of the step"
+        else:
+            wrong, samples, whose = "the loss is not finite", totals.bad_samples, "samples"
+        if self.config.on_bad_step == "stop" or not self.skipped.may_skip(step):
+            raise FloatingPointError(
+                f"step {step}: {wrong}, the update was not made; {whose}: {self._names(samples)}"
+                f"{self.skipped.account()}"
+            )
+        self.skipped.steps.append(step)
+        return SkippedStep(
+            step=step,
+            reason=wrong,
+            suspects=self._places(totals.bad_samples),
+            documents=self._places(documents),
+        )
+
+    def _places(self, samples: tuple[tuple[int, int], ...]) -> tuple[str, ...]:
+        """Where samples lie, as DATA:document."""
+        indexes = self.prepared.order.indexes
+        return tuple(indexes[dataset].place(document) for dataset, document in samples)
 
     def _names(self, samples: tuple[tuple[int, int], ...]) -> str:
         """Where at most twenty samples lie, as DATA:document."""
-        indexes = self.prepared.order.indexes
-        names = [indexes[dataset].place(document) for dataset, document in samples[:20]]
+        names = self._places(samples[:20])
         return ", ".join(names) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
 
-    def held_out_losses(self) -> HeldOutLosses:
+    def held_out_losses(self, watchdog: Watchdog) -> HeldOutLosses:
         """Measures every set of --valid in order; no weight and no place in the training data changes."""
         losses, source_losses, whole = {}, {}, np.zeros(2)
         for chunk in self.chunks:
             chunk.eval()
         for name, loader in self.valid_loaders.items():
             sources = told_apart(loader)
-            sums = self._held_out_sums(loader, len(sources))
+            sums = self._held_out_sums(loader, len(sources), watchdog)
             whole += sums[0]
             losses[name] = mean_loss(*sums[0])
             for source, pair in zip(sources, sums[1:], strict=True):
@@ -149,13 +180,14 @@ class Trainer:
         return HeldOutLosses(loss=mean_loss(*whole), losses=losses, source_losses=source_losses)
 
     @torch.no_grad()
-    def _held_out_sums(self, loader: Loader, sources: int) -> np.ndarray:
+    def _held_out_sums(self, loader: Loader, sources: int, watchdog: Watchdog) -> np.ndarray:
         """Sums of token losses and supervised tokens [1 + sources, 2]: of a whole set, and of each source."""
         batches = loader.steps_in_epoch(0)
         if self.config.valid_batches:
             batches = min(batches, self.config.valid_batches)
         sums = np.zeros((1 + sources, 2))
         for number in range(batches):
+            watchdog.enter(HELD_OUT, self.step)
             totals = run_microbatches(
                 self.chunks,
                 loader.step(0, number),

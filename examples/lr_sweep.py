@@ -15,16 +15,22 @@ import math
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from engine.cli import parse_run
+from engine.changes import read_config
+from engine.check_values import check_values
 from engine.reporting.metrics import read_metrics
-from engine.run_folder import FAILED, RunFolder
+from engine.run_folder import FAILED, RunFolder, replace_text
+from examples.demo.builtin import parse_over_demo
+from examples.made_of import differences
+from examples.sweep_settings import made_of, own_length
 
 SCRIPT = Path(__file__).with_name("pretrain_sft.py")
 LAST = 0.1  # the share of steps, at the end, over which the training loss is taken
@@ -58,6 +64,10 @@ class Options:
 
     def run(self, rate: float) -> Path:
         return self.output / f"lr_{rate:g}"
+
+    def made_of(self, rate: float) -> Path:
+        """Where it stands what the run of a rate was made of."""
+        return self.output / f"lr_{rate:g}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +136,18 @@ def result(options: Options, rate: float) -> Result:
     )
 
 
-def best(results: list[Result]) -> Result | str:
-    """The lowest held-out loss, or training loss where one is missing; or why there is none."""
+def best(results: list[Result], made: Sequence[dict[str, Any]] = ()) -> Result | str:
+    """The lowest held-out loss, or training loss where one is missing; or why there is none.
+
+    made: what the runs were made of, which must be the same.
+    """
     if waiting := [f"{one.lr:g}" for one in results if one.state in ("unfinished", "missing")]:
         return f"no rate is the best yet: {', '.join(waiting)} still to be trained to the end"
     done = [one for one in results if one.state == "done"]
     if len({one.steps for one in done}) > 1:
         return "no rate is the best: the runs differ in their steps"
+    if others := [found for one in made[1:] if (found := differences(made[0], one))]:
+        return f"no rate is the best: the runs differ in more than their rates ({'; '.join(others[0])})"
     for name in ("valid_loss", "loss"):
         losses = [getattr(one, name) for one in done]
         if done and None not in losses:
@@ -153,16 +168,51 @@ def report(results: list[Result], chosen: Result | str, console: Console) -> Non
         console.print(chosen)
 
 
+def made_of_before(options: Options, rate: float) -> dict[str, Any] | None:
+    """What the run of a rate that was begun was made of; None where there is none."""
+    run, path = RunFolder(options.run(rate)), options.made_of(rate)
+    if not run.metrics.exists():
+        return None
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    # Trained as a job of its own.
+    return json.loads(json.dumps(made_of(read_config(run.config)))) if run.config.exists() else None
+
+
+def refuse_others(options: Options, now: dict[str, Any]) -> None:
+    """ValueError where a run that is there was made of something else than this sweep."""
+    for rate in options.rates:
+        before = made_of_before(options, rate)
+        if before is not None and (found := differences(before, now)):
+            decays = any(one.startswith(("steps:", "epochs:")) for one in found)
+            raise ValueError(
+                f"--output {options.output}: {options.run(rate).name} was trained with other settings "
+                f"({'; '.join(found)}); give another --output, or the settings of before"
+                f"{', since rates that decayed over one length do not go on to another' if decays else ''}"
+            )
+
+
 def sweep(options: Options, flags: list[str]) -> list[Result]:
     """Trains at every rate that is not done, where there are flags; returns what came of each."""
-    wanted = parse_run([*flags, "--output", str(options.output)]).steps if flags else None
-    for rate in options.rates if flags else []:
+    if not flags:
+        return [result(options, rate) for rate in options.rates]
+    config, lines = own_length(parse_over_demo([*flags, "--output", str(options.output)]), flags)
+    for rate in options.rates:
+        check_values(replace(config, optim=replace(config.optim, lr=rate)))
+    content = json.loads(json.dumps(made_of(config)))
+    refuse_others(options, content)
+    print("\n".join(lines), end="\n" * bool(lines), flush=True)
+    optim = config.optim
+    lengths = ["--optim.warmup-steps", str(optim.warmup_steps), "--optim.decay-steps", str(optim.decay_steps)]
+    for rate in options.rates:
         before = result(options, rate)
         if before.state == "failed":
             why = RunFolder(options.run(rate)).why_unfinished()
             print(f"--optim.lr {rate:g} is not tried again, having {why}", flush=True)
-        elif before.state != "done" or (wanted is not None and before.steps < wanted):
-            train(options, rate, flags)
+        elif before.state != "done" or (config.steps is not None and before.steps < config.steps):
+            options.output.mkdir(parents=True, exist_ok=True)
+            replace_text(options.made_of(rate), json.dumps(content, indent=1) + "\n")
+            train(options, rate, [*flags, *(lengths if lines else [])])
             if result(options, rate).state == "unfinished":  # near a time limit, which the others would meet, too
                 break
     return [result(options, rate) for rate in options.rates]
@@ -181,10 +231,11 @@ def main(arguments: list[str], console: Console | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: the same command continues", file=sys.stderr)
         return 130
+    made = {f"{rate:g}": made_of_before(options, rate) for rate in options.rates}
     if any(one.steps for one in results):
-        content = json.dumps([asdict(one) for one in results], indent=1) + "\n"
-        (options.output / "sweep.json").write_text(content, encoding="utf-8")
-    chosen = best(results)
+        lines = [asdict(one) | {"made_of": made[f"{one.lr:g}"]} for one in results]
+        replace_text(options.output / "sweep.json", json.dumps(lines, indent=1) + "\n")
+    chosen = best(results, [one for one in made.values() if one is not None])
     report(results, chosen, console or Console())
     return 0 if isinstance(chosen, Result) else 1
 

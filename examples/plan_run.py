@@ -43,8 +43,8 @@ def take_ranks(arguments: list[str]) -> tuple[int, list[str]]:
 
 def plan(arguments: list[str]) -> None:
     """Checks the run and prints a line a pipeline stage."""
+    from engine.check_values import check_values
     from engine.cli import parse_run
-    from engine.config import check_values
     from engine.layout import check_ranks
 
     if {"-h", "--help"} & set(arguments):

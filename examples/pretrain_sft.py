@@ -25,16 +25,12 @@ def parse(arguments: list[str], *, world_size: int, first: bool) -> RunConfig:
 
     Processes other than the first keep the parser's message to themselves.
     """
-    from engine.cli import parse_run
-    from engine.config import check_values
+    from engine.check_values import check_values
     from engine.layout import check_ranks
+    from examples.demo.builtin import parse_over_demo
 
     with contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO()):
-        config = parse_run(arguments)
-    if config.model is None and not config.data:
-        from examples.demo.builtin import DEMO
-
-        config = parse_run(arguments, DEMO if config.epochs is None else dataclasses.replace(DEMO, steps=None))
+        config = parse_over_demo(arguments)
     check_values(config)
     check_ranks(config.layout, world_size)
     return config
@@ -67,7 +63,9 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from engine.prepare import prepare_run
+    from engine.signals import hear_early
 
+    hear_early()
     try:
         config = with_input(config, first=rank == 0)
         prepared = prepare_run(config, world_size=world_size, cuda=torch.cuda.is_available())

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from engine import host
-from engine.config import RunConfig, check_values
+from engine.check_values import check_values
+from engine.config import RunConfig
 from engine.mesh import build_mesh
 from engine.optim import build_optimizer
 from engine.prepare import check_model, megatron_config

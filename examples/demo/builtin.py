@@ -7,9 +7,12 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+from engine.cli import is_given, parse_run
 from engine.config import CheckpointConfig, OptimConfig, RunConfig
+from examples.demo.problems import TRAIN
 
 INPUT = Path("runs/demo/input")
 # About 52 tokens a conversation; 300 steps of 128 take a fresh model to nearly every held-out answer.
@@ -34,6 +37,26 @@ DEMO = RunConfig(
     ),
     checkpoint=CheckpointConfig(every=10, keep=5),
 )
+
+
+def parse_over_demo(arguments: list[str]) -> RunConfig:
+    """`[recipe.yaml ...] [--flags]`, over the demo's settings where they name neither model nor data.
+
+    A demo of another length has the same course of rates: warmup and decay keep their shares of it.
+    """
+    config = parse_run(arguments)
+    if config.model is not None or config.data:
+        return config
+    assert DEMO.steps is not None
+    steps = config.steps or DEMO.steps
+    if config.epochs is not None:
+        steps = round(config.epochs * TRAIN / config.global_batch_size)
+    scale = min(1.0, steps / DEMO.steps)
+    warmup, decay = (round(scale * count) for count in (DEMO.optim.warmup_steps, DEMO.optim.decay_steps))
+    optim = replace(DEMO.optim, warmup_steps=warmup, decay_steps=max(1, decay))
+    if is_given("optim.schedule", arguments) and config.optim.schedule != optim.schedule:
+        optim = replace(optim, min_lr=0.0, decay_steps=0)  # which another schedule may not know
+    return parse_run(arguments, replace(DEMO, optim=optim))
 
 
 def run_script(*command: object) -> None:

@@ -26,6 +26,7 @@ SUBTRACTIONS = (
     "{name} needs {a} {things} and has {b}. How many {things} are missing?",
 )
 SMALLEST, LARGEST = 10, 99
+TRAIN = 24_000  # training problems
 
 
 def worked_answer(a: int, b: int, operation: str) -> str:
@@ -91,7 +92,7 @@ def draw_problems(pairs: list[tuple[int, int]], count: int, rng: random.Random) 
     return rows
 
 
-def make_problems(train: int = 24_000, heldout: int = 512, seed: int = 0) -> tuple[list[dict], list[dict]]:
+def make_problems(train: int = TRAIN, heldout: int = 512, seed: int = 0) -> tuple[list[dict], list[dict]]:
     """Training and held-out rows, `{"messages": [user, assistant], "expected_answer": "85"}`.
 
     A tenth of the 4,095 unordered pairs of operands is kept for the held-out rows. The same seed gives the
@@ -105,7 +106,7 @@ def make_problems(train: int = 24_000, heldout: int = 512, seed: int = 0) -> tup
     return draw_problems(pairs[kept_out:], train, rng), draw_problems(pairs[:kept_out], heldout, rng)
 
 
-def write_problems(directory: str | Path, train: int = 24_000, heldout: int = 512, seed: int = 0) -> tuple[Path, Path]:
+def write_problems(directory: str | Path, train: int = TRAIN, heldout: int = 512, seed: int = 0) -> tuple[Path, Path]:
     """Write `train.jsonl` and `heldout.jsonl` into `directory` and return their paths."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

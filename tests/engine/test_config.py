@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from engine.check_values import check_values
 from engine.cli import _REASONS, check_mcore, parse_run
-from engine.config import OptimConfig, RunConfig, check_values
+from engine.config import OptimConfig, RunConfig
 from engine.layout import Layout, check_layout, check_sequence
 from engine.prepare import check_experts
 from engine.schedule import learning_rate

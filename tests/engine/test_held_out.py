@@ -132,22 +132,23 @@ def test_the_start_is_the_model_that_was_given(pool, inputs, whole, tmp_path):
 
 def test_truncation_to_nothing_is_refused_or_null(pool, inputs, tmp_path):
     """Only the prompts of these fit into a sequence."""
-    documents = [(np.arange(60) % VOCABULARY, [[50, 60]]) for _ in range(6)]
-    write_index(tmp_path / "long", documents, vocab_size=VOCABULARY)
-    extra = ("--data", str(tmp_path / "long"), "--valid", str(tmp_path / "long"), "--seq-len", "32", "--steps", "1")
+    for name, first in (("trained", 1), ("long", 0)):
+        documents = [(np.arange(first, first + 60) % VOCABULARY, [[50, 60]]) for _ in range(6)]
+        write_index(tmp_path / name, documents, vocab_size=VOCABULARY)
+    extra = ("--data", str(tmp_path / "trained"), "--valid", str(tmp_path / "long"), "--seq-len", "32", "--steps", "1")
     sentence = refused(inputs, tmp_path / "run", *extra, "--too-long", "truncate")
     assert "leaves 6 of 6 documents without a supervised token" in sentence and "--allow-unsupervised" in sentence
     only_held_out = ("--data", str(inputs / "plain"), "--seq-len", "48", "--too-long", "truncate")
     assert "--valid long: --too-long truncate leaves 6 of 6" in refused(
         inputs, tmp_path / "run", *extra, *only_held_out
     )
-    meta = tmp_path / "long" / "meta.json"
+    meta = tmp_path / "trained" / "meta.json"
     silent = {"kind_counts": {"chat": {"rows": 6, "documents": 6, "supervised_tokens": 0}}}
     meta.write_text(json.dumps(json.loads(meta.read_text()) | silent))
     allowed = (*extra, "--too-long", "truncate", "--allow-unsupervised")
     (printed,) = pool.run(start, 1, inputs, tmp_path / "run", *allowed)
     assert "truncated 6 (6 to nothing supervised), packed" in printed
-    assert f"\nno token is supervised in the 6 rows of kind chat of {tmp_path / 'long'}\n" in printed
+    assert f"\nno token is supervised in the 6 rows of kind chat of {tmp_path / 'trained'}\n" in printed
     (line,) = metrics(tmp_path / "run")
     assert (line["loss"], line["valid_loss"], line["valid_losses"]) == (None, None, {"long": None})
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"kind_counts": {}}))
@@ -167,11 +168,11 @@ def test_held_out_flags_without_data(inputs, tmp_path):
 
 def test_lost_rows_stop_a_run_before_the_model_is_read(inputs, tmp_path):
     meta = {"rows": 50, "filtered": 0, "dropped": {"no answer": {"count": 2, "first": "a:1"}}}
-    write_index(tmp_path / "data", conversations(4).documents, vocab_size=VOCABULARY, meta=meta)
+    write_index(tmp_path / "data", conversations(6).documents, vocab_size=VOCABULARY, meta=meta)
     extra = ("--data", str(tmp_path / "data"))
     assert "dropped 2 of 50 rows (4.00%)" in refused(inputs, tmp_path / "run", *extra, "--model", "no/such/model")
     config = parse_run(arguments(inputs, tmp_path / "run", *extra, "--max-dropped", "0.04"))
-    assert len(prepare_run(config, world_size=1, cuda=False).order.indexes[0]) == 4
+    assert len(prepare_run(config, world_size=1, cuda=False).order.indexes[0]) == 6
 
 
 def start(inputs: Path, output: Path, *extra: str) -> str:
@@ -193,6 +194,7 @@ def test_a_prefix_trains_without_a_tokenizer_of_its_own(pool, inputs, tmp_path):
     (tmp_path / "text.bin").write_bytes(tokens.tobytes())
     write_idx(tmp_path / "text.idx", tokens.dtype, lengths)
     extra = ("--model", str(model), "--data", str(tmp_path / "text"), "--steps", "1", "--checkpoint.export-hf")
+    extra += ("--global-batch-size", "5")
     (printed,) = pool.run(start, 1, inputs, tmp_path / "run", *extra)
     assert "data: 3 documents, dropped 0, truncated 0, cut 2 into 4 pieces, packed sequences of 96 tokens" in printed
     assert f"could not be compared with that of {tmp_path / 'text'}, which is not recorded\n" in printed

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from engine import signals
 from engine.checkpointing.directory import find_latest
-from engine.signals import StopRequest, deadline, shielded
+from engine.signals import StopRequest, deadline, hear_early, reason, shielded
 from engine.trainer import Trainer
 from tests.engine.checkpointing.test_resume import metrics, run
 from tests.support.marks import slow
@@ -143,6 +144,64 @@ def unblocked():
     before = signal.pthread_sigmask(signal.SIG_SETMASK, [])
     yield
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
+def test_what_schedulers_send_is_noted_and_does_not_kill(number):
+    stop = StopRequest()
+    with stop.listening():
+        assert reason(stop.number()) is None
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+    assert reason(stop.number()) == f"{number.name} was received"
+
+
+def test_a_signal_before_training_is_not_lost(listening, monkeypatch):
+    monkeypatch.setattr(signals, "_early", 0)
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    try:
+        hear_early()
+        stop = StopRequest()
+        signal.raise_signal(signal.SIGUSR1)  # between the two
+        with stop.listening():
+            assert reason(stop.number()) == "SIGUSR1 was received"
+        assert reason(StopRequest().number()) == "SIGUSR1 was received"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_with_an_early_signal(arguments: list[str], number: int) -> None:
+    """Trains; the second rank receives a signal while it reads the weights."""
+    begin = Trainer.__init__
+
+    def signalled(trainer: Trainer, prepared, mesh) -> None:
+        if mesh.rank == 1:
+            os.kill(os.getpid(), number)
+        begin(trainer, prepared, mesh)
+
+    Trainer.__init__ = signalled
+    try:
+        run(arguments)
+    finally:
+        Trainer.__init__ = begin
+
+
+def test_a_signal_in_start_up_stops_before_the_first_step(pool, inputs, tmp_path):
+    extra = ("--steps", "4", "--checkpoint.every", "2")
+    flags = arguments(inputs, tmp_path / "cut", *extra)
+    pool.run(run, 2, arguments(inputs, tmp_path / "whole", *extra))
+    pool.run(run_with_an_early_signal, 2, flags, signal.SIGUSR2)
+    words = "stopped while starting up, before step 1 of 4: SIGUSR2 was received\n"
+    assert (tmp_path / "cut" / "unfinished").read_text() == words and find_latest(tmp_path / "cut") is None
+    pool.run(run_with_a_signal, 2, flags, 3, signal.SIGUSR1, {})
+    assert find_latest(tmp_path / "cut").step == 3
+    pool.run(run_with_an_early_signal, 2, flags, signal.SIGUSR1)
+    assert "before step 4 of 4: SIGUSR1" in (tmp_path / "cut" / "unfinished").read_text()
+    pool.run(run, 2, flags)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 
 def test_an_ignored_signal_stays_ignored(listening):

@@ -1,0 +1,119 @@
+"""What this node has and lacks for training: libraries, devices, limits, and which layers a run would use and why."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from pathlib import Path
+
+# library -> what a node without it cannot do; None for nothing at all
+LIBRARIES = {
+    "torch": None,
+    "megatron-core": None,
+    "transformers": None,
+    "safetensors": None,
+    "datasets": None,
+    "transformer-engine": "layers of Transformer Engine and --precision fp8: native layers run instead",
+    "tensorboard": "mirrors of metrics.jsonl for TensorBoard",
+    "wandb": "--log.wandb",
+}
+
+# What stands for a dense model where none is given: only its kind counts.
+DENSE = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "max_position_embeddings": 256,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 128,
+}
+
+
+def installed(library: str) -> str | None:
+    """The version of a library, None where it is not there."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def library_lines() -> tuple[list[str], list[str]]:
+    """Every library with its version, and what is lacking, a sentence each."""
+    lines, lacking = [f"python {platform.python_version()}"], []
+    for library, without in LIBRARIES.items():
+        version = installed(library)
+        if version is not None:
+            lines.append(f"{library} {version}")
+        elif without is None:
+            lacking.append(f"{library} is not installed and nothing trains without it: pip install -e .")
+        else:
+            lines.append(f"{library} is not installed; missing: {without}")
+    return lines, lacking
+
+
+def device_lines(model: Path | None, precision: str) -> tuple[list[str], list[str]]:
+    """GPUs, and the layers that a run would use with the reason; what is lacking.
+
+    ValueError where no model is in the directory, or `precision` cannot run here.
+    """
+    import torch
+
+    from models.hf_config import describe
+    from models.layer_spec import choose_backend
+
+    cuda = torch.cuda.is_available()
+    lacking = []
+    if cuda:
+        from torch.cuda import nccl
+
+        lines = [f"GPU {number}: {torch.cuda.get_device_name(number)}" for number in range(torch.cuda.device_count())]
+        lines.append(f"NCCL {'.'.join(map(str, nccl.version()))}")
+    else:
+        lines = ["no GPU is visible: ranks compute on the CPU, over gloo"]
+        if Path("/dev/nvidiactl").exists():
+            lacking.append(f"a driver is there, but torch {torch.__version__} sees no GPU: install torch for its CUDA")
+    description = describe(DENSE if model is None else model)
+    chosen, reason = choose_backend("auto", cuda=cuda, precision=precision, description=description)
+    whose = "a dense model" if model is None else str(model)
+    lines.append(f"--backend auto chooses {chosen} for {whose} in {precision}, because: {reason}")
+    return lines, lacking
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints what is here; exit status 1 where something is lacking without which a run fails or may fail."""
+    parser = argparse.ArgumentParser(prog="lathe doctor", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("runs"), help="where RUN would be, for its disk")
+    parser.add_argument("--model", type=Path, help="Hugging Face directory to train; a dense model if not given")
+    parser.add_argument("--precision", choices=["bf16", "fp32", "fp8"], default="bf16", help="of the run")
+    parser.add_argument("--ranks", type=int, default=8, help="of the whole run, for limits on sockets")
+    flags = parser.parse_args(arguments)
+    lines, lacking = library_lines()
+    if not lacking:
+        from engine.quiet import silence_libraries
+
+        silence_libraries()
+        from engine.guards.agreement import complaints
+
+        try:
+            devices, missing = device_lines(flags.model, flags.precision)
+        except (ValueError, OSError) as error:
+            devices, missing = [], [str(error)]
+        lines += devices
+        lacking += [*missing, *complaints(flags.output, flags.ranks)]
+    lines.append(f"{os.cpu_count()} CPU cores, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}")
+    print("\n".join(lines))
+    for sentence in lacking:
+        print(f"lacking: {sentence}")
+    print("this node lacks nothing" if not lacking else f"{len(lacking)} to mend")
+    return 1 if lacking else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

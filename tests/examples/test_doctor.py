@@ -1,0 +1,39 @@
+"""What a node has and lacks, in lines."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.guards import agreement
+from examples import doctor
+from tests.support.tiny import save_model
+
+
+def test_a_node_that_lacks_nothing(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(agreement, "complaints", lambda run, ranks: [])
+    assert doctor.main(["--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in printed and "megatron-core 0.16.1" in printed
+    assert printed.endswith("this node lacks nothing\n")
+    if not torch.cuda.is_available():
+        assert "--backend auto chooses native for a dense model in bf16, because: no GPU is visible" in printed
+
+
+def test_what_lacks_is_said_with_its_mend(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(agreement, "complaints", lambda run, ranks: [f"{run} is full for {ranks}"])
+    assert doctor.main(["--output", str(tmp_path), "--ranks", "64"]) == 1
+    assert f"lacking: {tmp_path} is full for 64\n1 to mend\n" in capsys.readouterr().out
+    monkeypatch.setattr(doctor, "installed", lambda library: None if library == "megatron-core" else "1")
+    assert doctor.main([]) == 1
+    assert (
+        "lacking: megatron-core is not installed and nothing trains without it: pip install" in capsys.readouterr().out
+    )
+
+
+def test_a_model_that_cannot_run_here(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    save_model("qwen3_moe", tmp_path / "model", layers=1)
+    assert doctor.main(["--model", str(tmp_path / "model"), "--precision", "fp8"]) == 1
+    assert "lacking: --precision fp8 needs --backend te on a GPU" in capsys.readouterr().out
+    assert doctor.main(["--model", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().out
