@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpointing.hf_export import Checkpoint
+from engine.checkpointing.hf_export import Checkpoint, check_range
 from engine.checkpointing.store_reader import Scratch, box_of, master_key, row_blocks
 from models.conversion.rules import Index
 
@@ -49,7 +49,10 @@ class Mean:
         total /= len(self._opened)
         if not math.isfinite(total.sum()):  # in fp64 finite weights cannot add up to infinity
             raise ValueError(f"{key} holds values that are not finite in the checkpoints to average")
-        return round_once(total, self.dtype)
+        result = round_once(total, self.dtype)
+        if self.dtype == torch.float16:
+            check_range(key, total, result)
+        return result
 
     def _read(self, number: int, key: str, index: Index) -> Tensor:
         """A part of one checkpoint, which stays until the next but one is read."""

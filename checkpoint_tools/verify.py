@@ -11,6 +11,7 @@ from checkpoint_tools.common import bar
 from data.checksums import SUMS, verify
 from data.index_checks import META, index_faults
 from engine.checkpointing.directory import MANIFEST, faults, has_checksums
+from engine.checkpointing.export_sums import LIST, small_faults
 
 SHA256 = re.compile("[0-9a-f]{64}")  # the name of a large file's blob in a hub's cache
 
@@ -45,7 +46,8 @@ def _model_faults(path: Path) -> tuple[list[str], bool]:
         HFReader(path)  # headers, and that the tensors of every file are just as long as it is
     except ValueError as error:
         found.append(str(error))
-    checked = False
+    found += small_faults(path)
+    checked = (path / LIST).exists()
     for file in sorted(one for one in path.rglob("*") if one.is_file() and not one.name.endswith(SUMS)):
         blob = file.resolve()
         if file.with_name(file.name + SUMS).exists():

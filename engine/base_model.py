@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.checksums import CheckedFile
 from engine.checkpointing.directory import HF, STATE, ResumePoint, read_manifest
+from engine.checkpointing.export_sums import check_small_files
 from engine.checkpointing.hf_export import dtype_name
 from engine.checkpointing.store_reader import StoreReader, box_of, master_key
 from engine.config import OverrideConfig
@@ -87,6 +88,7 @@ def find_base_model(model: str) -> BaseModel:
         return _checkpoint(path, read_manifest(path))
     if not path.is_dir():
         path = _from_hub(model)
+    check_small_files(path)
     description = describe(path)
     return BaseModel(
         weights=path,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpointing.directory import HF, STATE, read_manifest
+from engine.checkpointing.export_sums import write_small_sums, write_weight_sums
 from engine.checkpointing.store_reader import Scratch, StoreReader, box_of, master_key
 from engine.checkpointing.workers import Advance, Bar, no_bar, run_workers, share_of
 from models.conversion.byte_ranges import ByteRange
@@ -58,7 +59,8 @@ class Checkpoint:
     def reader(self, dtype: torch.dtype) -> Read:
         """Returns read(key, index) of model tensors, where each call overwrites what the last one returned.
 
-        It takes the fp32 master weights where `dtype` is not the model's, which is rounded in another way.
+        It takes the fp32 master weights where `dtype` is not the model's, which is rounded in another way. Raises
+        ValueError for a weight that became too large for float16, if the model's source had that.
         """
         stored, converted = Scratch(), Scratch()
 
@@ -66,9 +68,24 @@ class Checkpoint:
             if dtype != self.store.dtype(key):
                 key = master_key(self.store, key) or key
             tensor = self.store.read(key, index, stored)
-            return tensor if tensor.dtype == dtype else converted.empty(tensor.shape, dtype).copy_(tensor)
+            if tensor.dtype == dtype:
+                return tensor
+            result = converted.empty(tensor.shape, dtype).copy_(tensor)
+            if dtype == torch.float16:
+                check_range(key, tensor, result)
+            return result
 
         return read
+
+
+def check_range(key: str, values: Tensor, rounded: Tensor) -> None:
+    """Refuses finite values that float16, whose numbers end at 65,504, cannot hold."""
+    lost = int((rounded.isinf() & values.isfinite()).count_nonzero())
+    if lost:
+        raise ValueError(
+            f"{key}: {lost:,} of its {values.numel():,} weights are too large for float16, the dtype of the model that "
+            "training began with: use --dtype bf16 or fp32"
+        )
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -106,10 +123,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 class Export:
     """A Hugging Face directory that several processes write, each its share of the tensors.
 
-    First one process calls `begin`, then every process `write_share`, then one calls `finish` with what the
-    others returned; between these steps the caller lets all processes wait for each other. `side_files` is the
-    directory with config, tokenizer and templates, `changes` are fields to set in its config.json. `mxfp4` names
-    tensors to write in MXFP4, for which `read` gives values that it holds exactly (else ValueError).
+    First one process calls `begin`, then every process `write_share`, then every process `write_sums`, then one calls
+    `finish` with what `write_share` returned; between these steps the caller lets all processes wait for each other.
+    `side_files` is the directory with config, tokenizer and templates, `changes` are fields to set in its config.json.
+    `mxfp4` names tensors to write in MXFP4, for which `read` gives values that it holds exactly (else ValueError).
     """
 
     output: Path
@@ -162,11 +179,16 @@ class Export:
                 advance(sizes[number] * self.dtype.itemsize)
         return files.written
 
+    def write_sums(self, share: tuple[int, int]) -> None:
+        """Write the checksums of some of the files of weights; see `engine.checkpointing.export_sums`."""
+        write_weight_sums(self.output, share)
+
     def finish(self, written: Iterable[Mapping[str, int]]) -> None:
         """Check that nothing is missing, and write the index; ValueError naming what was not written."""
         self._writer().finish(written)
         description = describe(self.output)
         check_directory(description, open_reader(self.output, description))
+        write_small_sums(self.output)
 
     def _blocks_of(self, rule: Rule) -> Iterable[ExportBlock]:
         return rule.export_blocks(self.dtype.itemsize, self.block_bytes)
@@ -181,6 +203,7 @@ def export(job: Export, read: Read, num_workers: int = 1, bar: Bar = no_bar, cop
     written = run_workers(
         lambda rank, advance: job.write_share(read, (rank, num_workers), advance, copy), range(num_workers), bar
     )
+    run_workers(lambda rank, advance: job.write_sums((rank, num_workers)), range(num_workers))
     job.finish(written)
 
 

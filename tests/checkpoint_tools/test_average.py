@@ -113,6 +113,32 @@ def test_an_average_can_be_exported_and_averaged_again(run, tmp_path):
     assert (tmp_path / "hf" / SINGLE).read_bytes() == (tmp_path / "again" / SINGLE).read_bytes()
 
 
+def test_weights_too_large_for_float16_are_refused_by_name(run, tmp_path):
+    """A model that came in float16: its master weights are rounded to that, and to infinity only where told."""
+    from checkpoint_tools import mcore_to_hf
+
+    folder, model, masters, _ = run
+    key = "decoder.final_layernorm.weight"
+    large = masters[7500] | {key: masters[7500][key].clone()}
+    large[key][3] = 65520.0
+    stored = {"optimizer.state.fp32_param." + name: tensor for name, tensor in large.items()}
+    step = write_step(tmp_path, folder / "origin", 1, model[7500] | stored, source_dtype="float16")
+    with pytest.raises(
+        ValueError, match=f"{key}: 1 of its 64 weights are too large for float16.*: use --dtype bf16 or"
+    ):
+        mcore_to_hf.main(step, tmp_path / "hf", num_workers=1)
+    with pytest.raises(ValueError, match=f"{key}: 1 of its 64 weights are too large for float16"):
+        average_steps.main(tmp_path, "1", tmp_path / "mean", format="hf", num_workers=1)
+    large[key][3] = 65519.0
+    stored = {"optimizer.state.fp32_param." + name: tensor for name, tensor in large.items()}
+    step = write_step(tmp_path, folder / "origin", 2, model[7500] | stored, source_dtype="float16")
+    mcore_to_hf.main(step, tmp_path / "hf", num_workers=1)
+    average_steps.main(tmp_path, "2", tmp_path / "mean", format="hf", num_workers=1)
+    for place in ("hf", "mean"):
+        found = load_file(tmp_path / place / SINGLE)["model.norm.weight"]
+        assert torch.equal(found, large[key].half()) and found[3] == 65504
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_happens_once_and_to_even(dtype):
     """Against exact arithmetic, at and around the ties where rounding by way of fp32 goes wrong."""

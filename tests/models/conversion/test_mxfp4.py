@@ -17,7 +17,7 @@ from models.conversion.hf_reader import SINGLE, HFReader
 from models.conversion.hf_writer import HFWriter
 from models.conversion.mxfp4 import Mxfp4Reader, Mxfp4Writer, decode, encode, mxfp4_plan
 from models.hf_config import describe
-from models.model_directory import check_directory, open_reader, weights_dtype
+from models.model_directory import check_directory, open_reader, read_shard, weights_dtype
 from tests.engine.checkpointing.test_resume import run
 from tests.support.tiny import VOCABULARY, Memory, conversations, save_model
 
@@ -122,6 +122,20 @@ def test_a_rank_reads_only_the_bytes_of_its_experts_and_groups():
     reader.read("w", (slice(0, 1), slice(40, 70), slice(1, 64, 2)))
     assert tensors.read_bytes["w_blocks"] - 2 * 64 * 4 * 16 == 32 * 2 * 16
     assert tensors.read_bytes["w_scales"] - 2 * 64 * 4 == 32 * 2
+
+
+@settings(deadline=None, max_examples=50)
+@given(data=st.data())
+def test_any_box_of_experts_is_that_box_of_the_whole(packed, data):
+    """As data-parallel ranks read them: parts of interleaved rows, columns from the middle of a group to another's."""
+    description = describe(packed)
+    reader = open_reader(packed, description)
+    for key in ("decoder.layers.1.mlp.experts.linear_fc1.weight", "decoder.layers.0.mlp.experts.linear_fc2.weight"):
+        rule = description.rule[key]
+        offsets = [data.draw(st.integers(0, size - 1)) for size in rule.shape]
+        lengths = [data.draw(st.integers(1, size - offset)) for size, offset in zip(rule.shape, offsets, strict=True)]
+        box = tuple(slice(offset, offset + n) for offset, n in zip(offsets, lengths, strict=True))
+        assert torch.equal(bits(read_shard(description, reader, key, offsets, lengths)), bits(rule.read(reader)[box]))
 
 
 def test_a_model_read_by_its_rules_has_the_logits_that_transformers_gives_it(packed):

@@ -173,6 +173,9 @@ def test_a_checkpoint_of_ours_grows_by_the_mean_of_its_rows(pool, tmp_path, name
             assert torch.equal(tensor[:VOCABULARY], own[:VOCABULARY])
             assert torch.equal(tensor[VOCABULARY:tokens], mean.expand(tokens - VOCABULARY, -1))
             assert not tensor[tokens:].any()
+            for start, stop, left, right in ((0, 1, 7, 50), (130, 141, 3, 4), (padded - 90, padded, 0, 63)):
+                box = read(key, (start, left), (stop - start, right - left))  # as data-parallel ranks read them
+                assert torch.equal(box, tensor[start:stop, left:right])
     documents = conversations(8).documents
     documents[0][0][:2] = VOCABULARY, 299
     write_index(tmp_path / "large", documents, vocab_size=300)
