@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from engine.prepare import prepare_run
 from tests.engine.checkpointing.test_resume import metrics
 from tests.engine.test_failures import outcome, refusal
 from tests.support.chatting import small_tokenizer
-from tests.support.tiny import VOCABULARY, conversations, save_model
+from tests.support.tiny import VOCABULARY, conversations, edit_meta, save_model
 
 SHAPE = "--seq-len 96 --global-batch-size 6 --steps 3 --precision fp32 --optim.lr 1e-2 --pad-documents-to 4"
 
@@ -142,16 +141,14 @@ def test_truncation_to_nothing_is_refused_or_null(pool, inputs, tmp_path):
     assert "--valid long: --too-long truncate leaves 6 of 6" in refused(
         inputs, tmp_path / "run", *extra, *only_held_out
     )
-    meta = tmp_path / "trained" / "meta.json"
-    silent = {"kind_counts": {"chat": {"rows": 6, "documents": 6, "supervised_tokens": 0}}}
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | silent))
+    edit_meta(tmp_path / "trained", kind_counts={"chat": {"rows": 6, "documents": 6, "supervised_tokens": 0}})
     allowed = (*extra, "--too-long", "truncate", "--allow-unsupervised")
     (printed,) = pool.run(start, 1, inputs, tmp_path / "run", *allowed)
     assert "truncated 6 (6 to nothing supervised), packed" in printed
     assert f"\nno token is supervised in the 6 rows of kind chat of {tmp_path / 'trained'}\n" in printed
     (line,) = metrics(tmp_path / "run")
     assert (line["loss"], line["valid_loss"], line["valid_losses"]) == (None, None, {"long": None})
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"kind_counts": {}}))
+    edit_meta(tmp_path / "trained", kind_counts={})
     assert pool.run(outcome, 1, arguments(inputs, tmp_path / "cut", *extra, "--too-long", "cut")) == [""]
     (line,) = metrics(tmp_path / "cut")
     assert line["supervised_tokens"] == 6 * 10 and line["valid_loss"] > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from data.audit import lost_rows
 from data.index import write_index
 from data.order import GlobalOrder
 from engine.run_data import audit, check_batch, check_data, check_held_out, model_data, open_data, open_valid
-from tests.support.tiny import VOCABULARY, conversations
+from tests.support.tiny import VOCABULARY, conversations, edit_meta
 
 
 def made(path: Path, **meta) -> Path:
@@ -111,8 +110,7 @@ def test_what_trains_nothing_stops_a_run(tmp_path):
     sources[2]["dropped"] = {"duplicate prompt": 1}
     more = {"held_out": 1, "not_taken": 1, "dropped": drops(duplicate_prompt=1, no_answer=1)}
     path = made(tmp_path / "data", rows=109, filtered=0, **more)
-    meta = json.loads((path / "meta.json").read_text())
-    (path / "meta.json").write_text(json.dumps(meta | {"kind_counts": kinds, "sources": sources}))
+    edit_meta(path, kind_counts=kinds, sources=sources)
     index = open_data((str(path),))[0][0]
     sentence = refused(index)
     silent = "the 10 rows of kind tool calls and the 4 rows of kind rendered and the 5 rows of source code; "

@@ -184,6 +184,14 @@ def write_documents(folder: Path, count: int, seed: int = 0) -> Path:
     return folder
 
 
+def edit_meta(folder: Path, **changes) -> None:
+    """Changes what meta.json says, and leaves out the checksums, as data had it that was prepared before them."""
+    meta = {
+        key: value for key, value in read_json(folder / "meta.json").items() if key not in ("checksum", "checksums")
+    }
+    (folder / "meta.json").write_text(json.dumps(meta | changes))
+
+
 def reference(folder: Path, index: MemoryIndex, batches: list[list[int]], optim: SimpleNamespace) -> SimpleNamespace:
     """Trains the plain Hugging Face model one conversation at a time.
 
