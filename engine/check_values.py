@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from engine.config import CheckpointConfig, GuardConfig, OptimConfig, RunConfig
 
 # What --checkpoint.allow-change takes: settings that change the course of a run that is resumed.
 ALLOWED_CHANGES = ("model", "optim.moments", "precision")
+# Access tokens by their published prefixes, and credentials in addresses. Long hexadecimal names are no sign: the hub's
+# own folders bear them.
+_SECRET = re.compile(
+    r"\b(hf|ghp|gho|ghs|ghu)_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}|\bglpat-[\w-]{20,}|\bsk-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b"
+    r"|://[^/\s@]+@|[?&;](token|access_token|key|api_key|password|secret|sig|X-Amz-\w+)="
+)
 
 
 def check_values(config: RunConfig) -> None:
     """Refuses values that cannot be meant; ValueError in one sentence that names flag, value and mend."""
+    check_secrets(dataclasses.asdict(config))
     positive = ("seq_len", "micro_batch_size", "global_batch_size", "steps", "epochs", "pad_documents_to")
     for name in positive:
         value = getattr(config, name)
@@ -43,6 +53,19 @@ def check_values(config: RunConfig) -> None:
         missing = "--data" if config.model else "--model"
         raise ValueError(f"{missing} is missing: give both --model and --data, or neither for the built-in demo")
     _check_output(config)
+
+
+def check_secrets(settings: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuses settings, by field, that hold what looks like a token or a password: files and logs repeat them."""
+    for name, value in settings.items():
+        flag = f"{prefix}{name.replace('_', '-')}"
+        if isinstance(value, Mapping):
+            check_secrets(value, f"{flag}.")
+        elif any(_SECRET.search(str(one)) for one in (value if isinstance(value, tuple | list) else (value,))):
+            raise ValueError(
+                f"--{flag} holds what looks like an access token or a password (not repeated here), and a run's files "
+                "and logs show its settings: give it in the environment instead, e.g. as HF_TOKEN or WANDB_API_KEY"
+            )
 
 
 def _check_optim(optim: OptimConfig) -> None:

@@ -40,10 +40,14 @@ def named(path: str, fingerprint: str) -> str:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What two results were made of otherwise, as `name: before -> now`."""
     return [
-        f"{name}: {before.get(name)} -> {now.get(name)}"
+        f"{name}: {_shown(before.get(name))} -> {_shown(now.get(name))}"
         for name in {**before, **now}
         if _content(before.get(name)) != _content(now.get(name))
     ]
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
 
 
 def _content(value: Any) -> Any:

@@ -195,15 +195,17 @@ def check_agreement(prepared: Prepared, device: torch.device) -> list[str]:
 
 def try_collective(device: torch.device) -> float:
     """Adds up a known number over all ranks; milliseconds, or ValueError where the sum is another."""
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    numbers = torch.full((ELEMENTS,), float(rank + 1), device=device)
+    world_size = distributed.get_world_size()
+    numbers = torch.full((ELEMENTS,), float(distributed.get_rank() + 1), device=device)
     distributed.all_reduce(numbers)  # which sets up what later ones use
     wanted = world_size * (world_size + 1) / 2
-    if bool((wrong := numbers != wanted).any()):
-        found = float(numbers[wrong][0])
+    wrong = numbers[numbers != wanted]
+    sums: list[tuple[str, float] | None] = [None] * world_size
+    distributed.all_gather_object(sums, (socket.gethostname(), float(wrong[0])) if len(wrong) else None)
+    if named := [f"{one[1]} on rank {rank} ({one[0]})" for rank, one in enumerate(sums) if one is not None]:
         raise ValueError(
-            f"ranks 1 to {world_size} added up to {found} instead of {wanted} on rank {rank} ({socket.gethostname()}): "
-            "the network or a device of this host corrupts what it carries; start again without it"
+            f"1 to {world_size} added up over the ranks to {', '.join(named[:SHOWN])} instead of {wanted}: a network "
+            "or a device corrupts what it carries; start again without that host"
         )
     started = time.perf_counter()
     distributed.all_reduce(numbers)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.preparation.prompt import load_prompt
+from engine.check_values import check_secrets
 
 
 class EvaluationError(ValueError):
@@ -73,11 +74,12 @@ def check_options(options: EvaluationOptions) -> None:
             f"--num-samples {options.num_samples} would give the same greedy answer each time: "
             "add --temperature 0.7, or leave --num-samples out"
         )
-    if options.prompt is not None:
-        try:
+    try:
+        check_secrets({"model": options.model, "data": options.data})
+        if options.prompt is not None:
             load_prompt(options.prompt)
-        except ValueError as error:
-            raise EvaluationError(str(error)) from error
+    except ValueError as error:
+        raise EvaluationError(str(error)) from error
     _check_model(options.model)
 
 

@@ -1,5 +1,6 @@
 """One evaluation from its options to its result block."""
 
+import hashlib
 import json
 import os
 import sys
@@ -13,14 +14,17 @@ from examples.evaluation.options import EvaluationOptions, check_options
 from examples.evaluation.prompting import Prompts, build_prompts, load_tokenizer
 from examples.evaluation.questions import Question, dataset_name, load_questions
 from examples.evaluation.scores import score_table
+from examples.made_of import differences, named, weights_fingerprint
 
 RULE = "=" * 60
+RESULTS, GENERATIONS = "results.json", "generations.jsonl"  # what an output holds
 
 
 def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     """Generate, grade, write `generations.jsonl` and `results.json` into `--output`, print the result block.
 
     Returns what `results.json` holds: `score` is pass@1 as a fraction, beside every other score and count.
+    Results of the same model, questions, prompts and sampling are replaced; others are set aside.
     Raises `EvaluationError` for a user's mistake, all of them before the model is loaded.
     """
     check_options(options)
@@ -38,10 +42,12 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     golds = [question.gold for question in questions]
     graded = grade_questions(golds, texts, num_workers=max(1, min(4, os.cpu_count() or 1)))
     results = _results(options, backend, generations, graded, prompts.warnings)
+    results["made_of"] = made_of(options, backend, questions, prompts)
     results["generation_seconds"] = round(generated - started, 2)
     results["grading_seconds"] = round(time.perf_counter() - generated, 2)
-    _write_generations(options.output / "generations.jsonl", questions, generations, graded)
-    _write(options.output / "results.json", json.dumps(results, indent=2) + "\n")
+    set_others_aside(options.output, results["made_of"])
+    _write_generations(options.output / GENERATIONS, questions, generations, graded)
+    _write(options.output / RESULTS, json.dumps(results, indent=2) + "\n")
     print(result_block(results))
     return results
 
@@ -97,6 +103,45 @@ def _results(
         "generated_tokens": sum(generation.tokens for generation in flat),
         "warnings": warnings,
     }
+
+
+def made_of(options: EvaluationOptions, backend: str, questions: list[Question], prompts: Prompts) -> dict[str, Any]:
+    """All that decides the answers and their scores, by name."""
+    asked = [[question.messages, question.gold] for question in questions]
+    sampling = ("max_new_tokens", "temperature", "top_p", "top_k", "num_samples", "seed", "dtype")
+    return {
+        "model": named(options.model, weights_fingerprint(options.model)),
+        "data": named(options.data, _digest(asked)),
+        "prompts": _digest([prompts.ids, prompts.eos]),
+        "backend": backend,
+        **{name: getattr(options, name) for name in sampling},
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]
+
+
+def set_others_aside(output: Path, now: dict[str, Any]) -> Path | None:
+    """Moves results that were made of something else to a folder `earlier.N` of the output, and says so."""
+    if not (output / RESULTS).exists():
+        return None
+    try:
+        before = json.loads((output / RESULTS).read_text(encoding="utf-8"))["made_of"]
+    except (ValueError, KeyError, TypeError):
+        before = None
+    found = differences(before, now) if before else ["they do not say what they were made of"]
+    if not found:
+        return None
+    number = 1
+    while (aside := output / f"earlier.{number}").exists():
+        number += 1
+    aside.mkdir()
+    for name in (RESULTS, GENERATIONS):
+        if (output / name).exists():
+            os.replace(output / name, aside / name)
+    print(f"{output} held other results ({'; '.join(found)}); they were moved to {aside}", file=sys.stderr)
+    return aside
 
 
 def result_block(results: dict[str, Any]) -> str:

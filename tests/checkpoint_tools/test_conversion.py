@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_tools import hf_to_mcore, inspect_checkpoint, mcore_to_hf
+from data.checksums import SUMS
 from engine.checkpointing.directory import MANIFEST, complete_or_absent, read_manifest, write_manifest
+from engine.checkpointing.export_sums import LIST
 from engine.checkpointing.hf_export import Export, change_config, open_checkpoint
 from engine.checkpointing.store_reader import StoreReader
 from engine.checkpointing.store_writer import write_store
@@ -77,7 +79,9 @@ def script(name: str, *arguments, limit: int | None = None) -> subprocess.Comple
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    """All files of a directory but for the checksums that our exports have."""
+    files = [file for file in folder.rglob("*") if file.is_file() and file.suffix != SUMS and file.name != LIST]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def test_there_and_back_gives_the_same_files(model, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from engine.check_values import check_values
-from engine.cli import _REASONS, check_mcore, parse_run
-from engine.config import OptimConfig, RunConfig
+from engine.cli import _REASONS, check_mcore, dump_run, parse_run
+from engine.config import CheckpointConfig, LogConfig, OptimConfig, RunConfig
 from engine.layout import Layout, check_layout, check_sequence
 from engine.prepare import check_experts
 from engine.schedule import learning_rate
+from examples.demo.builtin import parse_over_demo
 from models.hf_config import describe
 from models.layer_spec import choose_backend
 from tests.support.tiny import MODELS, save_model
@@ -145,12 +147,124 @@ def test_sequence_is_refused(layout, seq_len, pad, sentence):
         ({"valid_every": 5}, "--valid-every 5 needs held-out data"),
         ({"optim": OptimConfig(lr=float("nan"))}, "--optim.lr nan must be a number"),
         ({"optim": OptimConfig(lr=-1.0)}, "--optim.lr -1.0 must be a number of 0 or more"),
+        ({"optim": OptimConfig(eps=0.0)}, "--optim.eps 0.0 must be above 0, e.g. 1e-8"),
+        ({"optim": OptimConfig(lr=1e-5, min_lr=2e-5)}, "--optim.min-lr 2e-05 is above --optim.lr 1e-05"),
+        ({"optim": OptimConfig(lr=1e-5, warmup_steps=2, warmup_init=1e-4)}, "--optim.warmup-init 0.0001 is above"),
+        ({"optim": OptimConfig(warmup_init=1e-6)}, "--optim.warmup-init 1e-06 has no effect without a warmup"),
+        ({"optim": OptimConfig(decay_steps=3)}, "--optim.decay-steps 3 has no effect under --optim.schedule cosine"),
+        (
+            {"optim": OptimConfig(schedule="constant", min_lr=1e-6)},
+            "--optim.min-lr 1e-06 has no effect under --optim.schedule constant",
+        ),
+        (
+            {"steps": 6, "optim": OptimConfig(warmup_steps=3000)},
+            "--optim.warmup-steps 3,000 must be shorter than the run, which has 6 steps; give fewer",
+        ),
+        ({"steps": 6, "optim": OptimConfig(warmup_steps=6)}, "--optim.warmup-steps 6 must be shorter than the run"),
+        (
+            {"steps": 6, "optim": OptimConfig(schedule="wsd", decay_steps=7)},
+            "--optim.decay-steps 7 is longer than the run, which has 6 steps; give fewer",
+        ),
+        (
+            {"steps": 6, "optim": OptimConfig(schedule="wsd", warmup_steps=3, decay_steps=4)},
+            "--optim.warmup-steps 3 and --optim.decay-steps 4 together are longer than the run, which has 6 steps",
+        ),
+        (
+            {"checkpoint": CheckpointConfig(allow_change=("precision", "optim.lr"))},
+            "--checkpoint.allow-change optim.lr: no such setting needs to be allowed; those that do are model, "
+            "optim.moments, precision",
+        ),
+        (
+            {"model": "runs/a/", "data": ("D",), "output": Path("runs/b/../a")},
+            "--output runs/b/../a is the directory of --model",
+        ),
+        ({"model": "M", "data": ("A", "B:0.5"), "output": Path("B")}, "--output B is the directory of --data"),
+        (
+            {"model": "M", "data": ("A",), "valid": ("held=B",), "output": Path("B")},
+            "--output B is the directory of --valid",
+        ),
     ],
 )
 def test_value_is_refused(changes, sentence):
     with pytest.raises(ValueError) as caught:
         check_values(replace(RunConfig(), **changes))
     assert sentence in str(caught.value)
+
+
+def test_courses_that_just_fit_pass():
+    for optim in (
+        OptimConfig(warmup_steps=5),
+        OptimConfig(schedule="wsd", warmup_steps=2, decay_steps=4),
+        OptimConfig(schedule="wsd", decay_steps=6),
+        OptimConfig(lr=1e-5, min_lr=1e-5, warmup_steps=1, warmup_init=1e-5),
+        OptimConfig(lr=0.0),
+    ):
+        check_values(replace(RunConfig(), steps=6, optim=optim))
+    check_values(replace(RunConfig(), epochs=1.0, optim=OptimConfig(warmup_steps=3000)))  # its length is not known yet
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "https://me:pass1234@example.org/model"},
+        {"data": ("D", "https://example.org/data?token=abc1234")},
+        {"log": LogConfig(wandb_project="hf_" + "aB3" * 12)},
+    ],
+)
+def test_what_looks_like_a_token_is_refused_and_not_repeated(changes):
+    with pytest.raises(ValueError, match="holds what looks like an access token or a password") as caught:
+        check_values(replace(RunConfig(), **changes))
+    assert not {"pass1234", "abc1234", "aB3aB3"} & set(re.findall(r"\w+", str(caught.value)))
+    assert "aB3" not in str(caught.value)
+
+
+def test_names_that_look_odd_are_no_tokens():
+    folder = f"/cache/models--a--hf_model/snapshots/{'0123456789abcdef' * 2}01234567"
+    check_values(replace(RunConfig(), model=folder, data=("s3://bucket/a:0.5", "hf_data/key=1"), output=Path("sk-run")))
+
+
+def test_a_later_length_wins(tmp_path):
+    epochs = write(tmp_path / "epochs.yaml", "epochs: 2\noptim: {lr: 1e-3}\n")
+    steps = write(tmp_path / "steps.yaml", "steps: 30\n")
+    above = write(tmp_path / "above.yaml", "base: epochs.yaml\nsteps: 5\n")
+    both = write(tmp_path / "both.yaml", "steps: 30\nepochs: 2\n")
+
+    def length(*arguments: str, defaults: RunConfig | None = None) -> tuple[int | None, float | None]:
+        config = parse_run(list(arguments), defaults)
+        return config.steps, config.epochs
+
+    assert length(epochs, "--steps", "7") == length(epochs, "--steps=7") == (7, None)
+    assert length(steps, "--epochs", "0.5") == (None, 0.5)
+    assert length(epochs, steps) == (30, None) and length(steps, epochs) == (None, 2)
+    assert length(above) == (5, None) and length(above, epochs) == (None, 2)
+    assert length(epochs, "--epochs", "None", "--steps", "7") == (7, None)
+    assert length(epochs, "--steps", "None") == (None, 2)
+    assert length("--epochs", "3", defaults=RunConfig(steps=300)) == (None, 3)
+    assert parse_run([epochs, "--steps", "7"]).optim.lr == 1e-3
+    again = write(tmp_path / "config.yaml", dump_run(parse_run([epochs, "--steps", "7"])))
+    assert length(again) == (7, None)
+    with pytest.raises(ValueError, match="both.yaml sets the length of the run twice, by steps and epochs"):
+        parse_run([both])
+    with pytest.raises(ValueError, match="--steps and --epochs both set the length"):
+        check_values(parse_run(["--steps", "7", "--epochs", "2"]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], (300, 30, 120)),
+        (["--steps", "20"], (20, 2, 8)),
+        (["--steps", "1"], (1, 0, 1)),
+        (["--steps", "600"], (600, 30, 120)),
+        (["--epochs", "0.8"], (None, 15, 60)),  # 150 steps
+        (["--steps", "20", "--optim.warmup-steps", "5"], (20, 5, 8)),
+        (["--steps", "20", "--optim.schedule", "constant"], (20, 2, 0)),
+    ],
+)
+def test_a_demo_of_another_length_keeps_its_course(flags, expected):
+    config = parse_over_demo(flags)
+    check_values(config)
+    assert (config.steps, config.optim.warmup_steps, config.optim.decay_steps) == expected
 
 
 def write(path: Path, text: str) -> str:

@@ -9,7 +9,8 @@ import pytest
 
 from data.audit import lost_rows
 from data.index import write_index
-from engine.run_data import audit, check_data, model_data, open_data, open_valid
+from data.order import GlobalOrder
+from engine.run_data import audit, check_batch, check_data, check_held_out, model_data, open_data, open_valid
 from tests.support.tiny import VOCABULARY, conversations
 
 
@@ -139,3 +140,28 @@ def test_templates_are_compared_as_they_are(tmp_path):
         (tmp_path / name / "tokenizer").mkdir()
     other.meta["vocab_size"] = VOCABULARY + 1
     assert model_data([text, one], [other])["tokenizer"] == tmp_path / "other" / "tokenizer"
+
+
+def test_held_out_data_is_not_trained_on(tmp_path):
+    """By its place, and by what it holds: a copy is no other data."""
+    trained, same = opened(tmp_path / "trained"), opened(tmp_path / "copy")
+    write_index(tmp_path / "other", conversations(3, seed=7).documents, vocab_size=VOCABULARY)
+    other = open_data((str(tmp_path / "other"),))[0][0]
+    check_held_out([trained], {"valid": other})
+    for index in (trained, same):
+        with pytest.raises(ValueError) as caught:
+            check_held_out([other, trained], {"valid": index})
+        assert f"--valid {index.path} holds the same documents as --data {trained.path}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("unit", "size"), [("conversations", "14 conversations"), ("sequences", "4 packed sequences")])
+def test_a_batch_is_no_larger_than_an_epoch(unit, size):
+    most = int(size.split()[0])
+    shape = {"seq_len": 96, "pad_documents_to": 2, "too_long": "error", "seed": 1}
+    order = GlobalOrder([(conversations(14), 1.0)], global_batch_size=5000, batch_unit=unit, **shape)
+    assert order.size_of_epoch(0) == most
+    check_batch(order, most, unit)
+    with pytest.raises(ValueError) as caught:
+        check_batch(order, 5000, unit)
+    assert str(caught.value).startswith(f"--global-batch-size 5,000 is more than the {size} of an epoch of --data")
+    assert str(caught.value).endswith(f"give --global-batch-size {most} or less")

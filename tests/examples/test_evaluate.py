@@ -1,6 +1,7 @@
 """Evaluation end to end: the same answers however batched or shared out; bad input gets one sentence."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from examples.demo.model import build_demo_model
 from examples.demo.problems import make_problems
@@ -86,8 +88,6 @@ def test_an_answer_ends_at_its_end_token(model_dir, data_file, tmp_path):
 
 
 def test_the_models_own_sampling_settings_do_not_leak_into_greedy_answers(model_dir, data_file, tmp_path):
-    import shutil
-
     other = tmp_path / "model"
     shutil.copytree(model_dir, other)
     settings = {
@@ -115,6 +115,30 @@ def test_results_do_not_depend_on_the_number_of_workers(model_dir, data_file, tm
     assert [(line["index"], line["sample"]) for line in generations] == [(i, s) for i in range(9) for s in range(3)]
     assert len({line["generation"] for line in generations if line["index"] == 0}) == 3, "samples differ"
     assert json.loads((tmp_path / "one" / "results.json").read_text()) == one
+
+
+def test_results_of_another_making_are_set_aside_and_not_replaced(model_dir, data_file, tmp_path, capsys):
+    output, moved = tmp_path / "output", tmp_path / "moved"
+    first = evaluate(options_for(model_dir, data_file, output, limit=3))
+    shutil.copytree(model_dir, moved)
+    again = evaluate(options_for(moved, data_file, output, limit=3))  # the same weights elsewhere
+    assert again["scores"] == first["scores"] and "held other results" not in capsys.readouterr().err
+    assert sorted(path.name for path in output.iterdir()) == ["generations.jsonl", "results.json"]
+    weights = load_file(moved / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, moved / "model.safetensors", {"format": "pt"})
+    other = evaluate(options_for(moved, data_file, output, limit=3))
+    said = capsys.readouterr().err
+    assert f"{output} held other results (model: {moved} [" in said and f"moved to {output / 'earlier.1'}" in said
+    assert json.loads((output / "earlier.1" / "results.json").read_text()) == again
+    assert len(read_generations(output / "earlier.1")) == len(read_generations(output)) == 3
+    assert other["made_of"]["model"] != again["made_of"]["model"]
+    evaluate(options_for(moved, data_file, output, limit=2, max_new_tokens=5))
+    said = capsys.readouterr().err
+    assert "data: " in said and "max_new_tokens: 12 -> 5" in said and "model: " not in said
+    (output / "results.json").write_text("{}")
+    evaluate(options_for(moved, data_file, output, limit=2, max_new_tokens=5))
+    assert "(they do not say what they were made of); they were moved to" in capsys.readouterr().err
+    assert (output / "earlier.3" / "results.json").read_text() == "{}"
 
 
 def test_the_block_reads_like_the_published_ones():
@@ -223,8 +247,6 @@ def test_options_that_cannot_be_are_refused(model_dir, data_file, tmp_path, chan
 
 
 def test_a_turn_that_generation_does_not_end_at_is_warned_about(model_dir, data_file, tmp_path):
-    import shutil
-
     other = tmp_path / "model"
     shutil.copytree(model_dir, other)
     (other / "generation_config.json").write_text('{"eos_token_id": 0}')
@@ -262,8 +284,6 @@ def test_a_users_mistake_gives_one_sentence_and_status_2(model_dir, data_file, t
 
 
 def test_weights_that_cannot_be_loaded_get_a_sentence(model_dir, data_file, tmp_path):
-    import shutil
-
     broken = tmp_path / "model"
     shutil.copytree(model_dir, broken)
     weights = broken / "model.safetensors"
@@ -273,8 +293,6 @@ def test_weights_that_cannot_be_loaded_get_a_sentence(model_dir, data_file, tmp_
 
 
 def test_no_chat_template_is_refused_and_one_can_be_given(model_dir, data_file, tmp_path):
-    import shutil
-
     bare = tmp_path / "model"
     shutil.copytree(model_dir, bare)
     (bare / "chat_template.jinja").unlink()

@@ -25,7 +25,8 @@ from tests.support.tiny import VOCABULARY, conversations, save_model
 
 TIMINGS = ("seconds", "tokens_per_second", "supervised_tokens_per_second", "tflops", "mfu")
 LENGTHS = {"conversations": 9, "sequences": 9}
-EXPERT_FLAGS = ("--precision", "fp32", "--moe.aux-loss", "0.01")
+# At a higher rate tokens near the border between two experts change sides by the last digits of a sum.
+EXPERT_FLAGS = ("--precision", "fp32", "--moe.aux-loss", "0.01", "--optim.lr", "1e-3")
 
 
 def run(arguments: list[str], environment: dict[str, str] | None = None) -> None:
