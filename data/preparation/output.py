@@ -9,7 +9,9 @@ from pathlib import Path
 
 LOCK, UNPACKED = "lock", "unpacked"  # in the directory of parts: who writes there; compressed files, unpacked
 # Paths that a data directory, one that is still written, and the directory of parts beside them hold.
-_FILES = r"(meta\.json|tokens\.(bin|idx)|(spans(_offsets)?|sources|kinds)\.npy|dropped\.jsonl|data_report\.html)"
+_FILES = (
+    r"(meta\.json|(tokens\.(bin|idx)|(spans(_offsets)?|sources|kinds)\.npy)(\.sums)?|dropped\.jsonl|data_report\.html)"
+)
 _TOKENIZER = (
     r"tokenizer(/(tokenizer.*|(special_tokens_map|added_tokens|vocab)\.json|vocab\..*|merges\.txt|.*\.(jinja|model)"
     r"|additional_chat_templates(/.*\.jinja)?))?"

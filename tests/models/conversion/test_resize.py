@@ -190,8 +190,8 @@ def test_a_checkpoint_of_ours_grows_by_the_mean_of_its_rows(pool, tmp_path, name
 def test_the_largest_of_several_data_sets_names_the_vocabulary(pool, tmp_path):
     """And brings its tokenizer; a checkpoint whose config.json counts fewer tokens than it holds is refused."""
     source = save_model("llama", tmp_path / "model", layers=1)
-    for name, tokens in (("data", VOCABULARY + 3), ("large", GROWN), ("valid", VOCABULARY)):
-        write_index(tmp_path / name, conversations(8).documents, vocab_size=tokens)
+    for seed, (name, tokens) in enumerate((("data", VOCABULARY + 3), ("large", GROWN), ("valid", VOCABULARY))):
+        write_index(tmp_path / name, conversations(8, seed).documents, vocab_size=tokens)
     (tmp_path / "large" / "tokenizer").mkdir()
     (tmp_path / "large" / "tokenizer" / "tokenizer.json").write_text("{}")
     paths = ["--model", source, "--data", tmp_path / "data", tmp_path / "large", "--valid", tmp_path / "valid"]
