@@ -50,7 +50,6 @@ def arguments(inputs: Path, output: Path, *extra: str) -> list[str]:
     base = ["--model", inputs / "model", "--output", output, "--data", inputs / "first", f"{inputs / 'second'}:0.5"]
     base += ["--valid", inputs / "held_out", "--valid-every", "4"]
     shape = "--seq-len 96 --global-batch-size 4 --steps 9 --pad-documents-to 4 --checkpoint.every 3"
-    shape += " --overlap on --bucket-size 2000"  # many small buckets, most of them padded, as on GPUs
     rates = "--optim.lr 1e-2 --optim.schedule linear --optim.warmup-steps 2 --optim.weight-decay 0.1"
     return [*map(str, base), *shape.split(), *rates.split(), *extra]
 
