@@ -167,6 +167,8 @@ class Trainer:
         """Measures every set of --valid in order; no weight and no place in the training data changes."""
         losses, source_losses, whole = {}, {}, np.zeros(2)
         for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:  # else forward passes alone start gathers that may never meet
+                chunk.start_param_sync(force_sync=True)
             chunk.eval()
         for name, loader in self.valid_loaders.items():
             sources = told_apart(loader)
