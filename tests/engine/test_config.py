@@ -14,7 +14,8 @@ from engine.check_values import check_values
 from engine.cli import _REASONS, check_mcore, dump_run, parse_run
 from engine.config import CheckpointConfig, LogConfig, OptimConfig, RunConfig
 from engine.layout import Layout, check_layout, check_sequence
-from engine.prepare import check_experts
+from engine.prepare import check_experts, find_start
+from engine.run_folder import RunFolder
 from engine.schedule import learning_rate
 from examples.demo.builtin import parse_over_demo
 from models.hf_config import describe
@@ -189,6 +190,18 @@ def test_value_is_refused(changes, sentence):
     with pytest.raises(ValueError) as caught:
         check_values(replace(RunConfig(), **changes))
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["every", "keep", "keep_every", "keep_best", "rescue_every", "rescue_minutes"])
+def test_what_is_kept_is_not_negative(name):
+    with pytest.raises(ValueError, match=f"^--checkpoint.{name.replace('_', '-')} -1 must be 0 or more$"):
+        check_values(replace(RunConfig(), checkpoint=CheckpointConfig(**{name: -1})))
+
+
+def test_going_back_and_starting_anew_exclude_each_other(tmp_path):
+    both = parse_run(["--checkpoint.resume-from", "2", "--checkpoint.no-resume"]).checkpoint
+    with pytest.raises(ValueError, match="^--checkpoint.resume-from and --checkpoint.no-resume exclude each other"):
+        find_start(RunFolder(tmp_path), both)
 
 
 def test_courses_that_just_fit_pass():
