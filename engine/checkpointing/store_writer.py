@@ -8,8 +8,9 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -23,15 +24,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from data.checksums import BlockSums
+from engine.checkpointing.archive import archive_of
 from engine.checkpointing.store_reader import row_blocks
 from engine.checkpointing.workers import Advance, Bar, no_bar, run_workers, share_of
-from models.conversion.byte_ranges import ByteRange, iterate_byte_ranges, read_byte_ranges
+from models.conversion.byte_ranges import ByteRange, iterate_byte_ranges
 
 # What a writer makes and writes at once. Blocks of malloc above 32 MiB go back to the kernel each time they are
 # freed, and pages that come from there cost more than the copying.
 PIECE_BYTES = 16 * 2**20
 FILE_BYTES = 4 * 2**30
-COPY_BYTES = 64 * 2**10  # nothing else that `torch.save` writes of a tensor is as long, so its data is known by length
 # What megatron-core's loader wants beside torch's own files.
 MEGATRON_METADATA = {
     "sharded_backend": "torch_dist",
@@ -146,73 +147,35 @@ class _DataFiles:
 
 
 class _Archives:
-    """One file of `torch.save` archives, written without a buffer between.
-
-    `torch.save` turns an OSError into a RuntimeError that says little, so `write` keeps it for `append`.
-    """
+    """One file of `torch.save` archives, written without a buffer between."""
 
     def __init__(self, path: Path):
         self.path, self.end = path, 0
         self._descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
-        self._error: Exception | None = None
         self._sums = BlockSums()
-        self._gap: list[ByteRange] | None = None  # what `write` writes in place of data of their size
 
     def append(self, tensor: Tensor) -> _StorageInfo:
-        start = self.end
-        # An archive holds a tensor's whole storage: so it gets one of its own, over the same memory.
         data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-        alone = torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape) if tensor.numel() else tensor.clone()
-        self._save(alone)
-        return self._finished(start)
+        return self._append(tensor.shape, tensor.dtype, [memoryview(data)])
 
     def copy(self, shape: torch.Size, dtype: torch.dtype, byte_ranges: list[ByteRange]) -> _StorageInfo:
-        """Append an archive of other files' bytes: `torch.save` writes what stands around them."""
-        size = sum(byte_range.length for byte_range in byte_ranges)
-        assert size == shape.numel() * dtype.itemsize
-        if size < COPY_BYTES:
-            return self.append(torch.frombuffer(read_byte_ranges(byte_ranges), dtype=dtype).view(shape))
-        start, self._gap = self.end, byte_ranges
-        self._save(torch.empty(shape, dtype=dtype))
-        assert self._gap is None, "torch.save wrote the data in several pieces"
-        return self._finished(start)
+        """Append an archive of other files' bytes."""
+        assert sum(byte_range.length for byte_range in byte_ranges) == shape.numel() * dtype.itemsize
+        return self._append(shape, dtype, iterate_byte_ranges(byte_ranges))
 
-    def _save(self, tensor: Tensor) -> None:
-        # Without torch's checksums, which none of its readers looks at: ours stand beside the file.
-        checked = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)
-        try:
-            torch.save(tensor, cast(BinaryIO, self))
-        finally:
-            torch.serialization.set_crc32_options(checked)
-        if self._error:
-            raise self._error
+    def _append(self, shape: torch.Size, dtype: torch.dtype, data: Iterable[memoryview]) -> _StorageInfo:
+        start, archive = self.end, archive_of(tuple(shape), dtype)
+        for block in chain([memoryview(archive.before)], data, [memoryview(archive.after)]):
+            self._sums.update(block)
+            while block:
+                count = os.pwrite(self._descriptor, block, self.end)
+                block, self.end = block[count:], self.end + count
+        return self._finished(start)
 
     def _finished(self, start: int) -> _StorageInfo:
         # Sends these pages to the disk already now, so that the last fsync finds little left to wait for.
         os.posix_fadvise(self._descriptor, start, self.end - start, os.POSIX_FADV_DONTNEED)
         return _StorageInfo(self.path.name, start, self.end - start)
-
-    def write(self, data: bytes | memoryview) -> int:
-        view = memoryview(data).cast("B")
-        blocks: Iterable[memoryview] = [view]
-        if self._gap and len(view) == sum(byte_range.length for byte_range in self._gap):
-            blocks, self._gap = iterate_byte_ranges(self._gap), None
-        try:
-            for block in blocks if not self._error else ():
-                self._write(block)
-        except (OSError, ValueError) as error:
-            self._error = error
-        return len(view)
-
-    def _write(self, block: memoryview) -> None:
-        self._sums.update(block)
-        while block:
-            count = os.pwrite(self._descriptor, block, self.end)
-            block, self.end = block[count:], self.end + count
-
-    def flush(self) -> None:
-        """`torch.save` asks for it; nothing is kept back here."""
 
     def close(self) -> None:
         """Make the file survive a power failure, in the process that wrote it: several wait for a disk at once."""
