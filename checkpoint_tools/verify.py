@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoint_tools.common import bar
-from data.checksums import SUMS, verify
+from data.checksums import SUMS, fault_of
 from data.index_checks import META, index_faults
 from engine.checkpointing.directory import MANIFEST, faults, has_checksums
 from engine.checkpointing.export_sums import LIST, small_faults
@@ -52,19 +51,12 @@ def _model_faults(path: Path) -> tuple[list[str], bool]:
         blob = file.resolve()
         if file.with_name(file.name + SUMS).exists():
             checked = True
-            found += _fault(file)
+            found += filter(None, [fault_of(file)])
         elif file.is_symlink() and SHA256.fullmatch(blob.name):
             checked = True
             if _sha256(blob) != blob.name:
                 found.append(f"{file} is damaged: its SHA-256 is not the name of the blob in the hub's cache")
     return found, checked
-
-
-def _fault(path: Path) -> Iterator[str]:
-    try:
-        verify(path)
-    except ValueError as error:
-        yield str(error)
 
 
 def _sha256(path: Path) -> str:

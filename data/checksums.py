@@ -6,9 +6,11 @@ FILE.sums    8 bytes magic, u32 version, u32 block, u64 size of FILE, u64 count,
 The hash is XXH3 of the library xxhash: it runs at the speed of memory, which no CRC of the standard library does.
 """
 
+import json
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from xxhash import xxh3_64, xxh3_64_hexdigest, xxh3_64_intdigest
@@ -91,6 +93,32 @@ def file_sum(path: Path) -> str:
         while data := file.read(_AT_ONCE):
             total.update(data)
     return total.hexdigest()
+
+
+def fault_of(path: Path, expected: str | None = None) -> str | None:
+    """What is wrong with a file, found by reading all of it; None for one that is as it was written.
+
+    expected: its `file_sum`, for a small file; without it the checksums beside the file tell.
+    """
+    if expected is None:
+        try:
+            verify(path)
+        except ValueError as error:
+            return str(error)
+    elif file_sum(path) != expected:
+        return f"{path} is damaged: its bytes 0 to {path.stat().st_size - 1:,} are not those that were written"
+    return None
+
+
+def own_sum(stated: dict[str, Any]) -> str:
+    """The checksum of what a JSON file states, but for the field `checksum`, however it is laid out."""
+    rest = {name: value for name, value in stated.items() if name != "checksum"}
+    return text_sum(json.dumps(rest, sort_keys=True, separators=(",", ":")))
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name that a file states leads out of that file's directory."""
+    return Path(name).is_absolute() or ".." in Path(name).parts
 
 
 def text_sum(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data.checksums import SUMS, file_sum, sums_of, text_sum, verify
+from data.checksums import SUMS, fault_of, file_sum, leads_out, own_sum, sums_of
 
 META = "meta.json"
 FILES = (META, "tokens.bin", "tokens.idx", "spans.npy", "spans_offsets.npy")
@@ -20,7 +20,7 @@ def add_checksums(directory: Path, meta: dict[str, Any]) -> None:
     small = [*directory.glob(f"*{SUMS}"), *(directory / "tokenizer").rglob("*")]
     names = sorted(path.relative_to(directory).as_posix() for path in small if path.is_file())
     meta["checksums"] = {name: file_sum(directory / name) for name in names}
-    meta["checksum"] = _own_sum(meta)
+    meta["checksum"] = own_sum(meta)
 
 
 def index_faults(path: Path) -> Iterator[str]:
@@ -32,37 +32,29 @@ def index_faults(path: Path) -> Iterator[str]:
         return
     yield from small_faults(path, meta)
     for name in (*FILES[1:], *(f"{name}.npy" for name in NUMBERS)):
-        if sums_of(path / name).exists() or (name in FILES and not (path / name).is_file()):
-            try:
-                verify(path / name)
-            except FileNotFoundError:
+        checked = sums_of(path / name).exists()
+        if not (path / name).is_file():
+            if checked or name in FILES:
                 yield f"{path / name} is missing"
-            except ValueError as error:
-                yield str(error)
+        elif checked and (fault := fault_of(path / name)):
+            yield fault
 
 
 def small_faults(path: Path, meta: dict[str, Any]) -> Iterator[str]:
     """The files that do not have the checksum which meta.json states."""
     for name, expected in meta.get("checksums", {}).items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if leads_out(name):
             yield f"{path / META} names a file outside its directory: {name}"
         elif not (path / name).is_file():
             yield f"{path / name} is missing"
-        elif file_sum(path / name) != expected:
-            size = (path / name).stat().st_size
-            yield f"{path / name} is damaged: its bytes 0 to {size - 1:,} are not those that were written"
+        elif fault := fault_of(path / name, expected):
+            yield fault
 
 
 def read_meta(path: Path) -> dict[str, Any]:
     """What meta.json says; ValueError where it is not what was written."""
     text = (path / META).read_text(encoding="utf-8")
     meta = json.loads(text)
-    if ("checksum" in meta or "checksums" in meta) and (meta.get("checksum") != _own_sum(meta) or text[-1:] != "\n"):
+    if ("checksum" in meta or "checksums" in meta) and (meta.get("checksum") != own_sum(meta) or text[-1:] != "\n"):
         raise ValueError
     return meta
-
-
-def _own_sum(meta: dict[str, Any]) -> str:
-    """The checksum of the other fields of meta.json, however they are laid out."""
-    rest = {name: value for name, value in meta.items() if name != "checksum"}
-    return text_sum(json.dumps(rest, sort_keys=True, separators=(",", ":")))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.checksums import DamagedFile, file_sum, sums_of, text_sum, verify, write_sums
+from data.checksums import DamagedFile, fault_of, file_sum, leads_out, own_sum, sums_of, write_sums
 from engine.run_folder import MANIFEST, RunFolder
 
 FORMAT = 1
@@ -64,7 +64,7 @@ def write_manifest(directory: str | Path, meta: dict[str, Any]) -> None:
     sizes = _sizes(directory)
     checksums = {name: file_sum(directory / name) for name in sizes if not _is_data(name)}
     meta = {"format": FORMAT, **meta, "files": sizes, "checksums": checksums}
-    meta["checksum"] = _own_sum(meta)
+    meta["checksum"] = own_sum(meta)
     partial = directory / (MANIFEST + ".tmp")
     partial.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     _sync_file(partial)
@@ -79,7 +79,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     """
     directory = Path(directory)
     meta = parse_manifest(directory)
-    if (missing := next(size_faults(directory, meta), None)) is not None:
+    if (missing := next(iter(size_faults(directory, meta).values()), None)) is not None:
         raise ValueError(f"{directory} is not a complete checkpoint: {missing}")
     if (damage := next(small_faults(directory, meta), None)) is not None:
         raise DamagedFile(damage)
@@ -100,32 +100,32 @@ def parse_manifest(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory} is not a complete checkpoint: it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is damaged") from None
-    if ("checksum" in meta or checksums) and (meta.get("checksum") != _own_sum(meta) or not text.endswith("\n")):
+    if ("checksum" in meta or checksums) and (meta.get("checksum") != own_sum(meta) or not text.endswith("\n")):
         raise DamagedFile(f"{path} is damaged: it does not have the checksum that it states of itself")
     if meta.get("format") != FORMAT:
         raise ValueError(f"{path} has format {meta.get('format')}, this version reads format {FORMAT}")
-    if strangers := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+    if strangers := list(filter(leads_out, names)):
         raise ValueError(f"{path} names a file outside its directory: {strangers[0]}")
     return meta
 
 
-def size_faults(directory: Path, meta: dict[str, Any]) -> Iterator[str]:
-    """What is missing from a checkpoint, or has another size than its manifest says."""
-    found = _sizes(directory)
+def size_faults(directory: Path, meta: dict[str, Any]) -> dict[str, str]:
+    """What is missing from a checkpoint, or has another size than its manifest says: a sentence by the file's name."""
+    found, wrong = _sizes(directory), {}
     for name, size in meta["files"].items():
         if name not in found:
-            yield f"{name} is missing"
+            wrong[name] = f"{name} is missing"
         elif found[name] != size:
-            yield f"{name} has {found[name]} bytes instead of {size}"
+            wrong[name] = f"{name} has {found[name]} bytes instead of {size}"
+    return wrong
 
 
 def small_faults(directory: Path, meta: dict[str, Any]) -> Iterator[str]:
     """The files that do not have the checksum which the manifest states, but for those with checksums beside them."""
     for name, expected in meta.get("checksums", {}).items():
         path = directory / name
-        if path.is_file() and file_sum(path) != expected:
-            size = path.stat().st_size
-            yield f"{path} is damaged: its bytes 0 to {size - 1:,} are not those that were written"
+        if path.is_file() and (fault := fault_of(path, expected)):
+            yield fault
 
 
 def data_files(directory: Path, meta: dict[str, Any]) -> list[Path]:
@@ -137,12 +137,6 @@ def _is_data(name: str) -> bool:
     return Path(name).parent == Path(STATE) and Path(name).match(DATA_FILES)
 
 
-def _own_sum(meta: dict[str, Any]) -> str:
-    """The checksum of a manifest's other fields, however they are laid out."""
-    rest = {name: value for name, value in meta.items() if name != "checksum"}
-    return text_sum(json.dumps(rest, sort_keys=True, separators=(",", ":")))
-
-
 def faults(directory: Path, advance: Callable[[int], None] = lambda count: None) -> Iterator[str]:
     """A sentence for each damaged file of a checkpoint, found by reading all of it."""
     try:
@@ -150,15 +144,13 @@ def faults(directory: Path, advance: Callable[[int], None] = lambda count: None)
     except ValueError as error:
         yield str(error)
         return
-    wrong = list(size_faults(directory, meta))
-    yield from (f"{directory / fault}" for fault in wrong)
+    wrong = size_faults(directory, meta)
+    yield from (f"{directory / fault}" for fault in wrong.values())
     yield from small_faults(directory, meta)
     for path in data_files(directory, meta):
-        if path.is_file() and not any(fault.startswith(str(path.relative_to(directory)) + " ") for fault in wrong):
-            try:
-                verify(path)
-            except ValueError as error:
-                yield str(error)
+        if path.relative_to(directory).as_posix() not in wrong:
+            if fault := fault_of(path):
+                yield fault
             advance(path.stat().st_size)
 
 

@@ -46,11 +46,6 @@ def copy_byte_ranges(byte_ranges: Sequence[ByteRange], descriptor: int, at: int)
     return end - at
 
 
-def read_byte_ranges(byte_ranges: Sequence[ByteRange]) -> bytearray:
-    """The bytes of byte ranges, one after the other, in memory."""
-    return bytearray().join(bytes(block) for block in iterate_byte_ranges(byte_ranges))
-
-
 def iterate_byte_ranges(byte_ranges: Sequence[ByteRange]) -> Iterator[memoryview]:
     """The bytes of byte ranges in blocks, each of which is overwritten by the next; ValueError for a cut-off file."""
     buffer = memoryview(bytearray(READ_BYTES))

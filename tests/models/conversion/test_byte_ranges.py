@@ -8,10 +8,14 @@ import os
 import pytest
 import torch
 
-from models.conversion.byte_ranges import ByteRange, copy_byte_ranges, plain_ranges, read_byte_ranges
+from models.conversion.byte_ranges import ByteRange, copy_byte_ranges, iterate_byte_ranges, plain_ranges
 from models.conversion.hf_reader import HFReader
 from models.hf_config import describe
 from tests.support.tiny import save_model
+
+
+def read_byte_ranges(byte_ranges: list[ByteRange]) -> bytearray:
+    return bytearray(b"".join(map(bytes, iterate_byte_ranges(byte_ranges))))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt_oss"])
