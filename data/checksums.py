@@ -22,7 +22,7 @@ _MAGIC, _VERSION = b"LATHESUM", 1
 _HEADER = struct.Struct("<8sIIQQ")
 _BLOCKS = (2**12, 2**26)  # the smallest and the largest block that a file may ask for
 _AT_ONCE = 2**20
-_KEPT_BLOCKS = 4  # an archive begins in one block and ends in another, and its neighbours in the same
+_KEPT_BLOCKS = 2  # an archive begins in one block and ends in another
 
 
 class DamagedFile(ValueError):

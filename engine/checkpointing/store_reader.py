@@ -27,7 +27,7 @@ from models.conversion.byte_ranges import ByteRange
 MASTER_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.")
 
 SPAN_BYTES = 16 * 2**20  # that are read at once for numbers that do not lie end to end
-OPEN_FILES = 64  # a large checkpoint has a file a rank
+OPEN_FILES = 16  # a large checkpoint has a file a rank, and each keeps some blocks
 
 Box = tuple[range, ...]  # one a dimension, without steps
 
