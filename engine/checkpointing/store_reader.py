@@ -72,7 +72,7 @@ class StoreReader:
         return result
 
     def read_into(self, key: str, offsets: Sequence[int], out: Tensor) -> None:
-        """Fill a tensor on the host, of any strides, with the box of its shape at `offsets` of a global tensor.
+        """Fill a tensor, of any strides and on any device, with the box of its shape at `offsets` of a global tensor.
 
         Where `out` has another dtype, numbers are converted as `Tensor.copy_` does it. ValueError for a box that lies
         outside the tensor.
@@ -186,7 +186,7 @@ class StoreReader:
         if not part.numel():
             return
         first = start + int(part.storage_offset()) * part.element_size()
-        if part.is_contiguous() and block.is_contiguous() and part.dtype == block.dtype:
+        if block.is_cpu and part.is_contiguous() and block.is_contiguous() and part.dtype == block.dtype:
             file.read_into(first, memoryview(block.view(-1).view(torch.uint8).numpy()))
             return
         length = span_of(part) - int(part.storage_offset()) * part.element_size()
