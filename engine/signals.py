@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
 from types import FrameType
 
 import torch
@@ -82,10 +81,9 @@ def _heard() -> list[signal.Signals]:
 def shielded() -> Iterator[None]:
     """Puts a second SIGINT off to the end of this block, and keeps SIGNALS from processes started in it.
 
-    torchrun signals whole process groups, and so also the helpers that write a checkpoint.
+    A scheduler signals every process of a job, and so also the one that writes a checkpoint.
     """
     global _saving, _interrupted_again
-    resource_tracker.ensure_running()  # whose start would let both signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # of this thread, and so of what it starts
     _saving = True
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import multiprocessing
 import os
 import sys
 import traceback
@@ -129,8 +128,6 @@ def folder_of(arguments: list[str]) -> RunFolder | None:
 
 def leave_at_once(status: int) -> NoReturn:
     """Ends this process while others wait for it inside a collective; torchrun then ends them."""
-    for child in multiprocessing.active_children():
-        child.kill()
     os._exit(status)
 
 
