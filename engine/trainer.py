@@ -14,7 +14,7 @@ from data.order import GlobalOrder
 from engine.base_model import weight_reader
 from engine.checkpointing import checkpoint
 from engine.checkpointing.saver import Saved, Saver
-from engine.checkpointing.shards import own_shards
+from engine.checkpointing.shards import gather_weights, own_shards
 from engine.first_weights import fill_weights
 from engine.guards.skips import SkippedStep, skipped_until
 from engine.guards.watchdog import HELD_OUT, Watchdog
@@ -166,9 +166,9 @@ class Trainer:
     def held_out_losses(self, watchdog: Watchdog) -> HeldOutLosses:
         """Measures every set of --valid in order; no weight and no place in the training data changes."""
         losses, source_losses, whole = {}, {}, np.zeros(2)
+        if self.chunks[0].ddp_config.overlap_param_gather:  # else forward passes start gathers that may never meet
+            gather_weights(self.chunks)
         for chunk in self.chunks:
-            if chunk.ddp_config.overlap_param_gather:  # else forward passes alone start gathers that may never meet
-                chunk.start_param_sync(force_sync=True)
             chunk.eval()
         for name, loader in self.valid_loaders.items():
             sources = told_apart(loader)

@@ -33,9 +33,6 @@ SHARDING_METADATA = {
     # Layers are named one by one, whatever stage they live on: keys do not depend on the layout.
     "non_homogeneous_layers": True,
     "singleton_local_shards": False,
-    # The one format of the distributed optimizer that changes TP, PP and DP on load.
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
 }
 
 

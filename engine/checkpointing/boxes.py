@@ -18,10 +18,6 @@ class Box(NamedTuple):
         """The slices that cut it out of the tensor."""
         return tuple(slice(start, start + length) for start, length in zip(self.offsets, self.lengths, strict=True))
 
-    def moved(self, by: tuple[int, ...]) -> Box:
-        """The same box where the tensor begins `by` further on."""
-        return Box(tuple(a + b for a, b in zip(self.offsets, by, strict=True)), self.lengths)
-
     def cut(self, other: Box) -> Box | None:
         """What two boxes of one tensor share; None for nothing."""
         starts = tuple(map(max, self.offsets, other.offsets))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from engine.checkpointing.archive import archive_of
+from engine.checkpointing.archive import Archive, archive_of
 from engine.checkpointing.shards import Shard
 from engine.checkpointing.store_reader import row_blocks
 
@@ -34,6 +34,11 @@ class Piece:
     shape: tuple[int, ...]  # of the global tensor
     offsets: tuple[int, ...]
     data: Tensor
+
+    @property
+    def archive(self) -> Archive:
+        """What stands around its data in the file."""
+        return archive_of(tuple(self.data.shape), self.data.dtype)
 
 
 def pieces_of(shards: Sequence[Shard]) -> list[Piece]:
@@ -60,21 +65,21 @@ class Image:
         end = 0
         for piece in self.pieces:
             self._starts.append(end)
-            end += archive_of(tuple(piece.data.shape), piece.data.dtype).length
+            end += piece.archive.length
             end += -end % ALIGNMENT
         self.size = end
         self.descriptor = -1
         self._memory: mmap.mmap | None = None
         self._views: list[Tensor] = []
+        self._on_gpu = any(piece.data.is_cuda for piece in self.pieces)
 
     def storage(self) -> dict[MetadataIndex, tuple[Any, ...]]:
         """Where every piece lies: (global shape, dtype, chunk, storage), as `.metadata` says it."""
         found = {}
         for piece, start in zip(self.pieces, self._starts, strict=True):
             offsets = torch.Size(piece.offsets)
-            length = archive_of(tuple(piece.data.shape), piece.data.dtype).length
             chunk = ChunkStorageMetadata(offsets, torch.Size(piece.data.shape))
-            info = _StorageInfo(self.file, start, length)
+            info = _StorageInfo(self.file, start, piece.archive.length)
             found[MetadataIndex(piece.key, offsets)] = (piece.shape, piece.data.dtype, chunk, info)
         return found
 
@@ -85,14 +90,14 @@ class Image:
         with torch.no_grad():
             for view, piece in zip(self._views, self.pieces, strict=True):
                 view.copy_(piece.data, non_blocking=True)
-        if self.pieces and self.pieces[0].data.is_cuda:
+        if self._on_gpu:
             torch.cuda.synchronize()
 
     def release(self) -> None:
         """Gives the memory back; the next `fill` takes it again."""
         if self._memory is None:
             return
-        if self.pieces and self.pieces[0].data.is_cuda:
+        if self._on_gpu:
             torch.cuda.cudart().cudaHostUnregister(self._whole.data_ptr())
         self._views.clear()
         del self._whole
@@ -105,14 +110,12 @@ class Image:
         os.ftruncate(self.descriptor, max(self.size, 1))
         self._memory = mmap.mmap(self.descriptor, max(self.size, 1))
         self._whole = torch.frombuffer(self._memory, dtype=torch.uint8)
-        if self.pieces and self.pieces[0].data.is_cuda:  # pinned, so that copies run at the bus's full speed
+        if self._on_gpu:  # pinned, so that copies run at the bus's full speed
             status = torch.cuda.cudart().cudaHostRegister(self._whole.data_ptr(), len(self._whole), 0)
             assert int(status) == 0, f"the host's memory could not be pinned: {status}"
         for piece, start in zip(self.pieces, self._starts, strict=True):
-            shape, dtype = tuple(piece.data.shape), piece.data.dtype
-            archive = archive_of(shape, dtype)
-            self._memory[start : start + archive.data] = archive.before
-            data = start + archive.data
-            after = data + torch.Size(shape).numel() * dtype.itemsize
+            archive, data = piece.archive, start + piece.archive.data
+            after = data + piece.data.nbytes
+            self._memory[start:data] = archive.before
             self._memory[after : start + archive.length] = archive.after
-            self._views.append(self._whole[data:after].view(dtype).view(shape))
+            self._views.append(self._whole[data:after].view(piece.data.dtype).view(piece.data.shape))
