@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,18 @@ def build_mesh(layout: Layout, *, timeout_minutes: int = 30) -> Mesh:
         device=device,
         groups=groups,
     )
+
+
+def outcomes(work: Callable[[], Any] | None) -> list[tuple[Any, str | None]]:
+    """Runs each rank's work, if it has any; of every rank what came of it, and the text of an OSError or ValueError."""
+    result, failure = None, None
+    try:
+        result = work() if work else None
+    except (OSError, ValueError) as error:
+        failure = str(error)
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, (result, failure))
+    return found
 
 
 def destroy_mesh() -> None:

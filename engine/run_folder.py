@@ -79,7 +79,7 @@ class RunFolder:
         stores = [folder for folder in (self.checkpoints, self.exports) if _entries(folder)]
         if not alone and not stores:
             return None
-        aside = self._next("earlier")
+        aside = next_folder(self.path, "earlier")
         for folder in stores:  # checkpoints first: without `latest` nobody takes the rest for a run to go on with
             _move(sorted(_entries(folder), key=lambda path: path != self.latest), folder, aside)
         for path in alone:
@@ -99,21 +99,12 @@ class RunFolder:
 
         `latest` must name the step already, so that a run that is killed in here goes on from it.
         """
-        aside, paths = self._next("beyond"), self.beyond(step)
+        aside, paths = next_folder(self.path, "beyond"), self.beyond(step)
         (aside / self.metrics.name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         for folder in (self.checkpoints, self.exports):
             if own := [path for path in paths if path.parent == folder]:
                 _move(own, folder, aside)
         return aside
-
-    def _next(self, name: str) -> Path:
-        """Makes the folder NAME.N of the lowest number that no such folder has."""
-        number = 1
-        while (self.path / f"{name}.{number}").exists():
-            number += 1
-        folder = self.path / f"{name}.{number}"
-        folder.mkdir()
-        return folder
 
     def remove_leftovers(self) -> None:
         """Removes what interrupted saves, exports and removals left behind."""
@@ -134,11 +125,11 @@ class RunFolder:
         """
         target = self.checkpoint(step)
         promise = self.latest.with_name(self.latest.name + BEING_WRITTEN)
-        _write_durably(promise, target.name + "\n")
+        write_durably(promise, target.name + "\n")
         shutil.rmtree(target, ignore_errors=True)  # the same step of a run that did not resume
         os.rename(partial, target)
         os.replace(promise, self.latest)
-        _sync(self.checkpoints)
+        sync(self.checkpoints)
         return target
 
     def promised(self) -> Path | None:
@@ -152,9 +143,9 @@ class RunFolder:
 
     def point_latest(self, step: int) -> None:
         """Moves `latest` to a checkpoint in one step."""
-        _write_durably(self.latest.with_name(self.latest.name + BEING_WRITTEN), self.checkpoint(step).name + "\n")
+        write_durably(self.latest.with_name(self.latest.name + BEING_WRITTEN), self.checkpoint(step).name + "\n")
         os.replace(self.latest.with_name(self.latest.name + BEING_WRITTEN), self.latest)
-        _sync(self.checkpoints)
+        sync(self.checkpoints)
 
     def remove_checkpoint(self, step: int) -> Path:
         """Removes a checkpoint and its export: renamed first, so that none of them is ever there in part."""
@@ -166,6 +157,16 @@ class RunFolder:
         return self.checkpoint(step)
 
 
+def next_folder(path: Path, name: str) -> Path:
+    """Makes the folder NAME.N in a directory, of the lowest number that no such folder has."""
+    number = 1
+    while (path / f"{name}.{number}").exists():
+        number += 1
+    folder = path / f"{name}.{number}"
+    folder.mkdir()
+    return folder
+
+
 def replace_text(path: Path, text: str) -> None:
     """Writes a file in one move: a reader finds the old text or the new one, never a part of it."""
     beside = path.with_name(path.name + BEING_WRITTEN)
@@ -173,16 +174,17 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def _write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, text: str) -> None:
+    """Writes a file that survives a power failure."""
     with path.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _sync(folder: Path) -> None:
-    """Makes the names in a directory survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Makes a file, or the names in a directory, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,13 +11,11 @@ from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
-from torch import distributed
-
 from engine.base_model import config_overrides
 from engine.checkpointing.model_files import write_model_files
 from engine.cli import dump_run
 from engine.config import CheckpointConfig
-from engine.mesh import Mesh
+from engine.mesh import Mesh, outcomes
 from engine.prepare import Prepared, find_start, once
 from engine.reporting.metrics import lines_after
 from engine.run_data import model_data
@@ -57,13 +55,7 @@ def owned(prepared: Prepared, mesh: Mesh) -> Iterator[None]:
 
 def _agreed(work: Callable[[], Any], mesh: Mesh, *, all_ranks: bool = False) -> list[Any]:
     """The results of the first rank's work, or of all; Refused on every rank where one failed."""
-    result, failure = None, None
-    try:
-        result = work() if all_ranks or mesh.rank == 0 else None
-    except (OSError, ValueError) as error:
-        failure = str(error)
-    answers: list[Any] = [None] * mesh.world_size
-    distributed.all_gather_object(answers, (result, failure))
+    answers = outcomes(work if all_ranks or mesh.rank == 0 else None)
     for rank, (_, why) in enumerate(answers):
         if why is not None:
             raise Refused(why if rank == 0 else f"rank {rank}: {why}")

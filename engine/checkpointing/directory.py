@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.checksums import DamagedFile, fault_of, file_sum, leads_out, own_sum, sums_of, write_sums
-from engine.run_folder import MANIFEST, RunFolder
+from engine.run_folder import MANIFEST, RunFolder, sync, write_durably
 
 FORMAT = 1
 STATE = "state"
@@ -42,7 +42,7 @@ def complete_or_absent(target: str | Path) -> Iterator[Path]:
         yield partial
         sync_tree(partial)
         os.rename(partial, target)
-        sync_directory(target.parent)
+        sync(target.parent)
     except OSError as error:
         if error.errno in NO_SPACE:
             message = f"no space left while writing {target} (the partial output was removed)"
@@ -66,10 +66,9 @@ def write_manifest(directory: str | Path, meta: dict[str, Any]) -> None:
     meta = {"format": FORMAT, **meta, "files": sizes, "checksums": checksums}
     meta["checksum"] = own_sum(meta)
     partial = directory / (MANIFEST + ".tmp")
-    partial.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    _sync_file(partial)
+    write_durably(partial, json.dumps(meta, indent=2) + "\n")
     os.rename(partial, directory / MANIFEST)
-    sync_directory(directory)
+    sync(directory)
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
@@ -210,21 +209,8 @@ def sync_tree(directory: Path) -> None:
     """Make all files of a directory survive a power failure."""
     for folder, _, files in os.walk(directory):
         for file in files:
-            _sync_file(Path(folder) / file)
-        sync_directory(Path(folder))
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory survive a power failure."""
-    _sync_file(directory)
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync(Path(folder) / file)
+        sync(Path(folder))
 
 
 def _sizes(directory: Path) -> dict[str, int]:

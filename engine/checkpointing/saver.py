@@ -19,7 +19,7 @@ from engine.checkpointing.image import Image, pieces_of
 from engine.checkpointing.image_writer import ImageWriter
 from engine.checkpointing.shards import Shard
 from engine.checkpointing.store_writer import write_companions
-from engine.mesh import Mesh
+from engine.mesh import Mesh, outcomes
 from engine.run_folder import BEING_WRITTEN, RunFolder
 
 # How far a rank's part of a save is, in the order in which the furthest back of all ranks decides.
@@ -199,14 +199,8 @@ def together(work: Callable[[], Any] | None, partial: Path) -> list[Any]:
 
     `partial`, what was being written, is removed then.
     """
-    result, failure = None, None
-    try:
-        result = work() if work else None
-    except (OSError, ValueError) as error:
-        failure = str(error)
-    answers: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(answers, (result, failure))
-    failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(answers) if failure]
+    answers = outcomes(work)
+    failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(answers) if failure is not None]
     if failures:
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(partial.parents[1]).free / 2**30

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from engine.run_folder import next_folder
 from examples.evaluation.generation import Generation, choose_backend, generate, generate_vllm, make_requests
 from examples.evaluation.grading import GradedQuestion, grade_questions
 from examples.evaluation.options import EvaluationOptions, check_options
@@ -133,10 +134,7 @@ def set_others_aside(output: Path, now: dict[str, Any]) -> Path | None:
     found = differences(before, now) if before else ["they do not say what they were made of"]
     if not found:
         return None
-    number = 1
-    while (aside := output / f"earlier.{number}").exists():
-        number += 1
-    aside.mkdir()
+    aside = next_folder(output, "earlier")
     for name in (RESULTS, GENERATIONS):
         if (output / name).exists():
             os.replace(output / name, aside / name)
