@@ -30,7 +30,7 @@ def main(hf: Path, output: Path, num_workers: int | None = None) -> None:
         num_workers: processes that convert; one for each processor and at most 8 unless given.
     """
     workers = worker_count(num_workers)
-    from data.checksums import CheckedFile
+    from data.checked_files import CheckedFile
     from engine.checkpointing.export_sums import check_small_files, has_weight_sums
     from engine.checkpointing.hf_export import dtype_name, open_checkpoint
     from engine.checkpointing.store_writer import write_store

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from checkpoint_tools.common import bar
-from data.checksums import SUMS, fault_of
+from data.checked_files import fault_of
+from data.checksums import SUMS
 from data.index_checks import META, index_faults
 from engine.checkpointing.directory import MANIFEST, faults, has_checksums
 from engine.checkpointing.export_sums import LIST, small_faults

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from data.checksums import DATA_BLOCK, BlockSums, CheckedMap, DamagedFile, verify, write_sums
+from data.checked_files import CheckedMap, verify
+from data.checksums import DATA_BLOCK, BlockSums, DamagedFile, write_sums
 from data.documents import Documents, constant, runs_of
 from data.index_checks import FILES, META, NUMBERS, READ_WHOLE, add_checksums, read_meta, small_faults
 from data.prefix import PrefixIndex, prefix_of

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from data.checksums import SUMS, fault_of, file_sum, leads_out, own_sum, sums_of
+from data.checked_files import fault_of
+from data.checksums import SUMS, file_sum, leads_out, own_sum, sums_of
 
 META = "meta.json"
 FILES = (META, "tokens.bin", "tokens.idx", "spans.npy", "spans_offsets.npy")

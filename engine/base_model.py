@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.checksums import CheckedFile
+from data.checked_files import CheckedFile
 from engine.checkpointing.directory import HF, STATE, ResumePoint, read_manifest
 from engine.checkpointing.export_sums import check_small_files
 from engine.checkpointing.hf_export import dtype_name

@@ -24,7 +24,10 @@ ENTRY_ROOMS = ("examples", "checkpoint_tools")
 OURS = " ".join(ROOMS)
 HEAVY = "torch transformers megatron datasets safetensors"
 PURE = "pure files lead to no torch, so that they answer before it is loaded"
-LOADER = "loader dealing order too_long cutting packing index index_checks prefix documents token_files audit checksums"
+LOADER = (
+    "loader dealing order too_long cutting packing index index_checks prefix documents token_files audit checked_files "
+    "checksums"
+)
 OFFLINE = "directory store_metadata store_reader store_writer hf_export export_sums model_files workers"
 
 # The walls inside the rooms; those between them are ROOMS. They hold for imports that are made at run time, those

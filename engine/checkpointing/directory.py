@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.checksums import DamagedFile, fault_of, file_sum, leads_out, own_sum, sums_of, write_sums
+from data.checked_files import fault_of
+from data.checksums import DamagedFile, file_sum, leads_out, own_sum, sums_of, write_sums
 from engine.run_folder import MANIFEST, RunFolder, sync, write_durably
 
 FORMAT = 1

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.checksums import SUMS, DamagedFile, fault_of, file_sum, leads_out, sums_of, text_sum, write_sums
+from data.checked_files import fault_of
+from data.checksums import SUMS, DamagedFile, file_sum, leads_out, sums_of, text_sum, write_sums
 
 LIST = "checksums.json"
 WEIGHTS = "*.safetensors"

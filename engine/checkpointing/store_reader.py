@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from data.checksums import CheckedFile, DamagedFile
+from data.checked_files import CheckedFile
+from data.checksums import DamagedFile
 from engine.checkpointing.directory import newest_intact
 from engine.checkpointing.store_metadata import open_archive, read_metadata, span_of
 from models.conversion.byte_ranges import ByteRange

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from checkpoint_tools import inspect_checkpoint
-from data.checksums import BlockSums, CheckedFile, DamagedFile, verify, write_sums
+from data.checked_files import CheckedFile, verify
+from data.checksums import BlockSums, DamagedFile, write_sums
 from engine.checkpointing.directory import MANIFEST, STATE, faults, read_manifest, write_manifest
 from engine.checkpointing.store_reader import StoreReader
 from engine.checkpointing.store_writer import write_store
