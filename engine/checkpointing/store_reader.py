@@ -23,6 +23,7 @@ from data.checked_files import CheckedFile
 from data.checksums import DamagedFile
 from engine.checkpointing.directory import newest_intact
 from engine.checkpointing.store_metadata import open_archive, read_metadata, span_of
+from models.conversion.byte_boxes import bytes_of
 from models.conversion.byte_ranges import ByteRange
 
 MASTER_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.")
@@ -188,12 +189,12 @@ class StoreReader:
             return
         first = start + int(part.storage_offset()) * part.element_size()
         if block.is_cpu and part.is_contiguous() and block.is_contiguous() and part.dtype == block.dtype:
-            file.read_into(first, memoryview(block.view(-1).view(torch.uint8).numpy()))
+            file.read_into(first, bytes_of(block))
             return
         length = span_of(part) - int(part.storage_offset()) * part.element_size()
         if length <= SPAN_BYTES:
             span = self._span.empty([length // part.element_size()], part.dtype)
-            file.read_into(first, memoryview(span.view(torch.uint8).numpy()))
+            file.read_into(first, bytes_of(span))
             block.copy_(span.as_strided(part.shape, part.stride()))
             return
         dim = next(number for number, size in enumerate(part.shape) if size > 1)

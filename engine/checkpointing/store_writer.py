@@ -27,6 +27,7 @@ from data.checksums import BlockSums
 from engine.checkpointing.archive import archive_of
 from engine.checkpointing.store_reader import row_blocks
 from engine.checkpointing.workers import Advance, Bar, no_bar, run_workers, share_of
+from models.conversion.byte_boxes import bytes_of
 from models.conversion.byte_ranges import ByteRange, iterate_byte_ranges
 
 # What a writer makes and writes at once. Blocks of malloc above 32 MiB go back to the kernel each time they are
@@ -155,8 +156,7 @@ class _Archives:
         self._sums = BlockSums()
 
     def append(self, tensor: Tensor) -> _StorageInfo:
-        data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-        return self._append(tensor.shape, tensor.dtype, [memoryview(data)])
+        return self._append(tensor.shape, tensor.dtype, [bytes_of(tensor.contiguous())])
 
     def copy(self, shape: torch.Size, dtype: torch.dtype, byte_ranges: list[ByteRange]) -> _StorageInfo:
         """Append an archive of other files' bytes."""

@@ -47,6 +47,11 @@ class PlainFile:
             self.close()
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor; one of a single number is contiguous whatever its strides say."""
+    return memoryview(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy())
+
+
 def read_box(file: ByteFile, first: int, shape: Sequence[int], sides: Sequence[range], out: Tensor) -> None:
     """Read a box of a tensor whose data begins at byte `first` of a file.
 
@@ -67,7 +72,7 @@ def read_box(file: ByteFile, first: int, shape: Sequence[int], sides: Sequence[r
         start = first + sum(place * stride for place, stride in zip(places, strides, strict=False))
         start += run[0] * strides[inner] + (rows[0] * strides[inner - 1] if inner else 0)
         if run.step == 1 and (len(rows) == 1 or pitch - run_bytes > GAP_BYTES):
-            memory = _bytes(block)
+            memory = bytes_of(block)
             for number in range(len(rows)):
                 file.read_into(start + number * pitch, memory[number * run_bytes : (number + 1) * run_bytes])
             continue
@@ -75,9 +80,5 @@ def read_box(file: ByteFile, first: int, shape: Sequence[int], sides: Sequence[r
         for number in range(0, len(rows), step):
             some = block[number : number + step]
             covered = torch.empty((len(some) - 1) * pitch + run_bytes, dtype=torch.uint8)
-            file.read_into(start + number * pitch, _bytes(covered))
+            file.read_into(start + number * pitch, bytes_of(covered))
             some.copy_(covered.view(out.dtype).as_strided(some.shape, (pitch // size, run.step)))
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())

@@ -16,6 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from models.conversion.byte_boxes import bytes_of
 from models.conversion.byte_ranges import ByteRange, copy_byte_ranges
 from models.conversion.hf_reader import DTYPES, INDEX, SINGLE, read_index
 
@@ -78,7 +79,7 @@ class HFWriter:
         shape, dtype = self.plan[name]
         if tensor.dtype != dtype or tuple(tensor.shape[1:]) != shape[1:]:
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not {dtype} {list(shape)}")
-        data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = bytes_of(tensor.contiguous())
         descriptor, offset = self._claim(name, start, len(data))
         while data:
             count = os.pwrite(descriptor, data, offset)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from models.conversion import byte_boxes
-from models.conversion.byte_boxes import GAP_BYTES, PlainFile
+from models.conversion.byte_boxes import GAP_BYTES, bytes_of, PlainFile
 from models.conversion.hf_reader import SINGLE, HFReader
 
 DTYPES = (torch.bfloat16, torch.float32, torch.uint8, torch.float64)
@@ -98,3 +98,10 @@ def test_a_file_cut_after_it_was_opened_is_named(tmp_path):
     (tmp_path / SINGLE).write_bytes((tmp_path / SINGLE).read_bytes()[:2000])
     with pytest.raises(ValueError, match=f"{SINGLE} is truncated or damaged: it ends before byte 2,000"):
         reader.read("w")
+
+
+def test_one_number_is_its_bytes_whatever_its_strides():
+    whole = torch.arange(1.0, 5).bfloat16().view(2, 2)
+    for one in (whole[1:, 0], whole[0, 1:], whole[1, 0].expand(1, 1), whole.T[1:, :1]):
+        assert bytes(bytes_of(one)) == one.clone().view(1).view(torch.int16).numpy().tobytes()
+    assert len(bytes_of(torch.empty(0, 3))) == 0
