@@ -1,6 +1,7 @@
 """Files read together with the checksums beside them: what is damaged is found where it is read."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +39,12 @@ class CheckedFile:
         block = self.sums.block
         while target:
             number, skip = divmod(start, block)
-            length = self.sums.length(number)
-            count = min(length - skip, len(target))
-            if count == length:
-                self._read(start, target[:count])  # one block at a time: it is hashed while the cache still has it
-                self.sums.check(number, target[:count])
+            to_the_end = start + len(target) == self.size
+            count = 0 if skip else len(target) if to_the_end else len(target) // block * block
+            if count:
+                self._read_blocks(self.sums, start, target[:count])
             else:
+                count = min(self.sums.length(number) - skip, len(target))
                 target[:count] = self._block(number)[skip : skip + count]
             start, target = start + count, target[count:]
 
@@ -54,6 +55,22 @@ class CheckedFile:
         data = bytearray(length)
         self.read_into(start, memoryview(data))
         return data
+
+    def _read_blocks(self, sums: Sums, start: int, target: memoryview) -> None:
+        """Read whole blocks; those of a long run are hashed by a thread of its own while the next are read."""
+        step = max(CHECKPOINT_BLOCK, sums.block)
+        if len(target) <= 2 * step:
+            self._read(start, target)
+            sums.check_run(start, target)
+            return
+        with ThreadPoolExecutor(1) as beside:  # hashing and reading both let go of the interpreter
+            checks = []
+            for place in range(0, len(target), step):
+                part = target[place : place + step]
+                self._read(start + place, part)
+                checks.append(beside.submit(sums.check_run, start + place, part))
+            for check in checks:
+                check.result()
 
     def _block(self, number: int) -> memoryview:
         if number not in self._kept:
