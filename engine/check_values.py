@@ -29,8 +29,6 @@ def check_values(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
-    if config.steps is not None and config.epochs is not None:
-        raise ValueError("--steps and --epochs both set the length of the run; give one of them")
     if config.pad_multiple % 2 and config.cp > 1:
         raise ValueError(f"--pad-documents-to {config.pad_multiple} must be a multiple of 2*cp = {2 * config.cp}")
     if config.pp_layout and not re.fullmatch(r"\d+(,\d+)*", config.pp_layout):

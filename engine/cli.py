@@ -74,7 +74,7 @@ def parse_run(arguments: list[str], defaults: RunConfig | None = None) -> RunCon
     arguments, extra = take_mcore(arguments)
     config = dataclasses.replace(config, mcore={**config.mcore, **extra})
     parsed = tyro.cli(RunConfig, args=arguments, default=config, prog=Path(sys.argv[0]).name)
-    # A length among the flags wins over that of the files; two among the flags are refused with the other values.
+    # A length among the flags wins over that of the files; of two among the flags the first that is reached counts.
     steps, epochs = parsed.steps, parsed.epochs
     if is_given("steps", arguments) != is_given("epochs", arguments) and None not in (steps, epochs):
         steps, epochs = (steps, None) if is_given("steps", arguments) else (None, epochs)
@@ -122,10 +122,7 @@ def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values, like the flags without their dashes")
     content = _underscored(content)
-    lengths = [name for name in _LENGTH if content.get(name) is not None]
-    if len(lengths) > 1:
-        raise ValueError(f"{path} sets the length of the run twice, by steps and epochs; give one of them")
-    if lengths:
+    if any(content.get(name) is not None for name in _LENGTH):
         content = dict.fromkeys(_LENGTH) | content  # no other length from the files below
     content |= {name: _underscored(content[name]) for name in SECTIONS if isinstance(content.get(name), dict)}
     bases = content.pop("base", None) or []

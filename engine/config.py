@@ -173,7 +173,7 @@ class RunConfig:
     too_long: Literal["error", "drop", "truncate", "cut"] = "error"
     """What to do with documents longer than --seq-len; cut makes several documents of one and loses no token."""
     steps: int | None = None
-    """Length of the run in steps."""
+    """Length of the run in steps; with --epochs beside it, the first that is reached ends the run."""
     epochs: float | None = None
     """Length of the run in epochs; 1 where neither is given."""
     seed: int = 1234

@@ -240,12 +240,12 @@ def megatron_config(config: RunConfig, description: ModelDescription) -> Transfo
 
 
 def total_steps(order: GlobalOrder, steps: int | None, epochs: float | None) -> int:
-    """The length of a run: --steps, or the steps of --epochs (1 where neither is given)."""
-    if steps is not None:
+    """The length of a run: --steps, or the steps of --epochs (1 where neither is given), or the shorter of both."""
+    if steps is not None and epochs is None:
         return steps
     epochs = epochs or 1.0
     whole = int(epochs)
     count = sum(order.steps_in_epoch(epoch) for epoch in range(whole))
     if epochs > whole:
         count += round((epochs - whole) * order.steps_in_epoch(whole))
-    return max(1, count)
+    return max(1, count if steps is None else min(count, steps))

@@ -50,7 +50,8 @@ def parse_over_demo(arguments: list[str]) -> RunConfig:
     assert DEMO.steps is not None
     steps = config.steps or DEMO.steps
     if config.epochs is not None:
-        steps = round(config.epochs * TRAIN / config.global_batch_size)
+        of_epochs = round(config.epochs * TRAIN / config.global_batch_size)
+        steps = of_epochs if config.steps is None else min(of_epochs, config.steps)
     scale = min(1.0, steps / DEMO.steps)
     warmup, decay = (round(scale * count) for count in (DEMO.optim.warmup_steps, DEMO.optim.decay_steps))
     optim = replace(DEMO.optim, warmup_steps=warmup, decay_steps=max(1, decay))

@@ -140,7 +140,6 @@ def test_sequence_is_refused(layout, seq_len, pad, sentence):
     ("changes", "sentence"),
     [
         ({"seq_len": 0}, "--seq-len 0 must be above 0"),
-        ({"steps": 3, "epochs": 1.0}, "--steps and --epochs both set"),
         ({"model": "m"}, "--data is missing"),
         ({"data": ("d",)}, "--model is missing"),
         ({"optim": OptimConfig(beta2=1.0)}, "--optim.beta2 1.0 must lie in [0, 1)"),
@@ -256,10 +255,10 @@ def test_a_later_length_wins(tmp_path):
     assert parse_run([epochs, "--steps", "7"]).optim.lr == 1e-3
     again = write(tmp_path / "config.yaml", dump_run(parse_run([epochs, "--steps", "7"])))
     assert length(again) == (7, None)
-    with pytest.raises(ValueError, match="both.yaml sets the length of the run twice, by steps and epochs"):
-        parse_run([both])
-    with pytest.raises(ValueError, match="--steps and --epochs both set the length"):
-        check_values(parse_run(["--steps", "7", "--epochs", "2"]))
+    # Given at one place both hold, and the first that is reached ends the run.
+    assert length(both) == length("--steps", "30", "--epochs", "2") == (30, 2)
+    assert length(both, "--steps", "7") == (7, None) and length(both, steps) == (30, None)
+    check_values(replace(RunConfig(), model="m", data=("d",), output=Path("r"), steps=30, epochs=2))
 
 
 @pytest.mark.parametrize(
