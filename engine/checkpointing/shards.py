@@ -28,8 +28,9 @@ MASTER = "param"  # megatron-core's name of master weights among the states
 class Shard:
     """A box of a global model tensor, with this rank's views of the weight and of the optimizer's states there.
 
-    `states` holds `exp_avg`, `exp_avg_sq` and, where the model is not fp32, the master weights; nothing for a weight
-    that is not trained, which every rank holds whole. All views have the shape of the box.
+    `states` holds `exp_avg`, `exp_avg_sq` and, where the model is not fp32, the master weights. A weight that is not
+    trained is held whole by every rank, and has master weights alone: an export gives back the base model's numbers.
+    All views have the shape of the box.
     """
 
     key: str
@@ -112,8 +113,9 @@ def _shards_of(piece: ShardedTensor, parameter: Tensor, owned: dict[Tensor, _Own
     ahead = len(shape) - piece.data.dim()  # dimensions that the global tensor has beside the parameter's own
     if parameter not in owned:
         weight = piece.data[(None,) * ahead]
+        states = {MASTER: weight.detach().float()} if weight.element_size() < 4 else {}
         written = not any(piece.replica_id)
-        yield Shard(key=piece.key, shape=shape, offsets=offsets, weight=weight, written=written)
+        yield Shard(key=piece.key, shape=shape, offsets=offsets, weight=weight, states=states, written=written)
         return
     run = owned[parameter]
     if run is None:

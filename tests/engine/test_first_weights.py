@@ -53,6 +53,7 @@ def exported(checkpoint, folder, *extra) -> dict[str, torch.Tensor]:
         ("llama", 2, "--overlap on --bucket-size 2000"),
         ("qwen2_tied", 2, "--tp 2"),
         ("gpt_oss", 2, "--ep 2"),
+        ("gpt_oss", 2, "--tp 2 --moe.freeze-router"),
     ],
 )
 def test_a_run_at_rate_0_gives_back_the_files(pool, tmp_path, dtype, name, ranks, layout):
