@@ -137,8 +137,8 @@ def _is_data(name: str) -> bool:
     return Path(name).parent == Path(STATE) and Path(name).match(DATA_FILES)
 
 
-def faults(directory: Path, advance: Callable[[int], None] = lambda count: None) -> Iterator[str]:
-    """A sentence for each damaged file of a checkpoint, found by reading all of it."""
+def faults(directory: Path, advance: Callable[[int], None] = lambda count: None, *, deep: bool = True) -> Iterator[str]:
+    """A sentence for each damaged file of a checkpoint, found by reading all of it; of large files where `deep`."""
     try:
         meta = parse_manifest(directory)
     except ValueError as error:
@@ -147,7 +147,7 @@ def faults(directory: Path, advance: Callable[[int], None] = lambda count: None)
     wrong = size_faults(directory, meta)
     yield from (f"{directory / fault}" for fault in wrong.values())
     yield from small_faults(directory, meta)
-    for path in data_files(directory, meta):
+    for path in data_files(directory, meta) if deep else []:
         if path.relative_to(directory).as_posix() not in wrong:
             if fault := fault_of(path):
                 yield fault
@@ -159,15 +159,23 @@ def has_checksums(directory: Path) -> bool:
     return "checksums" in parse_manifest(directory)
 
 
-def newest_intact(directory: Path) -> str:
-    """Which other checkpoint beside a damaged one is the newest intact one, as the end of a sentence about damage."""
+def newest_intact(directory: Path, *, at_most: int = 32 * 2**30) -> str:
+    """Which other checkpoint beside a damaged one is the newest intact one, as the end of a sentence about damage.
+
+    One of more than `at_most` bytes is held against its manifest alone, and the sentence says so: the ranks of a
+    large run would each read all of it.
+    """
     beside = RunFolder(directory.absolute().parent.parent)
     if directory.parent.name != beside.checkpoints.name:
         return ""
     for step, other in reversed(beside.checkpoint_steps().items()):
-        if other != directory and next(faults(other), None) is None:
+        if other == directory:
+            continue
+        small = sum(path.stat().st_size for path in other.rglob("*") if path.is_file()) <= at_most
+        if next(faults(other, deep=small), None) is None:
+            intact = "intact" if small else "intact as far as its manifest says"
             return (
-                f"; the newest other checkpoint of {beside.path} that is intact is {other.name}: go on from it with "
+                f"; the newest other checkpoint of {beside.path} that is {intact} is {other.name}: go on from it with "
                 f"--checkpoint.resume-from {step}"
             )
     return f"; {beside.path} has no other checkpoint that is intact"

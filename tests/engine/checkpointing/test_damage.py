@@ -13,7 +13,7 @@ import torch
 from checkpoint_tools import inspect_checkpoint
 from data.checked_files import CheckedFile, verify
 from data.checksums import BlockSums, DamagedFile, write_sums
-from engine.checkpointing.directory import MANIFEST, STATE, faults, read_manifest, write_manifest
+from engine.checkpointing.directory import MANIFEST, STATE, faults, newest_intact, read_manifest, write_manifest
 from engine.checkpointing.store_reader import StoreReader
 from engine.checkpointing.store_writer import write_store
 
@@ -91,6 +91,8 @@ def test_the_newest_intact_step_is_offered(run, tmp_path):
     offer = r"__0_0.distcp is damaged: its bytes 1,048,576 to 1,569,269 are not.*intact is step_000001.*resume-from 1$"
     with pytest.raises(DamagedFile, match=offer):
         read_all(steps / "step_000003")
+    # One too large to be read by every rank is held against its manifest alone.
+    assert "manifest says is step_000002" in newest_intact(steps / "step_000003", at_most=0)
     flip(steps / "step_000001" / MANIFEST, 30)
     with pytest.raises(DamagedFile, match="has no other checkpoint that is intact"):
         read_all(steps / "step_000003")
