@@ -10,9 +10,6 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-import torch
-from torch import distributed
-
 # SLURM's --signal and preemption send the last two as people ask for them.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 # Seconds since the epoch, which newer releases of SLURM set for their jobs.
@@ -140,6 +137,9 @@ def reason(number: int) -> str | None:
 
 def largest(*numbers: int) -> list[int]:
     """The largest of all ranks for each of these numbers. Every rank calls it, once after a step."""
+    import torch  # takes seconds, and signals are heard before
+    from torch import distributed
+
     most = torch.tensor(numbers, dtype=torch.int32)
     distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
     return most.tolist()

@@ -99,14 +99,17 @@ def main(arguments: list[str] | None = None) -> int:
         from engine.quiet import silence_libraries
 
         silence_libraries()
-        from engine.guards.agreement import complaints
-
         try:
+            from engine.guards.agreement import complaints
+
+            lacking += complaints(flags.output, flags.ranks)
             devices, missing = device_lines(flags.model, flags.precision)
+        except ImportError as error:  # installed is not all: its libraries may be another release's
+            devices, missing = [], [f"a library is installed and does not import: {error}"]
         except (ValueError, OSError) as error:
             devices, missing = [], [str(error)]
         lines += devices
-        lacking += [*missing, *complaints(flags.output, flags.ranks)]
+        lacking += missing
     lines.append(f"{os.cpu_count()} CPU cores, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}")
     print("\n".join(lines))
     for sentence in lacking:

@@ -49,7 +49,9 @@ def main(arguments: list[str]) -> int:
     """Parses, checks, trains; returns the exit status. A user's mistake is one sentence from one process."""
     from engine.layout import world_from_environment
     from engine.quiet import silence_libraries
+    from engine.signals import hear_early
 
+    hear_early()
     silence_libraries()  # some read the environment when they are imported
     rank, world_size, _ = world_from_environment()
     try:
@@ -62,9 +64,7 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from engine.prepare import prepare_run
-    from engine.signals import hear_early
 
-    hear_early()
     try:
         config = with_input(config, first=rank == 0)
         prepared = prepare_run(config, world_size=world_size, cuda=torch.cuda.is_available())

@@ -37,3 +37,12 @@ def test_a_model_that_cannot_run_here(capsys, monkeypatch, tmp_path):
     assert "lacking: --precision fp8 needs --backend te on a GPU" in capsys.readouterr().out
     assert doctor.main(["--model", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().out
+
+
+def test_a_library_that_does_not_import(capsys, monkeypatch):
+    def broken(model, precision):
+        raise ImportError("libcudart.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(doctor, "device_lines", broken)
+    assert doctor.main([]) == 1
+    assert "lacking: a library is installed and does not import: libcudart.so.12" in capsys.readouterr().out
