@@ -66,7 +66,10 @@ class DocumentIndex(Documents):
         self.lengths = self._files.lengths
         self._spans, self._offsets = self._map("spans.npy"), self._map("spans_offsets.npy")
         self._spans_start = (self.path / "spans.npy").stat().st_size - self._spans.nbytes
-        if len(self._offsets) != len(self) + 1 or self._offsets[-1] != len(self._spans):
+        spans, offsets = self._spans, self._offsets
+        whole = spans.dtype == np.int32 and spans.shape[1:] == (2,) and spans.flags.c_contiguous
+        whole = whole and offsets.dtype == np.int64 and offsets.shape == (len(self) + 1,)
+        if not whole or (offsets[0], offsets[-1]) != (0, len(spans)) or (offsets[1:] < offsets[:-1]).any():
             raise ValueError(f"{self.path}: spans and tokens do not belong together, prepare the data again")
         self.may_be_cut = bool(self.meta.get("may_be_cut"))
         self.sources = self._numbers("sources.npy", self.source_names, self.path.absolute().name, np.uint16)

@@ -10,7 +10,6 @@ from data.documents import Documents, constant
 from data.token_files import map_token_files
 
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
-_AT_ONCE = 2**20  # sequences that are checked at once
 
 
 class PrefixIndex(Documents):
@@ -30,7 +29,7 @@ class PrefixIndex(Documents):
         if self.path.name == "tokens" and (self.path.parent / "spans.npy").is_file():
             raise ValueError(f"{bin_} is part of prepared data, whose supervised spans it has not: give {idx.parent}")
         self._files = map_token_files(idx, bin_)
-        _check_sequences(idx, *self._files)
+        _check_text(idx, self._files.modes)
         self._kept: np.ndarray | None = None  # [documents], their sequences; None: all
         self.lengths = self._files.lengths
         if not self.lengths.all():
@@ -85,18 +84,8 @@ def prefix_of(path: str | Path) -> Path | None:
     return prefix if prefix.name and all(file.is_file() for file in files) else None
 
 
-def _check_sequences(
-    idx: Path, tokens: np.ndarray, lengths: np.ndarray, pointers: np.ndarray, modes: np.ndarray | None
-) -> None:
-    """Refuse sequences that do not lie end to end, and what is not text."""
-    if len(lengths) and lengths.min() < 0:
-        raise ValueError(f"{idx} is damaged: it has a sequence of {lengths.min()} tokens")
-    start = 0
-    for first in range(0, len(lengths), _AT_ONCE):
-        ends = start + np.cumsum(lengths[first : first + _AT_ONCE], dtype=np.int64) * tokens.itemsize
-        if pointers[first] != start or (pointers[first + 1 : first + _AT_ONCE] != ends[:-1]).any():
-            raise ValueError(f"{idx} is damaged: it does not place its sequences end to end")
-        start = int(ends[-1])
+def _check_text(idx: Path, modes: np.ndarray | None) -> None:
+    """Refuse what is not text."""
     if modes is not None and modes.any():
         other = np.count_nonzero(modes)
         raise ValueError(f"{idx} is multimodal: {other:,} of {len(modes):,} sequences are not text")

@@ -16,6 +16,7 @@ import numpy as np
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _CODES = ("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16")  # 1, 2, ... 8
+_AT_ONCE = 2**20  # sequences that are checked at once
 DTYPES = {code: np.dtype(name) for code, name in enumerate(_CODES, start=1)}
 
 
@@ -53,7 +54,20 @@ def map_token_files(idx: Path, bin_: Path) -> TokenFiles:
     tokens = np.frombuffer(map_file(bin_), dtype) if stored and stored % dtype.itemsize == 0 else np.empty(0, dtype)
     if stored != lengths.sum(dtype=np.int64) * dtype.itemsize:
         raise ValueError(f"{bin_} and {idx.name} do not belong together")
+    _check_places(idx, lengths, pointers, dtype.itemsize)
     return TokenFiles(tokens, lengths, pointers, modes)
+
+
+def _check_places(idx: Path, lengths: np.ndarray, pointers: np.ndarray, itemsize: int) -> None:
+    """Refuse sequences that do not lie end to end."""
+    if len(lengths) and lengths.min() < 0:
+        raise ValueError(f"{idx} is damaged: it has a sequence of {lengths.min()} tokens")
+    start = 0
+    for first in range(0, len(lengths), _AT_ONCE):
+        ends = start + np.cumsum(lengths[first : first + _AT_ONCE], dtype=np.int64) * itemsize
+        if pointers[first] != start or (pointers[first + 1 : first + _AT_ONCE] != ends[:-1]).any():
+            raise ValueError(f"{idx} is damaged: it does not place its sequences end to end")
+        start = int(ends[-1])
 
 
 def write_idx(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint_tools.hf_to_mcore import main as to_mcore
 from data.preparation.tokenizer import load_tokenizer
@@ -152,3 +153,6 @@ def test_no_code_of_a_model_directory_is_run(hostile, tmp_path):
             assert "code" in str(error) or "another tokenizer" in str(error)
     assert not mark.exists()
     assert not (tmp_path / "checkpoint" / "hf" / "code.py").exists()
+    with contextlib.suppress(Exception):  # the same directory does run where code is trusted
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert mark.exists()
