@@ -1,7 +1,9 @@
 """Files read together with the checksums beside them: what is damaged is found where it is read."""
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import numpy as np
 from data.checksums import CHECKPOINT_BLOCK, DamagedFile, Sums, file_sum, sums_of
 
 _KEPT_BLOCKS = 2  # an archive begins in one block and ends in another
+_PART = 2**22  # bytes that a thread reads at once, or little more
 
 
 class CheckedFile:
@@ -34,7 +37,7 @@ class CheckedFile:
         if start < 0 or start + len(target) > self.size:
             raise DamagedFile(f"{self.path} is truncated: it has {self.size:,} bytes, not {start + len(target):,}")
         if self.sums is None:
-            self._read(start, target)
+            _in_parts(self._read, start, target)
             return
         block = self.sums.block
         while target:
@@ -42,7 +45,7 @@ class CheckedFile:
             to_the_end = start + len(target) == self.size
             count = 0 if skip else len(target) if to_the_end else len(target) // block * block
             if count:
-                self._read_blocks(self.sums, start, target[:count])
+                _in_parts(partial(self._read_blocks, self.sums), start, target[:count], block)
             else:
                 count = min(self.sums.length(number) - skip, len(target))
                 target[:count] = self._block(number)[skip : skip + count]
@@ -57,20 +60,11 @@ class CheckedFile:
         return data
 
     def _read_blocks(self, sums: Sums, start: int, target: memoryview) -> None:
-        """Read whole blocks; those of a long run are hashed by a thread of its own while the next are read."""
-        step = max(CHECKPOINT_BLOCK, sums.block)
-        if len(target) <= 2 * step:
-            self._read(start, target)
-            sums.check_run(start, target)
-            return
-        with ThreadPoolExecutor(1) as beside:  # hashing and reading both let go of the interpreter
-            checks = []
-            for place in range(0, len(target), step):
-                part = target[place : place + step]
-                self._read(start + place, part)
-                checks.append(beside.submit(sums.check_run, start + place, part))
-            for check in checks:
-                check.result()
+        """Read whole blocks, and hash each while the cache still has it."""
+        for place in range(0, len(target), sums.block):
+            part = target[place : place + sums.block]
+            self._read(start + place, part)
+            sums.check((start + place) // sums.block, part)
 
     def _block(self, number: int) -> memoryview:
         if number not in self._kept:
@@ -105,6 +99,16 @@ class CheckedFile:
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
             self.close()
+
+
+def _in_parts(read: Callable[[int, memoryview], None], start: int, target: memoryview, block: int = 1) -> None:
+    """Let two threads fill the parts, of whole blocks, of a long target: reading and hashing do not hold each other up."""
+    step = -(-_PART // block) * block
+    if len(target) <= 2 * step:
+        read(start, target)
+        return
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda at: read(start + at, target[at : at + step]), range(0, len(target), step)))
 
 
 class CheckedMap:

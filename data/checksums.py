@@ -143,11 +143,6 @@ class Sums:
                 f"{self.path} is damaged: its bytes {start:,} to {last:,} are not those that were written"
             )
 
-    def check_run(self, start: int, data: memoryview) -> None:
-        """Hold whole blocks that follow each other, from byte `start` of the file on, against their checksums."""
-        for place in range(0, len(data), self.block):
-            self.check((start + place) // self.block, data[place : place + self.block])
-
     def length(self, number: int) -> int:
         """Bytes of a block: the last one is shorter."""
         return min(self.block, self.size - number * self.block)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from models.conversion import byte_boxes
-from models.conversion.byte_boxes import GAP_BYTES, bytes_of, PlainFile
+from models.conversion.byte_boxes import GAP_BYTES, PlainFile, bytes_of
 from models.conversion.hf_reader import SINGLE, HFReader
 
 DTYPES = (torch.bfloat16, torch.float32, torch.uint8, torch.float64)
