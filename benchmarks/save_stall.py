@@ -1,5 +1,8 @@
 """How long training stands still for a checkpoint: saved beside it and waited for, in one run of the 30 M model.
 
+Beside the training it stands still twice: while its state is copied into the host's memory, and, once all is written,
+while the first rank completes the directory.
+
 python benchmarks/save_stall.py [--saves 20]
 """
 
@@ -19,6 +22,7 @@ from benchmarks.common import lathe_trainer, make_equal_data, make_model
 
 def main(saves: int = 20) -> int:
     """Takes turns: a save that is waited for, a save beside the training; prints medians, their ratio and memory."""
+    from engine.checkpointing.saver import WRITING
     from engine.quiet import silence_libraries
 
     silence_libraries()
@@ -33,9 +37,10 @@ def main(saves: int = 20) -> int:
             steps.append(_seconds(trainer.train_step))
             waited.append(_seconds(lambda: (trainer.start_save(), trainer.finish_save())))
             trainer.train_step()
-            beside.append(_seconds(trainer.start_save))
-            trainer.train_step()
-            trainer.finish_save()
+            copying = _seconds(trainer.start_save)
+            while trainer.saver.progress() == WRITING:
+                trainer.train_step()
+            beside.append(copying + _seconds(trainer.finish_save))
             memory.append(psutil.Process().memory_info().rss / 2**20)
     one, other = statistics.median(beside), statistics.median(waited)
     print(f"a step {statistics.median(steps):.3f} s; a save waited for {other:.3f} s, beside the training {one:.3f} s")

@@ -102,7 +102,7 @@ class CheckedFile:
 
 
 def _in_parts(read: Callable[[int, memoryview], None], start: int, target: memoryview, block: int = 1) -> None:
-    """Let two threads fill the parts, of whole blocks, of a long target: reading and hashing do not hold each other up."""
+    """Let two threads fill the parts, of whole blocks, of a long target; each hashes what it has read itself."""
     step = -(-_PART // block) * block
     if len(target) <= 2 * step:
         read(start, target)
