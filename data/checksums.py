@@ -16,7 +16,7 @@ import numpy as np
 from xxhash import xxh3_64, xxh3_64_hexdigest, xxh3_64_intdigest
 
 SUMS = ".sums"
-CHECKPOINT_BLOCK = 2**20  # a load reads runs that are far longer
+CHECKPOINT_BLOCK = 2**18  # a load reads longer runs, and the whole of the blocks at both their ends
 DATA_BLOCK = 64 * 2**10  # a document is short, and the first read of a block costs the whole block
 _MAGIC, _VERSION = b"LATHESUM", 1
 _HEADER = struct.Struct("<8sIIQQ")

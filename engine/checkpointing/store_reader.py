@@ -20,8 +20,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from data.checked_files import CheckedFile
-from data.checksums import DamagedFile
-from engine.checkpointing.directory import newest_intact
+from engine.checkpointing.archive import archive_of
 from engine.checkpointing.store_metadata import open_archive, read_metadata, span_of
 from models.conversion.byte_boxes import bytes_of
 from models.conversion.byte_ranges import ByteRange
@@ -70,7 +69,7 @@ class StoreReader:
         """
         box = box_of(self.shape(key), index)
         result = (scratch or Scratch()).empty([len(side) for side in box], self.dtype(key))
-        self._read_box(key, box, result)
+        self._read_pieces(key, box, result)
         return result
 
     def read_into(self, key: str, offsets: Sequence[int], out: Tensor) -> None:
@@ -83,13 +82,7 @@ class StoreReader:
         shape = self.shape(key)
         if len(box) != len(shape) or any(s.start < 0 or s.stop > size for s, size in zip(box, shape, strict=False)):
             raise ValueError(f"{self.directory}: {key} of {list(shape)} has no {list(out.shape)} at {list(offsets)}")
-        self._read_box(key, box, out)
-
-    def _read_box(self, key: str, box: Box, out: Tensor) -> None:
-        try:
-            self._read_pieces(key, box, out)
-        except DamagedFile as error:
-            raise DamagedFile(f"{error}{newest_intact(self.directory.parent)}") from None
+        self._read_pieces(key, box, out)
 
     def _read_pieces(self, key: str, box: Box, out: Tensor) -> None:
         filled = 0
@@ -167,12 +160,15 @@ class StoreReader:
     def _locate(self, index: MetadataIndex) -> tuple[int, Tensor]:
         """The first byte of a piece's first element, and a tensor on the meta device that tells its layout."""
         if index not in self._data:
-            piece = self._pieces[index]
-            place = f"{self.directory / piece.file}: the piece at byte {piece.start:,}"
-            start, blank = open_archive(
-                io.BufferedReader(_Window(self._file(piece.file), piece.start, piece.length)), place
-            )
+            piece, file = self._pieces[index], self._file(self._pieces[index].file)
             sizes = self._sizes[index.fqn, index.offset or torch.Size()]
+            archive = archive_of(tuple(sizes), self.dtype(index.fqn))
+            place = f"{file.path}: the piece at byte {piece.start:,}"
+            # An archive that begins as ours is one of ours; others are looked through, which reads of both their ends.
+            if piece.length == archive.length and file.read(piece.start, archive.data) == archive.before:
+                start, blank = archive.data, torch.empty(sizes, dtype=self.dtype(index.fqn), device="meta")
+            else:
+                start, blank = open_archive(io.BufferedReader(_Window(file, piece.start, piece.length)), place)
             if blank.shape != sizes:
                 raise ValueError(f"{place} has shape {list(blank.shape)}, not {list(sizes)}")
             # A view of its own, which begins at the element that `start` is the place of.
