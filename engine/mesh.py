@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -88,12 +89,18 @@ def build_mesh(layout: Layout, *, timeout_minutes: int = 30) -> Mesh:
 
 
 def outcomes(work: Callable[[], Any] | None) -> list[tuple[Any, str | None]]:
-    """Runs each rank's work, if it has any; of every rank what came of it, and the text of an OSError or ValueError."""
+    """Runs each rank's work, if it has any; of every rank what came of it, and the text of what went wrong.
+
+    No failure is let through on one rank alone, where the others would wait for it.
+    """
     result, failure = None, None
     try:
         result = work() if work else None
     except (OSError, ValueError) as error:
         failure = str(error)
+    except Exception as error:  # none that a user can mend: where it comes from is said by the rank itself
+        failure = f"{type(error).__name__}: {error}"
+        traceback.print_exc()
     found: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(found, (result, failure))
     return found

@@ -238,7 +238,10 @@ class Trainer:
         if keep.export_hf and not saved.rescue:
             checkpoint.export_hf(run, saved.step, self.mesh)
         if self.mesh.rank == 0:
-            retain(run, keep)
+            try:
+                retain(run, keep)
+            except OSError as error:  # the next save tries again
+                print(f"warning: a checkpoint that is not kept could not be removed: {error}", flush=True)
 
 
 def told_apart(loader: Loader) -> list[str]:

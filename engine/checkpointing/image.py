@@ -71,7 +71,7 @@ class Image:
         self.descriptor = -1
         self._memory: mmap.mmap | None = None
         self._views: list[Tensor] = []
-        self._on_gpu = any(piece.data.is_cuda for piece in self.pieces)
+        self._on_gpu, self._pinned = any(piece.data.is_cuda for piece in self.pieces), False
 
     def storage(self) -> dict[MetadataIndex, tuple[Any, ...]]:
         """Where every piece lies: (global shape, dtype, chunk, storage), as `.metadata` says it."""
@@ -97,7 +97,7 @@ class Image:
         """Gives the memory back; the next `fill` takes it again."""
         if self._memory is None:
             return
-        if self._on_gpu:
+        if self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self._whole.data_ptr())
         self._views.clear()
         del self._whole
@@ -112,7 +112,9 @@ class Image:
         self._whole = torch.frombuffer(self._memory, dtype=torch.uint8)
         if self._on_gpu:  # pinned, so that copies run at the bus's full speed
             status = torch.cuda.cudart().cudaHostRegister(self._whole.data_ptr(), len(self._whole), 0)
-            assert int(status) == 0, f"the host's memory could not be pinned: {status}"
+            self._pinned = int(status) == 0
+            if not self._pinned:
+                print(f"warning: {self.file}: the host's memory could not be pinned ({status}): saves take longer")
         for piece, start in zip(self.pieces, self._starts, strict=True):
             archive, data = piece.archive, start + piece.archive.data
             after = data + piece.data.nbytes

@@ -14,6 +14,7 @@ from torch import distributed
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 
+from data.checksums import sums_of
 from engine.checkpointing.directory import HF, STATE, read_manifest, sync_tree, write_manifest
 from engine.checkpointing.image import Image, pieces_of
 from engine.checkpointing.image_writer import ImageWriter
@@ -60,7 +61,7 @@ class Saver:
         self._run, self._shards, self._rank, self._asynchronous = run, shards, mesh.rank, asynchronous
         self._image = Image(pieces_of(shards), f"__{mesh.rank}_0.distcp")
         self._metadata: bytes | None = None  # on the first rank, from the first save on
-        self._total_bytes = 0
+        self._sizes: dict[str, int] = {}  # of the files, on the first rank of all ranks'; from the first save on
         self._save: _Save | None = None
 
     def start(self, step: int, manifest: dict[str, Any]) -> Saved | None:
@@ -69,19 +70,27 @@ class Saver:
         CheckpointFailed on every rank where one cannot; FloatingPointError where a weight or a state is not finite.
         """
         before = self.finish()
-        self._describe_once()
-        self._check_finite(step)
         partial = self._partial(step)
+        self._describe_once(partial)
+        self._check_finite(step)
 
         def begin() -> None:
-            _check_space(partial.parent, self._total_bytes)
+            _check_space(partial.parent, sum(self._sizes.values()))
             shutil.rmtree(partial, ignore_errors=True)
             (partial / STATE).mkdir(parents=True)
 
+        def launch() -> None:
+            self._image.fill()
+            writer = ImageWriter(self._image.descriptor, self._image.size, partial / STATE / self._image.file)
+            self._save = _Save(step, manifest, writer)
+
         together(begin if self._rank == 0 else None, partial)
-        together(self._image.fill, partial)
-        writer = ImageWriter(self._image.descriptor, self._image.size, partial / STATE / self._image.file)
-        self._save = _Save(step, manifest, writer)
+        try:
+            together(launch, partial)
+        except CheckpointFailed:  # of another rank: what this one has begun ends, too
+            self._give_up()
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         return before if self._asynchronous else self.finish()
 
     def progress(self) -> int:
@@ -116,10 +125,13 @@ class Saver:
 
     def close(self) -> None:
         """Ends a writing process that is left, and gives the memory back."""
+        self._give_up()
+        self._image.release()
+
+    def _give_up(self) -> None:
         if self._save is not None:
             self._save.writer.kill()
             self._save = None
-        self._image.release()
 
     def _partial(self, step: int) -> Path:
         target = self._run.checkpoint(step)
@@ -128,25 +140,38 @@ class Saver:
     def _complete(self, save: _Save, partial: Path) -> None:
         """The first rank's: what makes the files of all ranks a checkpoint."""
         assert self._metadata is not None
+        for file, size in self._sizes.items():
+            path = partial / STATE / file
+            found = path.stat().st_size if path.exists() and sums_of(path).exists() else None
+            if found != size:
+                raise OSError(
+                    f"{path}, which its rank has written, {'is not seen' if found is None else f'has {found:,} bytes'} "
+                    f"by rank 0: all ranks must see one {self._run.path}"
+                )
         (partial / STATE / ".metadata").write_bytes(self._metadata)
         write_companions(partial / STATE)
         shutil.copytree(self._run.model_files, partial / HF)
+        if self._run.config.exists():
+            shutil.copyfile(self._run.config, partial / self._run.config.name)
         write_manifest(partial, save.manifest | {"step": save.step})
         sync_tree(partial)
         read_manifest(partial)
         self._run.complete_checkpoint(partial, save.step)
 
-    def _describe_once(self) -> None:
+    def _describe_once(self, partial: Path) -> None:
         """At the first save, tells the first rank what all ranks write, which never changes."""
-        if self._total_bytes:
+        if self._sizes:
             return
-        own = (self._image.size, self._image.storage())
+        self._sizes = {self._image.file: self._image.size}
+        own = (self._sizes, self._image.storage())
         gathered: list[Any] = [None] * distributed.get_world_size()
         distributed.gather_object(own, gathered if self._rank == 0 else None, dst=0)
-        self._total_bytes = self._image.size or 1
-        if self._rank == 0:
-            self._total_bytes = sum(size for size, _ in gathered)
+
+        def describe() -> None:
+            self._sizes = {file: size for sizes, _ in gathered for file, size in sizes.items()}
             self._metadata = pickle.dumps(_metadata([storage for _, storage in gathered]))
+
+        together(describe if self._rank == 0 else None, partial)
 
     @torch.no_grad()
     def _check_finite(self, step: int) -> None:
@@ -171,13 +196,15 @@ def _metadata(parts: Sequence[dict]) -> Metadata:
     storage: dict[MetadataIndex, Any] = {}
     for part in parts:
         for index, (shape, dtype, chunk, info) in part.items():
-            assert index not in storage, f"{index.fqn}: two ranks write {index.offset}"
+            if index in storage:
+                raise ValueError(f"{index.fqn}: two ranks write {index.offset}")
             blank = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
             tensors.setdefault(index.fqn, blank).chunks.append(chunk)
             storage[index] = info
     for key, entry in tensors.items():
         covered = sum(chunk.sizes.numel() for chunk in entry.chunks)
-        assert covered == entry.size.numel(), f"{key}: the ranks write {covered} of {entry.size.numel()} elements"
+        if covered != entry.size.numel():
+            raise ValueError(f"{key}: the ranks write {covered} of {entry.size.numel()} elements")
     return Metadata(
         state_dict_metadata=dict(tensors), planner_data={}, storage_data=storage, version=CURRENT_DCP_VERSION
     )
@@ -204,8 +231,13 @@ def together(work: Callable[[], Any] | None, partial: Path) -> list[Any]:
     if failures:
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(partial.parents[1]).free / 2**30
+        target = partial.with_suffix("")
+        named = (target.parent / "latest").read_text() if (target.parent / "latest").exists() else ""
+        left = "could not be written and nothing of it is left"
+        if target.exists() and named.strip() == target.name:
+            left = "is complete, but what follows a save failed"
         raise CheckpointFailed(
-            f"{partial.with_suffix('')} could not be written and nothing of it is left; {free:.2f} GiB are free there; "
+            f"{target} {left}; {free:.2f} GiB are free there; "
             f"earlier checkpoints are whole, and the run resumes from the latest ({'; '.join(failures[:8])})"
         )
     return [result for result, _ in answers]

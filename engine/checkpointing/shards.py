@@ -103,7 +103,7 @@ class _Places:
     def parameter(self, view: Tensor) -> Tensor:
         start = self._starts[bisect_right(self._starts, view.data_ptr()) - 1]
         found = self._tensors[start]
-        assert view.data_ptr() < start + found.nbytes, "a piece of the model is no view of a parameter"
+        assert start <= view.data_ptr() < start + found.nbytes, "a piece of the model is no view of a parameter"
         return found
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from data.index import write_index
-from engine.checkpointing.directory import STATE, find_latest
+from engine.checkpointing.directory import STATE
+from engine.checkpointing.resume_point import find_latest
 from engine.checkpointing.store_reader import StoreReader
 from engine.cli import parse_run
 from engine.layout import world_from_environment
@@ -68,11 +69,13 @@ def tensors(output: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def interrupt(output: Path, copy: Path, step: int) -> None:
-    """Makes `copy` what a run looked like that was killed between saving `step` and the next save."""
+    """Makes `copy` what a run looked like that was killed in the save after `step`, before that got its name."""
     shutil.copytree(output, copy)
     for directory in (copy / "checkpoints").glob("step_*"):
-        if int(directory.name.removeprefix("step_")) > step:
+        if int(directory.name.removeprefix("step_")) > step + 3:
             shutil.rmtree(directory)
+        elif int(directory.name.removeprefix("step_")) > step:
+            directory.rename(directory.with_name(directory.name + ".tmp"))
     (copy / "checkpoints" / "latest").write_text(f"step_{step:06d}\n")
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "los')  # cut off in the middle of a line

@@ -135,3 +135,16 @@ def test_loading_reads_each_byte_once(pool, inputs, tmp_path):
     results = pool.run(load_and_save, 4, given, str(tmp_path / "other"))
     assert sum(read for _, _, read in results) == total
     assert max(held for held, _, _ in results) < 1.2 * total / 4 + 64 * 2**10
+
+
+def test_three_ranks_and_two_give_each_other_the_same_bits(pool, inputs, tmp_path):
+    output = tmp_path / "run"
+    pool.run(run, 3, arguments(inputs, "dense", output, 2, "--precision", "bf16"))
+    wanted = all_tensors(output, 2)
+    for number, ranks in enumerate((2, 3)):
+        given = arguments(inputs, "dense", output, 9, "--precision", "bf16")
+        pool.run(load_and_save, ranks, given, str(tmp_path / f"run{number}"))
+        output = tmp_path / f"run{number}"
+        found = all_tensors(output, 2)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+        (output / "config.yaml").write_text("{}")
