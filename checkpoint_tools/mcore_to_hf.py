@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoint_tools.common import bar, run_script
-from engine.checkpointing.directory import HF, complete_or_absent, find_latest
+from engine.checkpointing.directory import HF, complete_or_absent
 from engine.checkpointing.workers import worker_count
+from engine.run_folder import RunFolder
 
 
 def main(
@@ -34,8 +35,7 @@ def main(
     if max_sequence_length is not None and max_sequence_length < 1:
         raise ValueError(f"--max-sequence-length {max_sequence_length}: give a positive number of tokens")
     workers = worker_count(num_workers)
-    latest = find_latest(checkpoint)
-    checkpoint = latest.directory if latest else checkpoint
+    checkpoint = RunFolder(checkpoint).pointed() or checkpoint
     import torch
 
     from engine.checkpointing.hf_export import Export, dtype_name, dtype_of, export, open_checkpoint

@@ -8,26 +8,37 @@ from pathlib import Path
 
 from checkpoint_tools.common import bar
 from data.checked_files import fault_of
-from data.checksums import SUMS
+from data.checksums import SUMS, sums_of
 from data.index_checks import META, index_faults
-from engine.checkpointing.directory import MANIFEST, faults, has_checksums
+from engine.checkpointing.directory import DATA_FILES, MANIFEST, STATE, faults, has_checksums
 from engine.checkpointing.export_sums import LIST, small_faults
 
+METADATA = ".metadata"  # of a torch_dist directory
 SHA256 = re.compile("[0-9a-f]{64}")  # the name of a large file's blob in a hub's cache
 
 
 def verify_path(path: Path) -> int:
-    """Print each damaged file and a last line that sums up; returns 1 where a file is damaged, else 0."""
+    """Print each damaged file and a last line that sums up; returns 1 where a file is damaged, else 0.
+
+    ValueError for a path that is nothing of which this could be said.
+    """
     if (path / MANIFEST).exists():
         total = sum(file.stat().st_size for file in path.rglob("*.distcp"))
         with bar("verifying", total)() as advance:
-            found = list(faults(path, advance))
+            found = list(faults(path, advance)) or _index_faults(path / STATE)
         checked = has_checksums(path) if not found else True
     elif (path / META).exists():
         found = list(index_faults(path))
         checked = any(path.glob(f"*{SUMS}"))
-    else:
+    elif (path / METADATA).exists():
+        found, checked = _store_faults(path)
+    elif any(path.glob("*.safetensors")) or (path / "config.json").exists():
         found, checked = _model_faults(path)
+    else:
+        raise ValueError(
+            f"{path} is no checkpoint, no prepared data and no Hugging Face directory"
+            + ("" if path.exists() else ": it is not there")
+        )
     for fault in found:
         print(fault)
     if found:
@@ -35,6 +46,25 @@ def verify_path(path: Path) -> int:
     else:
         print(f"{path} is intact" if checked else f"{path} has no checksums; only sizes and headers were checked")
     return 1 if found else 0
+
+
+def _index_faults(path: Path) -> list[str]:
+    """What is wrong with what a torch_dist directory says of its pieces, or with the lengths of its files."""
+    from engine.checkpointing.store_reader import StoreReader
+
+    try:
+        StoreReader(path)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _store_faults(path: Path) -> tuple[list[str], bool]:
+    """What is wrong with a bare torch_dist directory, and whether there were checksums."""
+    if found := _index_faults(path):
+        return found, False
+    files = [file for file in sorted(path.glob(DATA_FILES)) if sums_of(file).exists()]
+    return [fault for fault in map(fault_of, files) if fault], bool(files)
 
 
 def _model_faults(path: Path) -> tuple[list[str], bool]:

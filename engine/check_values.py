@@ -46,6 +46,8 @@ def check_values(config: RunConfig) -> None:
     _check_optim(config.optim)
     check_rates(config.optim, config.steps)
     _check_checkpoint(config.checkpoint)
+    if config.checkpoint.keep_best and not config.valid:
+        raise ValueError(f"--checkpoint.keep-best {config.checkpoint.keep_best} needs held-out data: give --valid")
     _check_guard(config.guard)
     if bool(config.model) != bool(config.data):
         missing = "--data" if config.model else "--model"
@@ -122,6 +124,14 @@ def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
     for name in ("every", "keep", "keep_every", "keep_best", "rescue_every", "rescue_minutes"):
         if not 0 <= getattr(checkpoint, name) < math.inf:
             raise ValueError(f"--checkpoint.{name.replace('_', '-')} {getattr(checkpoint, name)} must be 0 or more")
+    if checkpoint.resume_from is not None and checkpoint.resume_from < 1:
+        raise ValueError(f"--checkpoint.resume-from {checkpoint.resume_from}: steps count from 1")
+    for name in ("keep_every", "keep_best"):
+        if getattr(checkpoint, name) and not checkpoint.keep:
+            raise ValueError(
+                f"--checkpoint.{name.replace('_', '-')} {getattr(checkpoint, name)} says what stays beside the newest, "
+                "and without --checkpoint.keep N all stay: give it, too"
+            )
     if not 0 <= (checkpoint.minutes_before_end or 0) < math.inf:
         raise ValueError("--checkpoint.minutes-before-end must be a number of 0 or more")
     for name in checkpoint.allow_change:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -128,6 +129,7 @@ class RunFolder:
         write_durably(promise, target.name + "\n")
         shutil.rmtree(target, ignore_errors=True)  # the same step of a run that did not resume
         os.rename(partial, target)
+        sync(self.checkpoints)  # so that `latest` never names what a power failure has taken back
         os.replace(promise, self.latest)
         sync(self.checkpoints)
         return target
@@ -140,6 +142,15 @@ class RunFolder:
             return None
         by_hand = self.latest.exists() and self.latest.stat().st_mtime > promise.stat().st_mtime
         return None if by_hand else self.checkpoints / name
+
+    def pointed(self) -> Path | None:
+        """The checkpoint that `latest` names; None where it is not there, ValueError where it names something else."""
+        if not self.latest.exists():
+            return None
+        name = self.latest.read_text(encoding="utf-8").strip()
+        if not _STEP.fullmatch(name):
+            raise ValueError(f"{self.latest} is damaged: it names {name[:80]!r}, and no checkpoint; remove it")
+        return self.checkpoints / name
 
     def point_latest(self, step: int) -> None:
         """Moves `latest` to a checkpoint in one step."""
@@ -183,10 +194,13 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes a file, or the names in a directory, survive a power failure."""
+    """Makes a file, or the names in a directory, survive a power failure, where its file system knows how."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -180,7 +180,7 @@ def loop(
             result = trainer.train_step()
         except FloatingPointError as error:
             watchdog.enter(SAVE, trainer.step)
-            save_before(trainer, error)
+            save_before(trainer, error, log)
             raise
         last = result.step == trainer.total_steps
         every = config.valid_every
@@ -210,6 +210,8 @@ def loop(
         due = is_due(result.step, since, config.checkpoint, last=last, stopping=stops is not None)
         if due:
             watchdog.enter(SAVE, result.step)
+            if log is not None:
+                log.sync()
             trainer.start_save(rescue=due == "rescue")
             note_save(trainer, report)
         if stops:
@@ -227,8 +229,10 @@ def note_save(trainer: Trainer, report: RunningReport | None) -> None:
         report.write()
 
 
-def save_before(trainer: Trainer, error: FloatingPointError) -> None:
+def save_before(trainer: Trainer, error: FloatingPointError, log: MetricsLog | None) -> None:
     """Saves where a step that failed left the run: every rank is here, and the weights are those before the step."""
+    if log is not None:
+        log.sync()
     try:
         if trainer.step > trainer.saved_step:
             trainer.start_save()

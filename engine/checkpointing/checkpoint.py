@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from data.checksums import DamagedFile
 from engine.checkpointing.directory import HF, STATE, ResumePoint, sync_tree
 from engine.checkpointing.hf_export import Export, open_checkpoint
+from engine.checkpointing.resume_point import newest_intact
 from engine.checkpointing.saver import together
 from engine.checkpointing.shards import MASTER, Shard, gather_weights, state_key
 from engine.checkpointing.store_reader import StoreReader, master_key
@@ -44,7 +46,10 @@ def load(point: ResumePoint, shards: list[Shard], chunks: list) -> None:
     for key, shard, target in wanted:
         if store.shape(key) != shard.shape:
             raise ValueError(f"{point.directory}: {key} has shape {list(store.shape(key))}, not {list(shard.shape)}")
-        store.read_into(key, shard.offsets, target)
+        try:
+            store.read_into(key, shard.offsets, target)
+        except DamagedFile as error:
+            raise DamagedFile(f"{error}{newest_intact(point.directory)}") from None
     gather_weights(chunks)
 
 

@@ -3,6 +3,7 @@
 step_000300/
     lathe.json   format, step, family, dtypes, vocabulary, and size and checksum of every other file
     state/       megatron's torch_dist format: model tensors by key, the optimizer's under `optimizer.`
+    config.yaml  the settings of the run, where one wrote it
     hf/          config, generation config, tokenizer and templates of the model, byte for byte
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 
 from data.checked_files import fault_of
 from data.checksums import DamagedFile, file_sum, leads_out, own_sum, sums_of, write_sums
-from engine.run_folder import MANIFEST, RunFolder, sync, write_durably
+from engine.run_folder import MANIFEST, sync, write_durably
 
 FORMAT = 1
 STATE = "state"
@@ -159,28 +160,6 @@ def has_checksums(directory: Path) -> bool:
     return "checksums" in parse_manifest(directory)
 
 
-def newest_intact(directory: Path, *, at_most: int = 32 * 2**30) -> str:
-    """Which other checkpoint beside a damaged one is the newest intact one, as the end of a sentence about damage.
-
-    One of more than `at_most` bytes is held against its manifest alone, and the sentence says so: the ranks of a
-    large run would each read all of it.
-    """
-    beside = RunFolder(directory.absolute().parent.parent)
-    if directory.parent.name != beside.checkpoints.name:
-        return ""
-    for step, other in reversed(beside.checkpoint_steps().items()):
-        if other == directory:
-            continue
-        small = sum(path.stat().st_size for path in other.rglob("*") if path.is_file()) <= at_most
-        if next(faults(other, deep=small), None) is None:
-            intact = "intact" if small else "intact as far as its manifest says"
-            return (
-                f"; the newest other checkpoint of {beside.path} that is {intact} is {other.name}: go on from it with "
-                f"--checkpoint.resume-from {step}"
-            )
-    return f"; {beside.path} has no other checkpoint that is intact"
-
-
 @dataclass(frozen=True)
 class ResumePoint:
     """A checkpoint to continue from, with its manifest."""
@@ -197,21 +176,6 @@ class ResumePoint:
     def step(self) -> int:
         """The last step whose update the checkpoint holds."""
         return self.manifest["step"]
-
-
-def find_latest(run: Path) -> ResumePoint | None:
-    """Finds the checkpoint that `latest` names; None for a run without one, ValueError for one that is not whole."""
-    pointer = RunFolder(run).latest
-    if not pointer.exists():
-        return None
-    directory = pointer.parent / (pointer.read_text(encoding="utf-8").strip() or "(nothing)")
-    try:
-        return ResumePoint(directory, read_manifest(directory))
-    except ValueError as error:
-        raise ValueError(
-            f"{error}{newest_intact(directory)}; write the name of a whole checkpoint into {pointer}, or start with "
-            "another --output or --checkpoint.no-resume"
-        ) from None
 
 
 def sync_tree(directory: Path) -> None:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from engine.checkpointing.directory import ResumePoint, find_latest, read_manifest
+from engine.checkpointing.directory import ResumePoint, faults, parse_manifest, read_manifest
 from engine.run_folder import RunFolder
 
 
@@ -16,15 +16,13 @@ def find_resume_point(run: Path, step: int | None = None) -> ResumePoint | None:
     folder = RunFolder(run)
     there = folder.checkpoint_steps()
     if step is not None:
-        return _continuable(_point_of(folder, step, there))
-    if promised := folder.promised():
-        return _continuable(ResumePoint(promised, read_manifest(promised)))
-    if (found := find_latest(run)) is not None:
-        return _continuable(found)
+        return _continuable(_opened(_named(folder, step, there)))
+    if (found := folder.promised() or folder.pointed()) is not None:
+        return _continuable(_opened(found))
     if folder.checkpoints.is_symlink() and not folder.checkpoints.exists():
         raise ValueError(f"{folder.checkpoints} is a link to {os.readlink(folder.checkpoints)}, which is not there")
     if there:
-        whole = [number for number, path in there.items() if is_whole(path)]
+        whole = [number for number, path in there.items() if _can_be_continued(path)]
         offer = f"continue from the newest whole one with --checkpoint.resume-from {whole[-1]}, or " if whole else ""
         raise ValueError(
             f"{folder.latest} is missing, and {folder.checkpoints} holds checkpoints of {_steps(there)}: {offer}"
@@ -33,19 +31,55 @@ def find_resume_point(run: Path, step: int | None = None) -> ResumePoint | None:
     return None
 
 
-def is_whole(directory: Path) -> bool:
-    """Whether a directory is a complete checkpoint, as far as its manifest and the sizes of its files say."""
+def find_latest(run: Path) -> ResumePoint | None:
+    """Finds the checkpoint that `latest` names; None for a run without one, ValueError for one that is not whole."""
+    found = RunFolder(run).pointed()
+    return None if found is None else _opened(found)
+
+
+def newest_intact(directory: Path, *, at_most: int = 32 * 2**30) -> str:
+    """Which other checkpoint beside a damaged one a run can go on from, as the end of a sentence about the damage.
+
+    One of more than `at_most` bytes is held against its manifest alone, and the sentence says so: the ranks of a
+    large run would each read all of it.
+    """
+    run = RunFolder(directory.absolute().parent.parent)
+    for step, other in reversed(run.checkpoint_steps().items()):
+        if other.name == directory.name or not _can_be_continued(other):
+            continue
+        small = sum(path.stat().st_size for path in other.rglob("*") if path.is_file()) <= at_most
+        if next(faults(other, deep=small), None) is None:
+            intact = "intact" if small else "intact as far as its manifest says"
+            return (
+                f"; the newest other checkpoint of {run.path} that is {intact} is {other.name}: go on from it with "
+                f"--checkpoint.resume-from {step}, or start anew with --checkpoint.no-resume"
+            )
+    return f"; {run.path} has no other checkpoint that is intact: start anew with --checkpoint.no-resume"
+
+
+def _opened(directory: Path) -> ResumePoint:
+    try:
+        point = ResumePoint(directory, read_manifest(directory))
+    except ValueError as error:
+        raise ValueError(f"{error}{newest_intact(directory)}") from None
+    if "data" in point.manifest and RunFolder(point.run).checkpoint(point.step).name != directory.name:
+        raise ValueError(f"{directory} holds step {point.step:,}: give it the name of that step, or remove it")
+    return point
+
+
+def _can_be_continued(directory: Path) -> bool:
+    """Whether a directory is a complete checkpoint with a place in the data, as far as manifest and sizes say."""
     try:
         read_manifest(directory)
+        return "data" in parse_manifest(directory)
     except ValueError:
         return False
-    return True
 
 
-def _point_of(run: RunFolder, step: int, there: dict[int, Path]) -> ResumePoint:
+def _named(run: RunFolder, step: int, there: dict[int, Path]) -> Path:
     """What --checkpoint.resume-from names."""
     if step in there:
-        return ResumePoint(there[step], read_manifest(there[step]))
+        return there[step]
     aside = [path for kind in ("beyond", "earlier") for path in run.path.glob(f"{kind}.*/checkpoints/step_*")]
     aside = [path for path in aside if path.name == run.checkpoint(step).name]
     hint = f" (one was moved to {aside[0]}: move it back to go on from it)" if aside else ""

@@ -7,6 +7,7 @@ file of a run that was never interrupted.
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -146,7 +147,12 @@ class MetricsLog:
         run.path.mkdir(parents=True, exist_ok=True)
         self.path = run.metrics
         self.last_step = start_step
-        rewind(self.path, start_step)
+        if (kept := rewind(self.path, start_step)) < start_step:
+            print(
+                f"warning: {self.path} has only {kept:,} of the {start_step:,} steps before this start: the others "
+                "were lost with the node that wrote them",
+                flush=True,
+            )
         self.wandb = _start_wandb(run, wandb, config) if wandb else None
         self.tensorboard = None
         if tensorboard:
@@ -181,6 +187,10 @@ class MetricsLog:
         self._mirror(line)
         self.progress.show(line)
         return line
+
+    def sync(self) -> None:
+        """Make what was written survive a power failure: a checkpoint must not outlive the lines before it."""
+        os.fsync(self.file.fileno())
 
     def _mirror(self, line: dict[str, Any]) -> None:
         """Send the numbers of a line to TensorBoard and Weights & Biases; what is unknown is left out.

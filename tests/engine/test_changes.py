@@ -12,7 +12,8 @@ import torch
 
 from data.index import write_index
 from engine.changes import changed_settings, resume_lines
-from engine.checkpointing.directory import STATE, find_latest
+from engine.checkpointing.directory import STATE
+from engine.checkpointing.resume_point import find_latest
 from engine.checkpointing.store_reader import StoreReader
 from engine.cli import dump_run, parse_run
 from engine.config import RunConfig

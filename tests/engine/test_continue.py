@@ -11,7 +11,7 @@ import torch
 
 from data.index import DocumentIndex, write_index
 from engine import trainer as training
-from engine.checkpointing.directory import find_latest
+from engine.checkpointing.resume_point import find_latest
 from engine.cli import parse_run
 from engine.optim import Update, update
 from engine.prepare import prepare_run

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from data.index import write_index
 from engine.checkpointing import saver
-from engine.checkpointing.directory import find_latest
+from engine.checkpointing.resume_point import find_latest
 from engine.cli import parse_run
 from engine.prepare import check_model, prepare_run
 from engine.train import train

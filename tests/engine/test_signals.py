@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from engine import signals
-from engine.checkpointing.directory import find_latest
+from engine.checkpointing.resume_point import find_latest
 from engine.signals import StopRequest, deadline, hear_early, reason, shielded
 from engine.trainer import Trainer
 from tests.engine.checkpointing.test_resume import metrics, run

@@ -13,7 +13,8 @@ import torch
 from checkpoint_tools import inspect_checkpoint
 from data.checked_files import CheckedFile, verify
 from data.checksums import BlockSums, DamagedFile, write_sums
-from engine.checkpointing.directory import MANIFEST, STATE, faults, newest_intact, read_manifest, write_manifest
+from engine.checkpointing.directory import MANIFEST, STATE, faults, read_manifest, write_manifest
+from engine.checkpointing.resume_point import find_resume_point, newest_intact
 from engine.checkpointing.store_reader import StoreReader
 from engine.checkpointing.store_writer import write_store
 
@@ -25,7 +26,7 @@ def make(folder: Path, step: int) -> Path:
     write_store(folder / STATE, specs, 2**18, num_workers=2)
     (folder / "hf").mkdir()
     (folder / "hf" / "config.json").write_text('{"vocab_size": 8}')
-    write_manifest(folder, {"step": step})
+    write_manifest(folder, {"step": step, "data": {}})
     return folder
 
 
@@ -86,16 +87,61 @@ def flip(path: Path, place: int) -> None:
 def test_the_newest_intact_step_is_offered(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     steps = tmp_path / "run" / "checkpoints"
+    (steps / "latest").write_text("step_000003\n")
     for step in (2, 3):
         flip(steps / f"step_{step:06d}" / STATE / "__0_0.distcp", 2**20 + 5000)
-    offer = r"__0_0.distcp is damaged: its bytes 1,048,576 to 1,569,269 are not.*intact is step_000001.*resume-from 1$"
-    with pytest.raises(DamagedFile, match=offer):
+    with pytest.raises(DamagedFile, match=r"__0_0.distcp is damaged: its bytes 1,048,576 to 1,310,719 are not those"):
         read_all(steps / "step_000003")
+    assert "that is intact is step_000001: go on from it with --checkpoint.resume-from 1," in newest_intact(
+        steps / "step_000003"
+    )
     # One too large to be read by every rank is held against its manifest alone.
     assert "manifest says is step_000002" in newest_intact(steps / "step_000003", at_most=0)
-    flip(steps / "step_000001" / MANIFEST, 30)
-    with pytest.raises(DamagedFile, match="has no other checkpoint that is intact"):
-        read_all(steps / "step_000003")
+    flip(steps / "step_000003" / "hf" / "config.json", 3)
+    for named in (None, 3):  # by `latest` and by hand
+        with pytest.raises(ValueError, match=r"config.json is damaged.*is intact is step_000001: go on"):
+            find_resume_point(tmp_path / "run", named)
+    # An average has nothing to go on with.
+    manifest = {name: value for name, value in read_manifest(steps / "step_000001").items() if name == "step"}
+    write_manifest(steps / "step_000001", manifest)
+    assert "has no other checkpoint that is intact" in newest_intact(steps / "step_000003")
+
+
+def test_a_checkpoint_of_another_step_is_not_taken_for_the_one_that_it_is_named_after(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    steps = tmp_path / "run" / "checkpoints"
+    (steps / "step_000003").rename(steps / "step_000040")
+    with pytest.raises(ValueError, match="step_000040 holds step 3"):
+        find_resume_point(tmp_path / "run", 40)
+    for name in ("../../elsewhere", "step_3", ""):
+        (steps / "latest").write_text(name)
+        with pytest.raises(ValueError, match="latest is damaged: it names"):
+            find_resume_point(tmp_path / "run")
+
+
+def test_what_cannot_be_verified_is_no_damage(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path, sentence in ((tmp_path / "nowhere", "it is not there"), (tmp_path / "empty", "is no checkpoint, no")):
+        with pytest.raises(ValueError, match=sentence):
+            inspect_checkpoint.main(path, verify=True)
+
+
+def test_a_file_that_the_manifest_does_not_know_is_missed(run, tmp_path, capsys):
+    folder = shutil.copytree(run / "checkpoints" / "step_000001", tmp_path / "step_000001")
+    for name in ("__1_0.distcp", "__1_0.distcp.sums"):
+        (folder / STATE / name).unlink()
+    write_manifest(folder, {"step": 1})
+    assert inspect_checkpoint.main(folder, verify=True) == 1
+    assert "__1_0.distcp is missing" in capsys.readouterr().out
+
+
+def test_a_bare_store_is_verified(run, tmp_path, capsys):
+    store = shutil.copytree(run / "checkpoints" / "step_000001" / STATE, tmp_path / "store")
+    assert inspect_checkpoint.main(store, verify=True) == 0
+    assert capsys.readouterr().out == f"{store} is intact\n"
+    flip(store / "__1_0.distcp", 500)
+    assert inspect_checkpoint.main(store, verify=True) == 1
+    assert "__1_0.distcp is damaged" in capsys.readouterr().out
 
 
 def test_checkpoints_without_checksums_are_read(run, tmp_path, capsys):
