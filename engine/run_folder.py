@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import socket
 from pathlib import Path
 
 FAILED = "failed: "  # what `unfinished` begins with after a loss or a gradient that was not finite
@@ -113,10 +114,9 @@ class RunFolder:
             for path in folder.glob(f"step_*{BEING_WRITTEN}"):
                 shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(self.model_files.with_name(self.model_files.name + BEING_WRITTEN), ignore_errors=True)
-        for path in (self.metrics, self.report, self.status, self.latest):
-            path.with_name(path.name + BEING_WRITTEN).unlink(missing_ok=True)
-        for path in self.path.glob(f"{self.lock.name}.*{BEING_WRITTEN}"):
-            path.unlink(missing_ok=True)
+        for path in (self.metrics, self.skipped, self.report, self.status, self.lock, self.latest):
+            for beside in path.parent.glob(f"{path.name}*{BEING_WRITTEN}"):
+                beside.unlink(missing_ok=True)
 
     def complete_checkpoint(self, partial: Path, step: int) -> Path:
         """Gives a checkpoint that was written beside its place its name, and moves `latest` to it; returns its place.
@@ -179,10 +179,16 @@ def next_folder(path: Path, name: str) -> Path:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file in one move: a reader finds the old text or the new one, never a part of it."""
-    beside = path.with_name(path.name + BEING_WRITTEN)
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    """Writes a file in one move: a reader finds the old text or the new one, never a part of it.
+
+    Several processes may write it at once: each has a name of its own for what it writes.
+    """
+    beside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}{BEING_WRITTEN}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_durably(path: Path, text: str) -> None:

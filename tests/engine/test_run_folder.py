@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from engine.run_folder import RunFolder
+from engine.run_folder import RunFolder, replace_text
+
+WRITER = """
+import sys
+from pathlib import Path
+from engine.run_folder import replace_text
+for _ in range(500):
+    replace_text(Path(sys.argv[1]), sys.argv[2] * 100_000)
+"""
 
 
 def fill(run: RunFolder, *steps: int) -> None:
@@ -84,7 +95,8 @@ def test_a_promise_counts_until_latest_is_moved(tmp_path):
 def test_leftovers_go_and_other_files_stay(tmp_path):
     run = RunFolder(tmp_path)
     fill(run, 1)
-    for name in ("metrics.jsonl.tmp", "lock.json.abc.tmp", "checkpoints/latest.tmp", "own.tmp"):
+    left = ("metrics.jsonl.tmp", "status.json.node1.7.tmp", "skipped.jsonl.node1.7.tmp", "lock.json.abc.tmp")
+    for name in (*left, "checkpoints/latest.tmp", "own.tmp"):
         (tmp_path / name).write_text("")
     for name in ("checkpoints/step_000002.tmp", "hf/step_000001.old.tmp", "model_files.tmp"):
         (tmp_path / name).mkdir()
@@ -92,3 +104,21 @@ def test_leftovers_go_and_other_files_stay(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.tmp")] == ["own.tmp"]
     run.remove_checkpoint(1)
     assert tree(run) == ["checkpoints/latest", "own.tmp"]
+
+
+def test_several_processes_write_one_file_each_as_a_whole(tmp_path):
+    path = tmp_path / "status.json"
+    command = [sys.executable, "-c", WRITER, str(path)]
+    writers = [subprocess.Popen([*command, letter], cwd=Path(__file__).parents[2]) for letter in "ab"]
+    found = set()
+    while any(writer.poll() is None for writer in writers):
+        found.add(path.read_text() if path.exists() else "")
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert found <= {"", "a" * 100_000, "b" * 100_000} and os.listdir(tmp_path) == ["status.json"]
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "status.json").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        replace_text(tmp_path / "status.json", "{}")
+    assert os.listdir(tmp_path) == ["status.json"]
