@@ -20,6 +20,7 @@ from torch import distributed
 
 from engine.cli import dump_run
 from engine.prepare import Prepared
+from engine.run_status import Refused
 
 LIBRARIES = ("torch", "megatron-core", "transformers", "transformer-engine")
 ROOMS = ("engine", "models", "data")
@@ -167,7 +168,7 @@ def differences(name: str, entries: list[dict[str, str]], hosts: list[str]) -> l
 def check_agreement(prepared: Prepared, device: torch.device) -> list[str]:
     """Compares all ranks and tries a collective; every rank calls it. What there is to say, a line each.
 
-    ValueError, the same on every rank, where ranks differ in something that the result depends on, or cannot add.
+    Refused, the same on every rank, where ranks differ in something that the result depends on, or cannot add.
     """
     own = rank_facts(prepared)
     sent = RankFacts(host=own.host, facts=own.facts, loose=own.loose, complaints=own.complaints)
@@ -182,7 +183,7 @@ def check_agreement(prepared: Prepared, device: torch.device) -> list[str]:
             every = differences(name, entries, hosts)
             wrong = "; ".join(every[:SHOWN]) + (f"; and {len(every) - SHOWN} more" if len(every) > SHOWN else "")
         if wrong:
-            raise ValueError(f"the ranks do not agree: {wrong}; make all nodes the same and start again")
+            raise Refused(f"the ranks do not agree: {wrong}; make all nodes the same and start again")
     milliseconds = try_collective(device)
     lines = [
         f"ranks: {len(ranks):,} agree, on {hosts_text(hosts)}; all added up 1 MiB in {milliseconds:,.0f} ms",
@@ -194,7 +195,7 @@ def check_agreement(prepared: Prepared, device: torch.device) -> list[str]:
 
 
 def try_collective(device: torch.device) -> float:
-    """Adds up a known number over all ranks; milliseconds, or ValueError where the sum is another."""
+    """Adds up a known number over all ranks; milliseconds, or Refused where the sum is another."""
     world_size = distributed.get_world_size()
     numbers = torch.full((ELEMENTS,), float(distributed.get_rank() + 1), device=device)
     distributed.all_reduce(numbers)  # which sets up what later ones use
@@ -203,7 +204,7 @@ def try_collective(device: torch.device) -> float:
     sums: list[tuple[str, float] | None] = [None] * world_size
     distributed.all_gather_object(sums, (socket.gethostname(), float(wrong[0])) if len(wrong) else None)
     if named := [f"{one[1]} on rank {rank} ({one[0]})" for rank, one in enumerate(sums) if one is not None]:
-        raise ValueError(
+        raise Refused(
             f"1 to {world_size} added up over the ranks to {', '.join(named[:SHOWN])} instead of {wanted}: a network "
             "or a device corrupts what it carries; start again without that host"
         )

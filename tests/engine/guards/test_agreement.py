@@ -14,6 +14,7 @@ from engine.guards import agreement
 from engine.layout import world_from_environment
 from engine.mesh import build_mesh
 from engine.prepare import prepare_run
+from engine.run_status import Refused
 from tests.support.tiny import save_model, write_documents
 
 
@@ -45,7 +46,7 @@ def agree(own: list[list[str]], library: str = "") -> str:
         agreement.versions = lambda: versions() | {library: "0.1"}
     try:
         return "\n".join(agreement.check_agreement(prepared, torch.device("cpu")))
-    except ValueError as error:
+    except Refused as error:
         return f"{error}"
     finally:
         agreement.versions = versions
@@ -61,7 +62,7 @@ def agree_on_copies(own: list[str], other: str) -> str:
     build_mesh(config.layout)
     try:
         return "\n".join(agreement.check_agreement(dataclasses.replace(prepared, config=config), torch.device("cpu")))
-    except ValueError as error:
+    except Refused as error:
         return f"{error}"
 
 
@@ -113,7 +114,7 @@ def corrupted() -> str:
     distributed.all_reduce = wrong
     try:
         agreement.try_collective(torch.device("cpu"))
-    except ValueError as error:
+    except Refused as error:
         return str(error)
     finally:
         distributed.all_reduce = all_reduce
