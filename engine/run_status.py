@@ -9,6 +9,8 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ RUNNING, DONE, STOPPED, FAILED, REFUSED = "running", "done", "stopped", "failed"
 # How long a rank waits for the first one to say what all have found: they start seconds apart, and torchrun ends all
 # as soon as one has ended.
 PATIENCE = 10.0
-_loaded = time.time()
+_loaded, _parent = time.time(), os.getppid()
 
 
 class Refused(ValueError):
@@ -44,15 +46,19 @@ def write_status(
     reason: str | None = None,
     rank: int = 0,
     began_with: str | None = None,
+    aside: bool = False,
 ) -> None:
     """Writes status.json in one move.
 
     What is not given is kept from what this start has written before. A start that fails before it has written anything
-    keeps what the run's own status was as `run`. `began_with` is the flag that is to take effect once a job.
+    keeps what the run's own status was as `run`; so does one that has changed nothing of the run, with aside.
+    `began_with` is the flag that is to take effect once a job; it is kept as long as the job is the same.
     """
     before = read_status(run)
-    own = before.get("start") == this_start() and before.get("state") != REFUSED
-    kept = before if own else {}
+    own = before.get("state") in (RUNNING, FAILED) and _is_of_this_start(before)
+    kept, earlier = before if own else {}, before.get("run") or before
+    if not began_with and earlier.get("job_started_again") == _job_name():
+        began_with = earlier.get("began_with")
     status = {
         "state": state,
         "step": kept.get("step") if step is None else step,
@@ -64,18 +70,19 @@ def write_status(
         "job": os.environ.get("SLURM_JOB_ID"),
         "rank": rank,
         "start": this_start(),
-        "began_with": began_with or kept.get("began_with"),
+        "restarts": _restarts(),
+        "parent": _parent,
+        "began_with": began_with,
         "job_started_again": _job_name(),
     }
-    if state in (FAILED, REFUSED) and not own and before:
-        status["run"] = before.get("run") or before
+    if before and (aside or state in (FAILED, REFUSED)) and ("run" in before or not own):
+        status["run"] = earlier
     replace_text(run.status, json.dumps(status, indent=1) + "\n")
 
 
 def took_effect(run: RunFolder, flag: str) -> bool:
     """Whether this job was started again, by torchrun or SLURM, after `flag` had done its work at an earlier start."""
-    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    if not any(count.isdigit() and int(count) for count in counts):
+    if not any(count.isdigit() and int(count) for count in _restarts()):
         return False
     status = read_status(run)
     status = status.get("run") or status
@@ -85,6 +92,29 @@ def took_effect(run: RunFolder, flag: str) -> bool:
 def _job_name() -> str | None:
     """What a job is called, however often it is started again."""
     return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def _restarts() -> list[str]:
+    return [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+
+
+def _is_of_this_start(status: dict[str, Any]) -> bool:
+    """Whether a rank of this very start wrote it.
+
+    All jobs of torchrun's static rendezvous have the same name: on one host the torchrun that started the ranks tells
+    them apart, elsewhere the time.
+    """
+    if status.get("start") != this_start() or status.get("restarts") != _restarts():
+        return False
+    if "TORCHELASTIC_RUN_ID" in os.environ and status.get("host") == socket.gethostname():
+        return status.get("parent") == _parent
+    return datetime.fromisoformat(status["time"]).timestamp() >= _loaded - PATIENCE
+
+
+def _said_by_another(run: RunFolder, rank: int) -> bool:
+    """Whether another rank of this start has written why it ends."""
+    status = read_status(run)
+    return status.get("state") in (FAILED, REFUSED) and status["rank"] != rank and _is_of_this_start(status)
 
 
 def tell(
@@ -97,21 +127,29 @@ def tell(
     alone: bool = False,
     met: bool = False,
     printed: bool = False,
+    is_ended: Callable[[], bool] = lambda: False,
 ) -> None:
     """Says, once for all ranks, why this start ends, and writes it down; call it before the process ends.
 
     Every rank leaves its own words in RUN/errors/rank_N.txt, with `details` in place of the sentence where there are
     some. The first rank speaks; another one waits for it, and speaks where it hears nothing. alone: only this rank
     knows, so it speaks. met: all ranks are known to be here. printed: what there is to say was printed already.
+    is_ended: whether this process was told to end, as torchrun does once another rank has spoken and ended.
     Nothing is written into what is no run, or another job's.
+
+    What a rank has said stands: others fail after it because it is gone, and say nothing. Those that fail within the
+    few milliseconds in which it speaks may still speak, too, and the last is what status.json keeps.
     """
     if run is not None and (run.is_foreign() or is_anothers(run)):
         run = None
     noted = run is not None and _note(run, rank, details or sentence)
+    if run is not None and _said_by_another(run, rank):
+        return
     if rank and not alone:
-        if _heard(run) or met:
+        if _heard(run, rank, is_ended) or met:
             return
-        if noted and run is not None and _lower_rank_noted(run, rank):
+        silent = _lower_rank_noted(run, rank) if noted and run is not None else is_ended()
+        if silent:
             return
     if not printed:
         who = f"rank {rank}: " if rank else ""
@@ -141,17 +179,16 @@ def _error_file(run: RunFolder, rank: int) -> Path:
     return run.errors / f"rank_{rank}.txt"
 
 
-def _heard(run: RunFolder | None) -> bool:
-    """Waits until another rank of this start has written how it ended; whether one has."""
+def _heard(run: RunFolder | None, rank: int, is_ended: Callable[[], bool]) -> bool:
+    """Waits until another rank of this start has written how it ended, or this process is to end; whether one has."""
     until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
-        if run is not None and run.status.exists():
-            status = read_status(run)
-            fresh = run.status.stat().st_mtime >= _loaded - PATIENCE
-            if fresh and status.get("start") == this_start() and status.get("state") in (FAILED, REFUSED):
-                return True
+    while True:
+        over = is_ended() or time.monotonic() >= until
+        if run is not None and _said_by_another(run, rank):
+            return True
+        if over:
+            return False
         time.sleep(0.2)
-    return False
 
 
 def _lower_rank_noted(run: RunFolder, rank: int) -> bool:

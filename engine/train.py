@@ -18,14 +18,14 @@ from engine.guards.spikes import Spikes
 from engine.guards.watchdog import SAVE, STEP, Watchdog
 from engine.mesh import Mesh, build_mesh
 from engine.metric_lines import flags, held_out_fields, step_line
-from engine.prepare import Prepared
+from engine.prepare import Prepared, once
 from engine.reporting.metrics import AT_START, MetricsLog, read_metrics, rewind
 from engine.reporting.progress import held_out_text
 from engine.reporting.running_report import RunningReport
 from engine.retention import is_due
 from engine.run_folder import FAILED, RunFolder
 from engine.run_start import begin, go_back, owned
-from engine.run_status import DONE, RUNNING, STOPPED, clear_errors, write_status
+from engine.run_status import DONE, RUNNING, STOPPED, clear_errors, took_effect, write_status
 from engine.signals import StopRequest, largest, reason
 from engine.startup_lines import sample_document, start_lines
 from engine.trainer import Trainer
@@ -52,7 +52,7 @@ def start(prepared: Prepared, mesh: Mesh, stop: StopRequest, watchdog: Watchdog,
     if mesh.rank == 0:
         print("\n".join(agreement), flush=True)
     if stops := signalled(stop):  # weights take the longest of all before the first step
-        stopped_early(prepared, mesh, stops)
+        stopped_early(prepared, mesh, stops, begun=False)
     else:
         run_to_the_end(prepared, mesh, stop, watchdog, on_host)
 
@@ -75,7 +75,8 @@ def stand(prepared: Prepared, mesh: Mesh) -> None:
         )
         if read_metrics(run.metrics):
             running_report(prepared).write(always=True)
-        write_status(run, DONE, step=resume.step, total_steps=total_steps)
+        began_with = once(prepared.config.checkpoint)
+        write_status(run, DONE, step=resume.step, total_steps=total_steps, began_with=began_with)
 
 
 def export_missing(prepared: Prepared, mesh: Mesh) -> None:
@@ -97,7 +98,7 @@ def run_to_the_end(prepared: Prepared, mesh: Mesh, stop: StopRequest, watchdog: 
     distributed.barrier()
     if stops := signalled(stop):
         trainer.saver.close()
-        return stopped_early(prepared, mesh, stops)
+        return stopped_early(prepared, mesh, stops, begun=True)
     export_missing(prepared, mesh)
     log = open_log(run, config, trainer.step, prepared.total_steps) if mesh.is_logger else None
     report = running_report(prepared) if mesh.is_logger else None
@@ -141,15 +142,21 @@ def signalled(stop: StopRequest) -> str | None:
     return reason(*largest(stop.signal))
 
 
-def stopped_early(prepared: Prepared, mesh: Mesh, why: str) -> None:
-    """Says and writes down that a run was told to stop before its first step: there is nothing to save."""
-    step = prepared.resume.step if prepared.resume else 0
+def stopped_early(prepared: Prepared, mesh: Mesh, why: str, *, begun: bool) -> None:
+    """Says and writes down that a run was told to stop before its first step: there is nothing to save.
+
+    begun: whether `begin` has made RUN this run's. Otherwise an earlier run that a flag was to set aside, as a whole or
+    beyond a step, stands as it did.
+    """
+    run, step = prepared.run, prepared.resume.step if prepared.resume else 0
     if mesh.rank == 0:
         words = f"stopped while starting up, before step {step + 1:,} of {prepared.total_steps:,}: {why}"
-        prepared.run.path.mkdir(parents=True, exist_ok=True)
-        prepared.run.unfinished.write_text(words + "\n", encoding="utf-8")
+        flag = once(prepared.config.checkpoint)
+        aside = not begun and flag is not None and not took_effect(run, flag) and run.config.exists()
+        if not aside:
+            run.unfinished.write_text(words + "\n", encoding="utf-8")
         print(f"{words}; the same command continues", flush=True)
-        write_status(prepared.run, STOPPED, step=step, total_steps=prepared.total_steps, reason=why)
+        write_status(run, STOPPED, step=step, total_steps=prepared.total_steps, reason=why, aside=aside)
 
 
 def open_log(run: RunFolder, config: RunConfig, step: int, total_steps: int) -> MetricsLog:
