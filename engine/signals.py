@@ -69,6 +69,11 @@ def hear_early() -> None:
         signal.signal(number, note)
 
 
+def is_ended() -> bool:
+    """Whether SIGTERM has come before a StopRequest was made: torchrun sends it once another rank has ended."""
+    return _early == signal.SIGTERM
+
+
 def _heard() -> list[signal.Signals]:
     """What is ignored stays so: shells start what runs in the background without SIGINT."""
     return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]

@@ -54,12 +54,22 @@ def main(arguments: list[str]) -> int:
     hear_early()
     silence_libraries()  # some read the environment when they are imported
     rank, world_size, _ = world_from_environment()
+    folder = None
     try:
-        config = parse(arguments, world_size=world_size, first=rank == 0)
-    except SystemExit as error:  # the parser's own, which has printed what is mistyped
-        return refuse(arguments, "a flag is mistyped", rank, printed=True) if error.code else 0
-    except (ValueError, OSError) as error:
-        return refuse(arguments, str(error), rank)
+        prepared = prepare(arguments, rank, world_size)
+        if isinstance(prepared, int):
+            return prepared
+        folder = prepared.run
+        return run(prepared, rank)
+    except (Exception, KeyboardInterrupt) as error:
+        fail(folder or folder_of(arguments), rank, error)
+
+
+def prepare(arguments: list[str], rank: int, world_size: int) -> Prepared | int:
+    """The run that the arguments describe, checked, or the exit status where there is none."""
+    config = parse_or_refuse(arguments, rank, world_size)
+    if isinstance(config, int):
+        return config
     # What is mistyped has been said: torch and megatron-core take seconds to import.
     import torch
 
@@ -67,10 +77,19 @@ def main(arguments: list[str]) -> int:
 
     try:
         config = with_input(config, first=rank == 0)
-        prepared = prepare_run(config, world_size=world_size, cuda=torch.cuda.is_available())
+        return prepare_run(config, world_size=world_size, cuda=torch.cuda.is_available())
     except (ValueError, OSError) as error:
         return refuse(arguments, str(error), rank)
-    return run(prepared, rank)
+
+
+def parse_or_refuse(arguments: list[str], rank: int, world_size: int) -> RunConfig | int:
+    """The configuration, or the exit status where it is wrong, or where only help was asked for."""
+    try:
+        return parse(arguments, world_size=world_size, first=rank == 0)
+    except SystemExit as error:  # the parser's own, which has printed what is mistyped
+        return refuse(arguments, "a flag is mistyped", rank, printed=True) if error.code else 0
+    except (ValueError, OSError) as error:
+        return refuse(arguments, str(error), rank)
 
 
 def run(prepared: Prepared, rank: int) -> int:
@@ -91,21 +110,27 @@ def run(prepared: Prepared, rank: int) -> int:
     except (ValueError, OSError) as error:
         tell(prepared.run, rank, str(error), state=FAILED, alone=True)
         leave_at_once(2)
-    except KeyboardInterrupt:
-        tell(prepared.run, rank, "interrupted", state=FAILED, met=True)
-        raise
-    except Exception as error:
-        words = f"{type(error).__name__}: {error}".splitlines()[0]
-        tell(prepared.run, rank, words, state=FAILED, details=traceback.format_exc(), alone=True)
-        leave_at_once(1)
-    raise AssertionError("the process has ended")
+
+
+def fail(folder: RunFolder | None, rank: int, error: BaseException) -> NoReturn:
+    """Says what is nobody's mistake, with its traceback, or that the run was interrupted; ends this process."""
+    from engine.run_status import FAILED, tell
+
+    if isinstance(error, KeyboardInterrupt):
+        tell(folder, rank, "interrupted", state=FAILED)
+        raise error
+    words = f"{type(error).__name__}: {error}".splitlines()[0]
+    details = "".join(traceback.format_exception(error))
+    tell(folder, rank, words, state=FAILED, details=details, alone=True)
+    leave_at_once(1)
 
 
 def refuse(arguments: list[str], sentence: str, rank: int, *, printed: bool = False) -> int:
     """Says, once, what every rank finds wrong before the ranks meet; returns the exit status."""
     from engine.run_status import REFUSED, tell
+    from engine.signals import is_ended
 
-    tell(folder_of(arguments), rank, sentence, state=REFUSED, printed=printed)
+    tell(folder_of(arguments), rank, sentence, state=REFUSED, printed=printed, is_ended=is_ended)
     return 2
 
 

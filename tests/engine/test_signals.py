@@ -15,7 +15,11 @@ from pathlib import Path
 import pytest
 
 from engine import signals
+from engine import train as training
 from engine.checkpointing.resume_point import find_latest
+from engine.layout import world_from_environment
+from engine.run_folder import RunFolder
+from engine.run_status import read_status
 from engine.signals import StopRequest, deadline, hear_early, reason, shielded
 from engine.trainer import Trainer
 from tests.engine.checkpointing.test_resume import metrics, run
@@ -202,6 +206,57 @@ def test_a_signal_in_start_up_stops_before_the_first_step(pool, inputs, tmp_path
     assert "before step 4 of 4: SIGUSR1" in (tmp_path / "cut" / "unfinished").read_text()
     pool.run(run, 2, flags)
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def run_with_a_signal_at_first(arguments: list[str], environment: dict[str, str]) -> None:
+    """Trains; the second rank receives a signal while the ranks compare themselves, before RUN is made ready."""
+    compare = training.check_agreement
+
+    def signalled(prepared, device) -> list[str]:
+        if world_from_environment()[0] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compare(prepared, device)
+
+    training.check_agreement = signalled
+    try:
+        run(arguments, environment)
+    finally:
+        training.check_agreement = compare
+        for name in environment:
+            del os.environ[name]
+
+
+def test_a_signal_before_a_run_is_set_aside_leaves_it_as_it_was(pool, inputs, tmp_path):
+    output = RunFolder(tmp_path / "run")
+    flags = arguments(inputs, output.path, "--steps", "2", "--checkpoint.every", "1")
+    pool.run(run_with_a_signal_at_first, 2, flags, {})
+    assert output.why_unfinished() == "stopped while starting up, before step 1 of 2: SIGTERM was received"
+    pool.run(run, 2, flags)
+    done = read_status(output)
+    for flag in (["--checkpoint.no-resume"], ["--checkpoint.resume-from", "1"]):
+        pool.run(run_with_a_signal_at_first, 2, [*flags, *flag], {})
+        status = read_status(output)
+        assert (status["state"], status["run"]) == ("stopped", done) and not output.why_unfinished()
+    assert len(metrics(output.path)) == 2 and find_latest(output.path).step == 2
+    again = [*flags, "--checkpoint.no-resume"]
+    pool.run(run_with_an_early_signal, 2, again, signal.SIGTERM)  # which comes after it
+    assert "before step 1 of 2" in output.why_unfinished() and "run" not in read_status(output)
+
+
+def test_a_flag_has_done_its_work_whatever_stops_a_job_afterwards(pool, inputs, tmp_path):
+    """A job that is started again, with another port, goes on from its last step and not from the flag's."""
+    output = RunFolder(tmp_path / "run")
+    flags = [*arguments(inputs, output.path, "--checkpoint.every", "1", "--checkpoint.resume-from", "1"), "--steps"]
+    pool.run(run, 2, [*flags[:-3], "--steps", "2"])
+    job = {"SLURM_JOB_ID": "7"}
+    pool.run(run_with_a_signal, 2, [*flags, "1"], 9, signal.SIGTERM, {**job, "MASTER_PORT": "1"})
+    assert read_status(output)["state"] == "done" and find_latest(output.path).step == 1
+    job["SLURM_RESTART_COUNT"] = "1"
+    pool.run(run_with_a_signal, 2, [*flags, "4"], 3, signal.SIGTERM, {**job, "MASTER_PORT": "2"})
+    for port in ("3", "4"):
+        pool.run(run_with_a_signal_at_first, 2, [*flags, "4"], {**job, "MASTER_PORT": port})
+        assert output.why_unfinished().startswith("stopped while starting up, before step 4 of 4")
+    assert read_status(output)["began_with"] == "--checkpoint.resume-from 1" and find_latest(output.path).step == 3
 
 
 def test_an_ignored_signal_stays_ignored(listening):
