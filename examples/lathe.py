@@ -28,6 +28,9 @@ COMMANDS = {
     "plan": ("examples.plan_run", "what each rank of a run will hold in memory"),
     "sweep": ("examples.lr_sweep", "several learning rates beside each other"),
 }
+# What torchrun passes on to its ranks: its default, and what SLURM's --signal and preemption may send, of which it
+# would die alone.
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
 
 def usage() -> str:
@@ -47,14 +50,16 @@ def take_processes(arguments: list[str]) -> tuple[int | None, list[str]]:
 
 def train(arguments: list[str]) -> int:
     """Replaces this process by the training script, or by the torchrun that starts it N times."""
-    from examples.pretrain_sft import parse
+    from examples.pretrain_sft import parse_or_refuse
 
     processes, flags = take_processes(arguments)
     script = Path(__file__).with_name("pretrain_sft.py")
     command = [sys.executable, str(script), *flags]
     if processes is not None:
-        parse(flags, world_size=processes, first=True)  # what is mistyped is said once, before processes start
-        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        config = parse_or_refuse(flags, 0, processes)  # what is mistyped is said once, before processes start
+        if isinstance(config, int):
+            return config
+        torchrun = ["-m", "torch.distributed.run", "--signals-to-handle", SIGNALS, "--nproc-per-node", str(processes)]
         command = [sys.executable, *torchrun, str(script), *flags]
     sys.stdout.flush()
     os.execv(command[0], command)

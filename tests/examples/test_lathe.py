@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from engine.run_folder import RunFolder
+from engine.run_status import read_status
 from examples import lathe
 
 
@@ -38,12 +40,26 @@ def test_mistakes_are_one_sentence(arguments, sentence, capsys):
 
 
 @pytest.mark.parametrize(
+    ("flags", "reason"),
+    [(["--tp", "2"], "3 ranks cannot be split as tp 2"), (["--seq-lenn", "8"], "a flag is mistyped")],
+)
+def test_a_mistake_before_processes_start_is_written_down(flags, reason, tmp_path):
+    assert lathe.main(["train", "--nproc", "3", *flags, "--output", str(tmp_path)]) == 2
+    status = read_status(RunFolder(tmp_path))
+    assert status["state"] == "refused" and status["reason"].startswith(reason)
+    assert lathe.main(["train", "--nproc", "3", "--help"]) == 0
+
+
+@pytest.mark.parametrize(
     ("given", "started"),
     [
         (["--tp", "1"], ["pretrain_sft.py", "--tp", "1"]),
         (
             ["--tp", "2", "--nproc", "4"],
-            ["torch.distributed.run", "--nproc-per-node", "4", "pretrain_sft.py", "--tp", "2"],
+            [
+                *["torch.distributed.run", "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"],
+                *["--nproc-per-node", "4", "pretrain_sft.py", "--tp", "2"],
+            ],
         ),
     ],
 )
