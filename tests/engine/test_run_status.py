@@ -60,6 +60,7 @@ def run(tmp_path, monkeypatch):
     for name in names.split():
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(run_status, "PATIENCE", 0.3)
+    monkeypatch.setattr(run_status, "_loaded", time.time() - 2)  # status.json counts whole seconds
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     return folder
@@ -203,6 +204,10 @@ def test_a_start_that_changes_nothing_keeps_how_the_run_stands(run, monkeypatch)
     assert read_status(run)["state"] == STOPPED and read_status(run)["run"]["step"] == 9
     write_status(run, RUNNING, step=0)
     assert "run" not in read_status(run)
+    write_status(run, DONE, step=9)
+    write_status(run, FAILED)  # at its very end
+    write_status(run, FAILED)
+    assert read_status(run)["step"] is None and read_status(run)["run"]["state"] == DONE
 
 
 def test_a_mistake_on_the_command_line_is_written_down(run, capsys):

@@ -229,7 +229,7 @@ def run_with_a_signal_at_first(arguments: list[str], environment: dict[str, str]
 def test_a_signal_before_a_run_is_set_aside_leaves_it_as_it_was(pool, inputs, tmp_path):
     output = RunFolder(tmp_path / "run")
     flags = arguments(inputs, output.path, "--steps", "2", "--checkpoint.every", "1")
-    pool.run(run_with_a_signal_at_first, 2, flags, {})
+    pool.run(run_with_a_signal_at_first, 2, [*flags, "--checkpoint.no-resume"], {})
     assert output.why_unfinished() == "stopped while starting up, before step 1 of 2: SIGTERM was received"
     pool.run(run, 2, flags)
     done = read_status(output)
@@ -251,6 +251,7 @@ def test_a_flag_has_done_its_work_whatever_stops_a_job_afterwards(pool, inputs, 
     job = {"SLURM_JOB_ID": "7"}
     pool.run(run_with_a_signal, 2, [*flags, "1"], 9, signal.SIGTERM, {**job, "MASTER_PORT": "1"})
     assert read_status(output)["state"] == "done" and find_latest(output.path).step == 1
+    assert read_status(output)["began_with"] == "--checkpoint.resume-from 1"
     job["SLURM_RESTART_COUNT"] = "1"
     pool.run(run_with_a_signal, 2, [*flags, "4"], 3, signal.SIGTERM, {**job, "MASTER_PORT": "2"})
     for port in ("3", "4"):
