@@ -114,7 +114,7 @@ def _is_of_this_start(status: dict[str, Any]) -> bool:
 def _said_by_another(run: RunFolder, rank: int) -> bool:
     """Whether another rank of this start has written why it ends."""
     status = read_status(run)
-    return status.get("state") in (FAILED, REFUSED) and status["rank"] != rank and _is_of_this_start(status)
+    return status.get("state") in (FAILED, REFUSED) and status.get("rank") != rank and _is_of_this_start(status)
 
 
 def tell(
