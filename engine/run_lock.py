@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -41,6 +42,7 @@ def this_process() -> dict[str, Any]:
         "pid": os.getpid(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "restart": os.environ.get("SLURM_RESTART_COUNT"),
+        "elastic": _elastic(),
         "since": now(),
         "born": _birth(os.getpid()),
         "machine": _machine(),
@@ -61,8 +63,12 @@ def describe(owner: dict[str, Any]) -> str:
 
 def read_lock(run: RunFolder) -> dict[str, Any] | None:
     """What the lock says of its owner; None where there is no lock, and little where it cannot be read."""
+    return _read(run.lock)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(run.lock.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
     except FileNotFoundError:
         return None
@@ -146,14 +152,16 @@ def _remove(path: Path, owner: dict[str, Any]) -> bool:
         os.rename(path, aside)
     except FileNotFoundError:
         return False
-    found = json.loads(aside.read_text(encoding="utf-8") or "{}") if owner else {}
-    if found.get("token") != owner.get("token"):
-        with contextlib.suppress(OSError):
+    ours = (_read(aside) or {}).get("token") == owner.get("token")
+    if not ours:
+        try:
             os.link(aside, path)
-        aside.unlink()
-        return False
-    aside.unlink()
-    return True
+        except FileExistsError:  # and yet another one has it
+            pass
+        except OSError:  # a file system without links
+            os.rename(aside, path)
+    aside.unlink(missing_ok=True)
+    return ours
 
 
 def _beat(run: RunFolder, own: dict[str, Any], over: threading.Event) -> None:
@@ -174,22 +182,27 @@ def _beat(run: RunFolder, own: dict[str, Any], over: threading.Event) -> None:
 def _why_dead(run: RunFolder, owner: dict[str, Any], *, patient: bool = False) -> str | None:
     """Why the owner of the lock is gone; None while it lives, or may live.
 
-    patient: waits for a sign of life of an owner in our own SLURM job, which torchrun has perhaps started anew.
+    patient: waits for a sign of life of an owner in our own job, which torchrun has perhaps started anew, or on a
+    machine of our name.
     """
     if owner.get("machine") is not None and owner["machine"] == _machine():
         return None if _lives(owner) else "that process is gone"
+    rebooted = owner.get("host") == socket.gethostname() and _boot(owner.get("machine")) != _boot(_machine())
+    if rebooted and _age(run) > _seconds_up():  # else it may be another machine of our name
+        return "its machine was started anew since"
     job = owner.get("job")
     if job and job != os.environ.get("SLURM_JOB_ID") and not _slurm_knows(job):
         return f"SLURM runs no job {job} any more"
     if job and job == os.environ.get("SLURM_JOB_ID"):
         if owner.get("restart") != os.environ.get("SLURM_RESTART_COUNT"):
             return "the job was requeued since"
-        if patient:
-            return _wait_for_silence(run, OWN_SILENCE)
+        return _wait_for_silence(run, OWN_SILENCE, patient=patient)
+    if rebooted or (_elastic() is not None and owner.get("elastic") == _elastic()):
+        return _wait_for_silence(run, OWN_SILENCE, patient=patient)
     return _wait_for_silence(run, SILENCE, patient=False)
 
 
-def _wait_for_silence(run: RunFolder, limit: float, *, patient: bool = True) -> str | None:
+def _wait_for_silence(run: RunFolder, limit: float, *, patient: bool) -> str | None:
     """Why an owner is silent for good; None as soon as it gives a sign of life, or at once where nobody waits."""
     first = _age(run)
     age = first
@@ -233,6 +246,25 @@ def _machine() -> str | None:
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
+
+
+def _boot(machine: str | None) -> str | None:
+    """The boot that `_machine` names."""
+    return machine.split()[1] if machine and len(machine.split()) == 3 else None
+
+
+def _seconds_up() -> float:
+    """Seconds since this machine was started; infinity where it does not say so."""
+    try:
+        return float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
+    except (OSError, ValueError):
+        return math.inf
+
+
+def _elastic() -> str | None:
+    """What torchrun calls this job on all its nodes, however often it starts it again; None where it has no name."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return None if name in ("", "none") else name
 
 
 def _birth(pid: int) -> str | None:

@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -119,6 +120,55 @@ def test_our_own_job_started_again(run, monkeypatch):
     elsewhere(run, job="77", restart="1", silent=100)  # torchrun went on elsewhere: waits for a sign of life
     with held(run) as said:
         assert "it gave no sign of life" in said
+
+
+def test_torchruns_own_job_started_again_on_another_node(run, monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT", 0.05)
+    monkeypatch.setattr(run_lock, "OWN_SILENCE", 100.2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's word for a job without a name
+    elsewhere(run, elastic=this_process()["elastic"], silent=101)
+    with pytest.raises(ValueError, match="is in use"), held(run):
+        pass
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    elsewhere(run, elastic="b", silent=101)
+    assert is_anothers(run)
+    elsewhere(run, elastic=this_process()["elastic"], silent=100)
+    assert is_anothers(run)  # it may live
+    with held(run) as said:
+        assert "it gave no sign of life" in said
+    elsewhere(run, elastic=this_process()["elastic"], silent=101)
+    assert not is_anothers(run)
+
+
+def test_a_machine_that_was_started_anew(run, monkeypatch):
+    host, _, space = run_lock._machine().split()
+    monkeypatch.setattr(run_lock, "_seconds_up", lambda: 50.0)
+    monkeypatch.setattr(run_lock, "BEAT", 0.05)
+    elsewhere(run, host=host, machine=f"{host} before {space}", silent=40)  # another machine of this name lives
+    refreshed = threading.Timer(0.5, os.utime, [run.lock])
+    refreshed.start()
+    with pytest.raises(ValueError, match="is in use"), held(run):
+        pass
+    refreshed.join()
+    elsewhere(run, host=host, machine=f"{host} before {space}", silent=60)
+    with held(run) as said:
+        assert said.endswith("its machine was started anew since")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_lock_that_changed_hands_is_put_back(run, monkeypatch, links):
+    """Also where the file system has no hard links: RUN never stands without its owner's lock."""
+
+    def without(*_: object) -> None:
+        raise PermissionError("Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", without)
+    elsewhere(run, token="of the one who took it over")
+    assert not run_lock._remove(run.lock, {"token": "of a dead owner"})
+    assert [path.name for path in run.path.iterdir()] == ["lock.json"]
+    assert read_lock(run)["token"] == "of the one who took it over"
+    assert run_lock._remove(run.lock, read_lock(run)) and not list(run.path.iterdir())
 
 
 def race(path: Path, barrier, results) -> None:
