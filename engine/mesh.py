@@ -41,11 +41,8 @@ class Mesh:
         return self.is_last_stage and self.dp_rank == self.tp_rank == self.cp_rank == 0
 
 
-def build_mesh(layout: Layout, *, timeout_minutes: int = 30) -> Mesh:
-    """Joins the world and creates every process group. The layout must have passed `check_layout`."""
-    from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
+def join_world(*, timeout_minutes: int = 30) -> tuple[int, int, torch.device]:
+    """Joins the group of all ranks, once; this one's rank, their number and its device."""
     rank, world_size, local_rank = world_from_environment()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -61,6 +58,18 @@ def build_mesh(layout: Layout, *, timeout_minutes: int = 30) -> Mesh:
             distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         else:
             distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    return rank, world_size, device
+
+
+def build_mesh(layout: Layout, *, timeout_minutes: int = 30) -> Mesh:
+    """Joins the world and creates every process group.
+
+    The layout must have passed `check_layout` and be the same on all ranks: others wait for each other in vain.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    rank, world_size, device = join_world(timeout_minutes=timeout_minutes)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,

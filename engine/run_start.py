@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from math import isfinite, prod
@@ -24,6 +25,7 @@ from engine.run_lock import held, now
 from engine.run_status import RUNNING, Refused, clear_errors, took_effect, write_status
 
 TRIAL_BYTES = 16 * 2**10
+CACHED = 90.0  # seconds for which NFS may believe that a file is not there: 60 by default, and some more
 
 
 @contextlib.contextmanager
@@ -39,13 +41,16 @@ def owned(prepared: Prepared, mesh: Mesh) -> Iterator[None]:
     def take() -> int | None:
         if said := lock.enter_context(held(run)):
             print(said, flush=True)
+        lock.callback(_remove_trials, run)
+        shutil.rmtree(run.heartbeats, ignore_errors=True)  # of a run that was killed; nobody beats before a step
         _check_space(run, prepared)
         _write_trial(run, 0)
         now_there = find_start(run, prepared.config.checkpoint)
         return now_there.step if now_there else None
 
     with lock:
-        if _agreed(take, mesh)[0] != (resume.step if resume else None):
+        there, own = _agreed(take, mesh)[0], resume.step if resume else None
+        if any(step != there for step in _agreed(lambda: own, mesh, all_ranks=True)):
             raise Refused(f"the run in {run.path} went on while this one was starting: start it again")
         _agreed(lambda: _write_trial(run, mesh.rank), mesh, all_ranks=True)
         if mesh.rank == 0:
@@ -86,7 +91,7 @@ def _trial(run: RunFolder, rank: int) -> Path:
 def _write_trial(run: RunFolder, rank: int) -> None:
     """Writes a small file to where checkpoints go, as a rank will; the first rank's must be seen by all."""
     with _named(run):
-        if not _trial(run, 0).exists() and rank:
+        if rank and not _appears(_trial(run, 0)):
             raise FileNotFoundError(
                 f"what rank 0 has written there is not seen on {os.uname().nodename}; the nodes must share RUN"
             )
@@ -94,6 +99,19 @@ def _write_trial(run: RunFolder, rank: int) -> None:
             stream.write(b"\0" * TRIAL_BYTES)
             stream.flush()
             os.fsync(stream.fileno())
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file that another node has written is seen here, after some time where directories are cached."""
+    until = time.monotonic() + CACHED
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        for folder in (path.parent.parent, path.parent):  # listing them asks NFS anew
+            with contextlib.suppress(OSError):
+                os.listdir(folder)
+        time.sleep(0.5)
+    return True
 
 
 @contextlib.contextmanager

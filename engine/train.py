@@ -13,10 +13,10 @@ from engine.checkpointing.checkpoint import export_hf
 from engine.checkpointing.saver import FAILED as SAVE_FAILED
 from engine.checkpointing.saver import WRITTEN, CheckpointFailed
 from engine.config import RunConfig
-from engine.guards.agreement import check_agreement
+from engine.guards.agreement import check_agreement, check_layouts
 from engine.guards.spikes import Spikes
 from engine.guards.watchdog import SAVE, STEP, Watchdog
-from engine.mesh import Mesh, build_mesh
+from engine.mesh import Mesh, build_mesh, join_world
 from engine.metric_lines import flags, held_out_fields, step_line
 from engine.prepare import Prepared, once
 from engine.reporting.metrics import AT_START, MetricsLog, read_metrics, rewind
@@ -36,19 +36,23 @@ def train(prepared: Prepared) -> None:
     stop, guard = StopRequest(prepared.stop_at), prepared.config.guard
     on_host = host.enable()
     with stop.listening():
-        mesh = build_mesh(prepared.config.layout)
-        watch = Watchdog(prepared.run, mesh.rank, patience=guard.patience, minutes=guard.minutes)
-        with owned(prepared, mesh), watch as watchdog:
-            if prepared.resume is not None and prepared.resume.step >= prepared.total_steps:
-                stand(prepared, mesh)
-            else:
-                start(prepared, mesh, stop, watchdog, on_host)
-            distributed.barrier()
+        rank, _, device = join_world()
+        with Watchdog(prepared.run, rank, patience=guard.patience, minutes=guard.minutes) as watchdog:
+            check_layouts(prepared.config.layout)
+            mesh = build_mesh(prepared.config.layout)
+            with owned(prepared, mesh):
+                agreement = check_agreement(prepared, device)
+                if prepared.resume is not None and prepared.resume.step >= prepared.total_steps:
+                    stand(prepared, mesh)
+                else:
+                    start(prepared, mesh, stop, watchdog, on_host, agreement)
+                distributed.barrier()
 
 
-def start(prepared: Prepared, mesh: Mesh, stop: StopRequest, watchdog: Watchdog, on_host: bool) -> None:
-    """Compares the ranks and trains, unless a signal has come before that."""
-    agreement = check_agreement(prepared, mesh.device)
+def start(
+    prepared: Prepared, mesh: Mesh, stop: StopRequest, watchdog: Watchdog, on_host: bool, agreement: list[str]
+) -> None:
+    """Says that the ranks agree and trains, unless a signal has come before that."""
     if mesh.rank == 0:
         print("\n".join(agreement), flush=True)
     if stops := signalled(stop):  # weights take the longest of all before the first step

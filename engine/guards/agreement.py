@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import platform
@@ -19,6 +20,7 @@ import yaml
 from torch import distributed
 
 from engine.cli import dump_run
+from engine.layout import Layout
 from engine.prepare import Prepared
 from engine.run_status import Refused
 
@@ -163,6 +165,18 @@ def differences(name: str, entries: list[dict[str, str]], hosts: list[str]) -> l
     names = dict.fromkeys(entry for one in entries for entry in one)
     found = [difference(f"{name}, {entry},", [one.get(entry, "") for one in entries], hosts) for entry in names]
     return [one for one in found if one]
+
+
+def check_layouts(layout: Layout) -> None:
+    """Compares what process groups are built from, which hang where it differs; every rank calls it, in the world.
+
+    Refused, the same on every rank, where layouts or numbers of ranks differ.
+    """
+    sizes = entries_of(dataclasses.asdict(layout)) | {"the number of ranks": os.environ.get("WORLD_SIZE", "1")}
+    ranks: list[tuple[str, dict[str, str]]] = [("", {})] * distributed.get_world_size()
+    distributed.all_gather_object(ranks, (socket.gethostname(), sizes))
+    if wrong := differences("the layout", [entries for _, entries in ranks], [host for host, _ in ranks]):
+        raise Refused(f"the ranks do not agree: {'; '.join(wrong)}; make all nodes the same and start again")
 
 
 def check_agreement(prepared: Prepared, device: torch.device) -> list[str]:
