@@ -3,7 +3,7 @@
 One rank that hangs keeps all others waiting in a collective. Their watchdogs have the same limits and run out at the
 same time, so each rank's stacks are written before torchrun ends them for the first that exits. The thread itself needs
 Python's lock and a file system that answers. Where one of the two is what hangs, a timer of `faulthandler`, which needs
-neither, prints the stacks to standard error somewhat later.
+neither, prints the stacks to standard error half an hour later. Time in which the process is suspended does not count.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import shutil
 import socket
 import sys
 import threading
@@ -21,6 +20,7 @@ from collections import defaultdict, deque
 from typing import NamedTuple, Self, TextIO
 
 from engine.run_folder import RunFolder
+from engine.run_status import FAILED, tell
 
 RESTART = 75  # the exit status: EX_TEMPFAIL of sysexits.h, try again
 START_UP, STEP, HELD_OUT, SAVE = "start-up", "step", "held-out loss", "save"
@@ -28,7 +28,10 @@ RECENT = 50  # of each phase, whose longest counts
 OTHERS = 6  # times the least limit of a step: what the first step and other phases have
 POLL = 1.0  # seconds between two looks
 GRACE = 10.0  # seconds between writing stacks and the exit, in which the other ranks write theirs
-BACKSTOP = 60.0  # seconds after which the timer steps in where the thread did not
+SUSPENDED = 10.0  # times POLL, from which on a gap between two looks means that the process was suspended
+# Seconds after which the timer steps in where the thread did not. It cannot know of a suspension, and fires after one
+# that was longer; so do the time limits of collectives, which are as long.
+BACKSTOP = 1800.0
 BEAT = 30.0  # seconds between two heartbeats in RUN: many ranks share a file system
 COLLECTIVES = 5  # the last so many are named
 
@@ -38,7 +41,7 @@ class Phase(NamedTuple):
 
     name: str
     step: int
-    since: float  # by the monotonic clock
+    since: float  # by the watchdog's clock
     limit: float  # seconds
     longest: float = 0.0  # of those of its name before, in seconds
 
@@ -56,24 +59,32 @@ class Watchdog:
     def __init__(self, run: RunFolder, rank: int, *, patience: float, minutes: float):
         self._run, self._rank, self._patience, self._seconds = run, rank, patience, minutes * 60
         self._recent: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
-        self._now = Phase(START_UP, 0, time.monotonic(), OTHERS * self._seconds)
+        self._lock, self._looked, self._suspended = threading.Lock(), time.monotonic(), 0.0
+        self._now = Phase(START_UP, 0, self._clock(), OTHERS * self._seconds)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._heartbeat = run.heartbeats / f"rank_{rank}"
 
     def enter(self, phase: str, step: int) -> None:
         """Ends the phase before and begins the next, of this step; some microseconds."""
-        now = time.monotonic()
+        now = self._clock()
         self._recent[self._now.name].append(now - self._now.since)
         longest = max(self._recent[phase], default=0.0)
         least = self._seconds * (1 if phase == STEP and longest else OTHERS)
         # One assignment, so that the thread never sees half of it.
         self._now = Phase(phase, step, now, max(least, self._patience * longest), longest)
 
+    def _clock(self) -> float:
+        """Seconds by the monotonic clock without those in which nobody looked, for the process was suspended."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._looked > SUSPENDED * POLL:
+                self._suspended += now - self._looked
+            self._looked = now
+            return now - self._suspended
+
     def __enter__(self) -> Self:
         if self._patience:
-            if self._rank == 0:  # nobody beats before the first step
-                shutil.rmtree(self._run.heartbeats, ignore_errors=True)
             self._thread.start()
         return self
 
@@ -87,13 +98,13 @@ class Watchdog:
                 self._run.heartbeats.rmdir()
 
     def _watch(self) -> None:
-        armed, beaten = None, 0.0
+        armed, beaten = None, -BEAT
         while not self._over.wait(POLL):
-            phase, now = self._now, time.monotonic()
-            if phase is not armed:
+            now, phase = self._clock(), self._now
+            if (phase, self._suspended) != armed:
                 left = max(0.0, phase.deadline - now)
                 faulthandler.dump_traceback_later(left + BACKSTOP, exit=True, file=sys.__stderr__ or 2)
-                armed = phase
+                armed = phase, self._suspended
             if now > phase.deadline:
                 self._give_up(phase, now - phase.since)
             if phase.name != START_UP and now - beaten >= BEAT:
@@ -126,6 +137,8 @@ class Watchdog:
                 write_collectives(file)
         except OSError:
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        with contextlib.suppress(OSError):
+            tell(self._run, self._rank, words, state=FAILED, printed=True)
         time.sleep(GRACE)
         os._exit(RESTART)
 

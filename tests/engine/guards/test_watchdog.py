@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +24,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 def test_how_long_a_phase_may_take(tmp_path, monkeypatch):
     clock = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: clock)
+    monkeypatch.setattr(watchdog, "SUSPENDED", 100.0)  # nobody looks between two phases
     dog = Watchdog(RunFolder(tmp_path), 0, patience=10, minutes=1)
 
     def after(seconds: float, phase: str, step: int) -> tuple[str, float]:
@@ -46,9 +49,10 @@ def test_how_long_a_phase_may_take(tmp_path, monkeypatch):
 # How a program hangs, its exit status, and what is found where.
 PROGRAM = """
 import ctypes, sys, time
+from engine import run_status
 from engine.guards import watchdog
 from engine.run_folder import RunFolder
-watchdog.POLL, watchdog.GRACE, watchdog.BACKSTOP = 0.05, 0.1, 1.0
+watchdog.POLL, watchdog.GRACE, watchdog.BACKSTOP, run_status.PATIENCE = 0.05, 0.1, {backstop}, 0.1
 
 def stuck_here():
     {hang}
@@ -64,7 +68,7 @@ with watchdog.Watchdog(RunFolder({folder!r}), 3, patience=2, minutes=0.005) as d
 
 
 def hang(folder: Path, how: str) -> subprocess.CompletedProcess:
-    program = PROGRAM.format(hang=how, folder=str(folder))
+    program = PROGRAM.format(hang=how, folder=str(folder), backstop=1.0)
     return subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
 
 
@@ -73,9 +77,27 @@ def test_a_rank_that_hangs_is_ended(tmp_path):
     assert done.returncode == watchdog.RESTART == 75
     written = (tmp_path / "stacks" / "rank_3.txt").read_text()
     assert "step of step 3 has taken" in written and "stuck_here" in written
-    (line,) = done.stderr.splitlines()
+    line, where = done.stderr.splitlines()
     assert line.startswith("error: rank 3 on ") and "the longest before took 0.1 s" in line
     assert f"its stacks are in {tmp_path / 'stacks' / 'rank_3.txt'}" in line and "status 75" in line
+    # So it is written down, for those who come later.
+    assert where.endswith(str(tmp_path / "errors")) and line[7:] in (tmp_path / "errors" / "rank_3.txt").read_text()
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["reason"], status["rank"]) == ("failed", line[7:], 3)
+
+
+def test_a_suspension_does_not_count(tmp_path):
+    """Neither against the phase that it interrupts nor, as one that took long, for those that follow."""
+    waiting = "print('stuck', flush=True); time.sleep(0.1); dog.enter(watchdog.STEP, 4); print(dog._now.limit)"
+    program = PROGRAM.format(hang=waiting, folder=str(tmp_path), backstop=100.0)
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "stuck\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        process.send_signal(signal.SIGCONT)
+        limit = process.stdout.read()
+    assert process.returncode == 0 and float(limit) < 2 * 1.5
 
 
 def test_a_rank_that_hangs_with_pythons_lock_is_ended(tmp_path):
@@ -93,8 +115,6 @@ def test_where_stacks_cannot_be_written_they_are_printed(tmp_path):
 def test_a_heartbeat_says_where_a_rank_stands(tmp_path, monkeypatch):
     monkeypatch.setattr(watchdog, "POLL", 0.01)
     run = RunFolder(tmp_path)
-    (run.heartbeats).mkdir()
-    (run.heartbeats / "rank_7").write_text("of a run that was killed")
     with Watchdog(run, 0, patience=10, minutes=10) as dog:
         time.sleep(0.1)
         assert not run.heartbeats.exists()  # RUN is not ready before the first step
