@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.check_values import ALLOWED_CHANGES
+from engine.checkpointing.directory import ResumePoint
 from engine.cli import flag_name, merge, read_recipe
 from engine.config import RunConfig
+from engine.run_folder import RunFolder
 
 # How a run is started and where it lies, not what it does; data must hold the same documents, see `data.order`.
 _SILENT = ("output", "data", "checkpoint.resume", "checkpoint.resume-from", "checkpoint.allow-change")
@@ -55,10 +57,19 @@ def changed_settings(before: RunConfig, after: RunConfig) -> list[Change]:
     return [one for one in pairs if _comparable(one.name, one.before) != _comparable(one.name, one.after)]
 
 
+def config_of(resume: ResumePoint) -> Path:
+    """Where the settings lie with which a checkpoint was made: beside it, or in RUN where an older one has none.
+
+    RUN's are those of the last start, which was perhaps killed before it saved anything.
+    """
+    own = resume.directory / RunFolder(resume.run).config.name
+    return own if own.exists() else RunFolder(resume.run).config
+
+
 def resume_lines(config: RunConfig, path: Path, *, precision: str | None) -> tuple[str, ...]:
     """What a resumed run says of the settings that it changes, a line each.
 
-    path: the config.yaml of the run that is resumed, as that run wrote it; one that cannot be read is said, too.
+    path: the config.yaml of what is resumed, see `config_of`; one that cannot be read is said, too.
     precision: what the checkpoint was written with, where it says so. ValueError for a change of course that
     `--checkpoint.allow-change` does not name.
     """
@@ -67,10 +78,10 @@ def resume_lines(config: RunConfig, path: Path, *, precision: str | None) -> tup
     except (ValueError, OSError) as error:
         before, unread = config, [f"not known, for the run's settings cannot be read: {error}"]
     if precision is not None:
-        # A start that was killed before its first save left its own config.yaml beside the older checkpoint.
+        # An older checkpoint has no config.yaml of its own, and a start that was killed left another in RUN.
         before = merge(before, {"precision": precision})
     changes = [one for one in changed_settings(before, config) if one.name not in _SILENT]
-    _refuse(changes, config.checkpoint.allow_change, path.parent)
+    _refuse(changes, config.checkpoint.allow_change, config.output)
     layout = [str(one) for one in changes if one.name in LAYOUT]
     others = [f"{one}{_NOTES.get(one.name, '')}" for one in changes if one.name not in LAYOUT]
     return (*unread, *others, *([f"layout: {', '.join(layout)}"] if layout else []))

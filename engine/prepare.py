@@ -12,7 +12,7 @@ from pathlib import Path
 from data.documents import Documents
 from data.order import GlobalOrder
 from engine.base_model import BaseModel, find_base_model, resumed_model
-from engine.changes import resume_lines
+from engine.changes import config_of, resume_lines
 from engine.check_values import check_rates, check_values
 from engine.checkpointing.directory import ResumePoint
 from engine.checkpointing.model_files import check_tokenizers
@@ -101,7 +101,7 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
         check_batch(order, config.global_batch_size, config.batch_unit)
     else:
         order.check_state(resume.manifest["data"])
-        changes = resume_lines(config, RunFolder(resume.run).config, precision=resume.manifest.get("precision"))
+        changes = resume_lines(config, config_of(resume), precision=resume.manifest.get("precision"))
     return Prepared(
         config=config,
         run=run,

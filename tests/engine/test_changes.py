@@ -126,6 +126,21 @@ def test_moments_become_narrow_where_that_is_allowed(pool, inputs):
     assert all(torch.equal(found[key], kept[key]) for key in weights)
 
 
+def test_a_start_that_saved_nothing_changes_nothing(pool, inputs):
+    """What counts is what the checkpoint was made with, also for one to which a run goes back."""
+    run = RunFolder(inputs / "run")
+    first = arguments(inputs, run.path, "--optim.schedule", "constant", "--checkpoint.every", "1")
+    assert pool.run(outcome, 1, first) == [""]
+    for step in (1, 2):
+        (run.checkpoint(step) / "config.yaml").write_text(run.config.read_text())
+    narrow = [*first, "--steps", "3", "--optim.moments", "bf16"]
+    run.config.write_text(dump_run(parse_run([*narrow, "--checkpoint.allow-change", "optim.moments"])))  # was killed
+    for back in ([], ["--checkpoint.resume-from", "1"]):
+        with pytest.raises(ValueError, match=f"--optim.moments was fp32 and is bf16, .* the run in {run.path}: give"):
+            prepare_run(parse_run([*narrow, *back]), world_size=1, cuda=False)
+        assert prepare_run(parse_run([*first, *back]), world_size=1, cuda=False).changes == ()
+
+
 @pytest.mark.parametrize(("was", "becomes"), [("fp32", "bf16"), ("bf16", "fp32")])
 def test_another_precision_keeps_master_weights_and_moments(pool, inputs, was, becomes):
     output = inputs / "run"
