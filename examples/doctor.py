@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import platform
 import sys
@@ -15,6 +16,11 @@ LIBRARIES = {
     "transformers": None,
     "safetensors": None,
     "datasets": None,
+    "numpy": None,
+    "pyyaml": None,
+    "rich": None,
+    "tyro": None,
+    "xxhash": None,
     "transformer-engine": "layers of Transformer Engine and --precision fp8: native layers run instead",
     "tensorboard": "mirrors of metrics.jsonl for TensorBoard",
     "wandb": "--log.wandb",
@@ -56,6 +62,17 @@ def library_lines() -> tuple[list[str], list[str]]:
         else:
             lines.append(f"{library} is not installed; missing: {without}")
     return lines, lacking
+
+
+def not_imported(error: ImportError) -> str:
+    """Why something does not import: a library that is not there at all, or one that is broken."""
+    if (
+        isinstance(error, ModuleNotFoundError)
+        and error.name
+        and importlib.util.find_spec(error.name.split(".")[0]) is None
+    ):
+        return f"{error.name.split('.')[0]} is not installed and nothing trains without it: pip install -e ."
+    return f"a library is installed and does not import: {error}"
 
 
 def device_lines(model: Path | None, precision: str) -> tuple[list[str], list[str]]:
@@ -105,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
             lacking += complaints(flags.output, flags.ranks)
             devices, missing = device_lines(flags.model, flags.precision)
         except ImportError as error:  # installed is not all: its libraries may be another release's
-            devices, missing = [], [f"a library is installed and does not import: {error}"]
+            devices, missing = [], [not_imported(error)]
         except (ValueError, OSError) as error:
             devices, missing = [], [str(error)]
         lines += devices

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 from engine.guards import agreement
@@ -46,3 +48,18 @@ def test_a_library_that_does_not_import(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "device_lines", broken)
     assert doctor.main([]) == 1
     assert "lacking: a library is installed and does not import: libcudart.so.12" in capsys.readouterr().out
+
+
+def test_a_library_that_is_not_there(capsys, monkeypatch):
+    """Also one that is not on the list; a part of a library that is there makes that one broken."""
+    for name, said in (
+        ("nosuchlibrary", "nosuchlibrary is not installed and nothing trains without it: pip install -e .\n"),
+        ("numpy.nosuchpart", "a library is installed and does not import: No module named 'numpy.nosuchpart'\n"),
+    ):
+        monkeypatch.setattr(doctor, "device_lines", lambda model, precision, name=name: importlib.import_module(name))
+        assert doctor.main([]) == 1
+        assert f"lacking: {said}" in capsys.readouterr().out
+    for library in ("numpy", "pyyaml", "rich", "tyro", "xxhash"):
+        monkeypatch.setattr(doctor, "installed", lambda name, library=library: None if name == library else "1")
+        assert doctor.main([]) == 1
+        assert f"lacking: {library} is not installed and nothing trains without it" in capsys.readouterr().out
