@@ -26,11 +26,12 @@ from rich.table import Table
 
 from engine.changes import read_config
 from engine.check_values import check_values
+from engine.config import RunConfig
 from engine.reporting.metrics import read_metrics
 from engine.run_folder import FAILED, RunFolder, replace_text
 from examples.demo.builtin import parse_over_demo
 from examples.made_of import differences
-from examples.sweep_settings import made_of, own_length
+from examples.sweep_settings import longer, made_of, own_length
 
 SCRIPT = Path(__file__).with_name("pretrain_sft.py")
 LAST = 0.1  # the share of steps, at the end, over which the training loss is taken
@@ -192,6 +193,13 @@ def refuse_others(options: Options, now: dict[str, Any]) -> None:
             )
 
 
+def goes_on(options: Options, done: Result, config: RunConfig) -> bool:
+    """Whether the run of a rate that is done was asked for a shorter length than now."""
+    run = RunFolder(options.run(done.lr))
+    reached = config.steps is not None and done.steps >= config.steps
+    return not reached and run.config.exists() and longer(config, read_config(run.config))
+
+
 def sweep(options: Options, flags: list[str]) -> list[Result]:
     """Trains at every rate that is not done, where there are flags; returns what came of each."""
     if not flags:
@@ -209,7 +217,7 @@ def sweep(options: Options, flags: list[str]) -> list[Result]:
         if before.state == "failed":
             why = RunFolder(options.run(rate)).why_unfinished()
             print(f"--optim.lr {rate:g} is not tried again, having {why}", flush=True)
-        elif before.state != "done" or (config.steps is not None and before.steps < config.steps):
+        elif before.state != "done" or goes_on(options, before, config):
             options.output.mkdir(parents=True, exist_ok=True)
             replace_text(options.made_of(rate), json.dumps(content, indent=1) + "\n")
             train(options, rate, [*flags, *(lengths if lines else [])])

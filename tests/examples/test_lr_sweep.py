@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from engine.cli import parse_run
+from engine.cli import dump_run, parse_run
 from engine.schedule import learning_rate
 from examples import lr_sweep
 from examples.sweep_settings import own_length
@@ -134,8 +134,8 @@ def test_warmup_and_decay_are_those_of_the_sweeps_length(tmp_path):
     lengths, lines = scaled(tmp_path, recipe, "--steps", "300")
     assert lengths == (30, 60)
     assert lines == [
-        "warmup_steps: 3,000 of the recipe's 30,000 steps, 30 of the sweep's 300",
-        "decay_steps: 6,000 of the recipe's 30,000 steps, 60 of the sweep's 300",
+        "warmup_steps: 3,000 of the recipe's 30,000 steps, 30 of the sweep's 300 steps",
+        "decay_steps: 6,000 of the recipe's 30,000 steps, 60 of the sweep's 300 steps",
     ]
     assert scaled(tmp_path, recipe, "--steps", "300", "--optim.warmup-steps", "7") == ((7, 60), lines[1:])
     for flags in ([], ["--steps", "60000"]):
@@ -146,6 +146,51 @@ def test_warmup_and_decay_are_those_of_the_sweeps_length(tmp_path):
     assert scaled(tmp_path, epochs, "--steps", "300", "--optim.warmup-steps", "9") == ((9, 0), [])
     with pytest.raises(ValueError, match=r"warmup_steps 440 belong to a run of 2 epoch\(s\) .* give --optim.warmup-st"):
         scaled(tmp_path, epochs, "--steps", "300")
+    lines = ["warmup_steps: 440 of the recipe's 2 epoch(s), 55 of the sweep's 0.25 epoch(s)"]
+    assert scaled(tmp_path, epochs, "--epochs", "0.25") == ((55, 0), lines)
+
+
+def test_a_length_of_another_kind_or_place(tmp_path):
+    """Epochs against steps, both at once, and a second file with a length of its own."""
+    steps = "steps: 30000\noptim: {warmup_steps: 3000}\n"
+    both = "steps: 30000\nepochs: 2\noptim: {warmup_steps: 3000}\n"
+    for recipe, flags, said in (
+        (
+            steps,
+            "--epochs 0.5",
+            "a run of 30,000 steps and cannot be scaled to --epochs 0.5: give --optim.warmup-steps",
+        ),
+        (steps, "--steps 300 --epochs 1", "30,000 steps and cannot be scaled to --steps 300 --epochs 1: give"),
+        (both, "--steps 300", r"a run of 30,000 steps or 2 epoch\(s\) and cannot be scaled to --steps 300: give"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            scaled(tmp_path, recipe, *flags.split())
+        assert scaled(tmp_path, recipe, *flags.split(), "--optim.warmup-steps", "9") == ((9, 0), [])
+    assert scaled(tmp_path, both, "--steps", "30000", "--epochs", "2") == ((3000, 0), [])
+    (tmp_path / "short.yaml").write_text("steps: 300\n")
+    assert scaled(tmp_path, steps, str(tmp_path / "short.yaml"))[0] == (30, 0)
+    assert scaled(tmp_path, steps, str(tmp_path / "short.yaml"), "--steps", "60")[0] == (6, 0)
+    (tmp_path / "short.yaml").write_text("steps: 300\noptim: {warmup-steps: 20}\n")  # which is its own
+    assert scaled(tmp_path, steps, str(tmp_path / "short.yaml")) == ((20, 0), [])
+    (tmp_path / "short.yaml").write_text("epochs: 1\n")
+    with pytest.raises(ValueError, match="cannot be scaled to --epochs 1"):
+        scaled(tmp_path, steps, str(tmp_path / "short.yaml"))
+
+
+def test_a_rate_that_is_done_is_begun_again_only_for_more(inputs, tmp_path, monkeypatch):
+    """Where epochs end a run before its --steps, it is done all the same."""
+    given = ["--model", inputs / "model", "--data", inputs / "data", "--optim.schedule", "constant"]
+    run = tmp_path / "lr_0.001"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "loss": 1, "grad_norm": 1}}\n' for n in (1, 2)))
+    trained = []
+    monkeypatch.setattr(lr_sweep, "train", lambda options, rate, flags: trained.append(rate))
+    own = ["--lrs", "1e-3", "--output", tmp_path, "--", *given]
+    before = [*given, "--steps", "9", "--epochs", "1"]
+    (run / "config.yaml").write_text(dump_run(parse_run(list(map(str, before)))))
+    for length, begun in (("--steps 9 --epochs 1", 0), ("--steps 2", 0), ("--steps 10", 1), ("--epochs 2", 1)):
+        trained.clear()
+        assert sweep(*own, *length.split())[0] == 0 and len(trained) == begun, length
 
 
 def test_a_published_recipe_reaches_its_rates_in_a_short_sweep(tmp_path, monkeypatch, capsys):
@@ -158,7 +203,7 @@ def test_a_published_recipe_reaches_its_rates_in_a_short_sweep(tmp_path, monkeyp
     for _, flags in trained:
         optim = parse_run(flags).optim
         assert learning_rate(replace(optim, lr=1.0, min_lr=0.0), 7, 60) == 1.0
-    assert "warmup_steps: 3,000 of the recipe's 30,000 steps, 6 of the sweep's 60" in capsys.readouterr().out
+    assert "warmup_steps: 3,000 of the recipe's 30,000 steps, 6 of the sweep's 60 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
