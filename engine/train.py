@@ -19,7 +19,7 @@ from engine.guards.watchdog import SAVE, STEP, Watchdog
 from engine.mesh import Mesh, build_mesh, join_world
 from engine.metric_lines import flags, held_out_fields, step_line
 from engine.prepare import Prepared, once
-from engine.reporting.metrics import AT_START, MetricsLog, read_metrics, rewind
+from engine.reporting.metrics import AT_START, LEFT_OUT, MetricsLog, read_metrics, rewind
 from engine.reporting.progress import held_out_text
 from engine.reporting.running_report import RunningReport
 from engine.retention import is_due
@@ -28,7 +28,7 @@ from engine.run_start import begin, go_back, owned
 from engine.run_status import DONE, RUNNING, STOPPED, clear_errors, took_effect, write_status
 from engine.signals import StopRequest, largest, reason
 from engine.startup_lines import sample_document, start_lines
-from engine.trainer import Trainer
+from engine.trainer import HeldOutLosses, Trainer
 
 
 def train(prepared: Prepared) -> None:
@@ -42,7 +42,8 @@ def train(prepared: Prepared) -> None:
             mesh = build_mesh(prepared.config.layout)
             with owned(prepared, mesh):
                 agreement = check_agreement(prepared, device)
-                if prepared.resume is not None and prepared.resume.step >= prepared.total_steps:
+                done = prepared.resume is not None and prepared.resume.step >= prepared.total_steps
+                if done and not owes_losses(prepared, mesh):
                     stand(prepared, mesh)
                 else:
                     start(prepared, mesh, stop, watchdog, on_host, agreement)
@@ -104,10 +105,16 @@ def run_to_the_end(prepared: Prepared, mesh: Mesh, stop: StopRequest, watchdog: 
         trainer.saver.close()
         return stopped_early(prepared, mesh, stops, begun=True)
     export_missing(prepared, mesh)
+    owed = trainer.held_out_losses(watchdog, stop, starting=True) if owes_losses(prepared, mesh) else None
+    if stops := signalled(stop):
+        trainer.saver.close()
+        return stopped_early(prepared, mesh, stops, begun=True)
     log = open_log(run, config, trainer.step, prepared.total_steps) if mesh.is_logger else None
     report = running_report(prepared) if mesh.is_logger else None
+    if log is not None and owed is not None and trainer.step:
+        log.complete(held_out_fields(owed))
     try:
-        stopped = loop(trainer, log, stop, report, watchdog)
+        stopped = loop(trainer, log, stop, report, watchdog, at_start=None if trainer.step else owed)
     except FloatingPointError as error:
         if mesh.is_logger:
             run.unfinished.write_text(f"{FAILED}{error}\n", encoding="utf-8")
@@ -131,6 +138,18 @@ def run_to_the_end(prepared: Prepared, mesh: Mesh, stop: StopRequest, watchdog: 
         write_status(
             run, STOPPED if stopped else DONE, step=trainer.step, total_steps=trainer.total_steps, reason=stopped
         )
+
+
+def owes_losses(prepared: Prepared, mesh: Mesh) -> bool:
+    """Whether held-out losses are to be measured before the next step; every rank calls it.
+
+    Those of the start, or those of the last step, which were left out as the run was told to stop.
+    """
+    if prepared.resume is None:
+        return prepared.config.valid_at_start
+    step = prepared.resume.step
+    lines = read_metrics(prepared.run.metrics) if mesh.rank == 0 and prepared.valid_orders else []
+    return bool(*largest(int(any(line["step"] == step and LEFT_OUT in line for line in lines))))
 
 
 def running_report(prepared: Prepared) -> RunningReport:
@@ -177,12 +196,17 @@ def open_log(run: RunFolder, config: RunConfig, step: int, total_steps: int) -> 
 
 
 def loop(
-    trainer: Trainer, log: MetricsLog | None, stop: StopRequest, report: RunningReport | None, watchdog: Watchdog
+    trainer: Trainer,
+    log: MetricsLog | None,
+    stop: StopRequest,
+    report: RunningReport | None,
+    watchdog: Watchdog,
+    *,
+    at_start: HeldOutLosses | None,
 ) -> str | None:
     """Steps until the run is over or has to stop, saving and measuring on the way; returns why it stopped early."""
     config, description = trainer.config, trainer.prepared.description
     spikes = Spikes(config.guard.spike, (line["loss"] for line in read_metrics(log.path)) if log is not None else ())
-    at_start = trainer.held_out_losses(watchdog) if config.valid_at_start and trainer.step == 0 else None
     if at_start is not None and log is not None:
         print(f"before the first step: {held_out_text(held_out_fields(at_start))}", flush=True)
     while trainer.step < trainer.total_steps:
@@ -196,7 +220,8 @@ def loop(
         last = result.step == trainer.total_steps
         every = config.valid_every
         measures = bool(trainer.valid_loaders) and (last or bool(every and result.step % every == 0))
-        held_out = trainer.held_out_losses(watchdog) if measures else None
+        held_out = trainer.held_out_losses(watchdog, stop) if measures else None
+        left_out = measures and held_out is None
         if log is not None:
             line = step_line(
                 result,
@@ -211,13 +236,14 @@ def loop(
             if at_start is not None:
                 line |= {f"{name}{AT_START}": value for name, value in held_out_fields(at_start).items()}
                 at_start = None
-            log.write(**line, **(held_out_fields(held_out) if held_out is not None else {}))
+            line |= held_out_fields(held_out) if held_out is not None else {LEFT_OUT: True} if left_out else {}
+            log.write(**line)
         since = int(time.monotonic() - trainer.saved_at)  # of the rank on whose clock most time has passed
         number, writing, since = largest(stop.number(), trainer.saver.progress(), since)
         if writing in (WRITTEN, SAVE_FAILED):
             watchdog.enter(SAVE, result.step)
             trainer.finish_save()
-        stops = None if last else reason(number)
+        stops = None if last and not left_out else reason(number)
         due = is_due(result.step, since, config.checkpoint, last=last, stopping=stops is not None)
         if due:
             watchdog.enter(SAVE, result.step)

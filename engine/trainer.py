@@ -23,7 +23,7 @@ from engine.optim import Update, build_optimizer, set_steps_taken, steps_taken, 
 from engine.prepare import Prepared
 from engine.retention import retain
 from engine.schedule import learning_rate
-from engine.signals import shielded
+from engine.signals import StopRequest, largest, shielded
 from engine.step import (
     RouterStatistics,
     StepTotals,
@@ -163,8 +163,11 @@ class Trainer:
         names = self._places(samples[:20])
         return ", ".join(names) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
 
-    def held_out_losses(self, watchdog: Watchdog) -> HeldOutLosses:
-        """Measures every set of --valid in order; no weight and no place in the training data changes."""
+    def held_out_losses(self, watchdog: Watchdog, stop: StopRequest, *, starting: bool = False) -> HeldOutLosses | None:
+        """Measures every set of --valid in order; no weight and no place in the training data changes.
+
+        None, on every rank, where any was told to stop before the last batch. starting: the time limit does not count.
+        """
         losses, source_losses, whole = {}, {}, np.zeros(2)
         if self.chunks[0].ddp_config.overlap_param_gather:  # else forward passes start gathers that may never meet
             gather_weights(self.chunks)
@@ -172,17 +175,23 @@ class Trainer:
             chunk.eval()
         for name, loader in self.valid_loaders.items():
             sources = told_apart(loader)
-            sums = self._held_out_sums(loader, len(sources), watchdog)
+            sums = self._held_out_sums(loader, len(sources), watchdog, stop, starting)
+            if sums is None:
+                break
             whole += sums[0]
             losses[name] = mean_loss(*sums[0])
             for source, pair in zip(sources, sums[1:], strict=True):
                 source_losses[f"{name}/{source}"] = mean_loss(*pair)
         for chunk in self.chunks:
             chunk.train()
+        if len(losses) < len(self.valid_loaders):
+            return None
         return HeldOutLosses(loss=mean_loss(*whole), losses=losses, source_losses=source_losses)
 
     @torch.no_grad()
-    def _held_out_sums(self, loader: Loader, sources: int, watchdog: Watchdog) -> np.ndarray:
+    def _held_out_sums(
+        self, loader: Loader, sources: int, watchdog: Watchdog, stop: StopRequest, starting: bool
+    ) -> np.ndarray | None:
         """Sums of token losses and supervised tokens [1 + sources, 2]: of a whole set, and of each source."""
         batches = loader.steps_in_epoch(0)
         if self.config.valid_batches:
@@ -190,6 +199,8 @@ class Trainer:
         sums = np.zeros((1 + sources, 2))
         for number in range(batches):
             watchdog.enter(HELD_OUT, self.step)
+            if any(largest(stop.signal if starting else stop.number())):
+                return None
             totals = run_microbatches(
                 self.chunks,
                 loader.step(0, number),

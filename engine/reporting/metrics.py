@@ -32,6 +32,7 @@ FIELDS = (
     "tflops",
     "mfu",
 )
+LEFT_OUT = "valid_left_out"  # a field of a step whose held-out loss was due when the run was told to stop
 AT_START = "_at_start"  # the end of a field of the first line that was measured before that step
 # Decimals of the fields that come from a clock; counts, losses and rates of learning keep every digit.
 DECIMALS = {
@@ -191,6 +192,16 @@ class MetricsLog:
     def sync(self) -> None:
         """Make what was written survive a power failure: a checkpoint must not outlive the lines before it."""
         os.fsync(self.file.fileno())
+
+    def complete(self, fields: dict[str, Any]) -> None:
+        """Gives the last line the held-out losses that were left out, as if they had been measured then."""
+        self.file.close()
+        *lines, last = (line for _, line in _steps(self.path))
+        kept = {name: value for name, value in json.loads(last).items() if name != LEFT_OUT}
+        lines.append(json.dumps(kept | _plain(fields), allow_nan=False))
+        replace_text(self.path, "".join(line + "\n" for line in lines))
+        self.file = self.path.open("a", encoding="utf-8")
+        self._send(dict(_numbers(fields)), self.last_step)
 
     def _mirror(self, line: dict[str, Any]) -> None:
         """Send the numbers of a line to TensorBoard and Weights & Biases; what is unknown is left out.

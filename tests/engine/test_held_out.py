@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import distributed
 
 from data.index import IndexWriter, write_index
 from data.token_files import write_idx
+from engine import trainer
+from engine.checkpointing.directory import find_latest
 from engine.cli import parse_run
 from engine.prepare import prepare_run
+from engine.reporting.metrics import LEFT_OUT
+from engine.run_folder import RunFolder
 from tests.engine.checkpointing.test_resume import metrics
 from tests.engine.test_failures import outcome, refusal
 from tests.support.chatting import small_tokenizer
@@ -205,3 +212,47 @@ def test_a_prefix_trains_without_a_tokenizer_of_its_own(pool, inputs, tmp_path):
     (tmp_path / "text.bin").write_bytes(tokens.tobytes())
     sentence = refused(inputs, tmp_path / "new", *extra)
     assert f"holds token {len(tokenizer)} and the model has {len(tokenizer)} tokens" in sentence
+
+
+def interrupted(given: list[str], batch: int) -> int:
+    """Trains, and tells the last rank to stop within this batch of held-out loss; how many were computed."""
+    measure, seen = trainer.run_microbatches, 0
+
+    def signalled(*rest, forward_only: bool = False, **options):
+        nonlocal seen
+        if forward_only:
+            if seen == batch and distributed.get_rank() == distributed.get_world_size() - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            seen += 1
+        return measure(*rest, forward_only=forward_only, **options)
+
+    trainer.run_microbatches = signalled
+    try:
+        assert outcome(given) == ""
+        return seen
+    finally:
+        trainer.run_microbatches = measure
+
+
+def test_a_signal_within_a_measurement_is_heard_and_its_step_measured_later(pool, inputs, tmp_path):
+    """At the start, after a step, when that is made up for, and after the last step: the record is the whole run's."""
+    extra = (*held_out(inputs, *SETS), "--valid-at-start", "--optim.schedule", "constant")
+    assert pool.run(outcome, 2, arguments(inputs, tmp_path / "whole", *extra)) == ["", ""]
+    run, given = RunFolder(tmp_path / "run"), arguments(inputs, tmp_path / "run", *extra)
+    for batch, why, steps, left_out in (
+        (1, "stopped while starting up, before step 1 of 3", 0, False),
+        (4, "saved and stopped after step 2 of 3", 2, True),
+        (1, "stopped while starting up, before step 3 of 3", 2, True),
+        (4, "saved and stopped after step 3 of 3", 3, True),
+    ):
+        assert pool.run(interrupted, 2, given, batch) == [batch + 1] * 2
+        assert run.why_unfinished() == f"{why}: SIGTERM was received"
+        lines = metrics(run.path) if run.metrics.exists() else []
+        assert len(lines) == steps and [LEFT_OUT in line for line in lines[-1:]] == [left_out] * bool(steps)
+        assert not steps or (find_latest(run.path).step == steps and "valid_loss" not in lines[-1])
+    assert pool.run(outcome, 2, given) == ["", ""]
+    wanted = metrics(tmp_path / "whole")
+    assert [list(line.items()) for line in metrics(run.path)] == [list(line.items()) for line in wanted]
+    assert not run.unfinished.exists() and [line["step"] for line in wanted if "valid_loss" in line] == [2, 3]
+    assert pool.run(outcome, 2, given) == ["", ""]  # which is done, and measures nothing
+    assert len(metrics(run.path)) == 3
