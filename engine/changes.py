@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from engine.check_values import ALLOWED_CHANGES
-from engine.checkpointing.directory import ResumePoint
 from engine.cli import flag_name, merge, read_recipe
 from engine.config import RunConfig
 from engine.run_folder import RunFolder
@@ -57,13 +56,13 @@ def changed_settings(before: RunConfig, after: RunConfig) -> list[Change]:
     return [one for one in pairs if _comparable(one.name, one.before) != _comparable(one.name, one.after)]
 
 
-def config_of(resume: ResumePoint) -> Path:
-    """Where the settings lie with which a checkpoint was made: beside it, or in RUN where an older one has none.
+def config_of(checkpoint: Path, run: RunFolder) -> Path:
+    """Where the settings lie with which a checkpoint was made: within it, or in RUN where an older one has none.
 
     RUN's are those of the last start, which was perhaps killed before it saved anything.
     """
-    own = resume.directory / RunFolder(resume.run).config.name
-    return own if own.exists() else RunFolder(resume.run).config
+    own = checkpoint / run.config.name
+    return own if own.exists() else run.config
 
 
 def resume_lines(config: RunConfig, path: Path, *, precision: str | None) -> tuple[str, ...]:

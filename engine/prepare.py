@@ -101,7 +101,8 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
         check_batch(order, config.global_batch_size, config.batch_unit)
     else:
         order.check_state(resume.manifest["data"])
-        changes = resume_lines(config, config_of(resume), precision=resume.manifest.get("precision"))
+        before = config_of(resume.directory, RunFolder(resume.run))
+        changes = resume_lines(config, before, precision=resume.manifest.get("precision"))
     return Prepared(
         config=config,
         run=run,

@@ -30,7 +30,8 @@ def own_length(config: RunConfig, flags: list[str]) -> tuple[RunConfig, list[str
         was, now = (recipe.steps, recipe.epochs), (config.steps, config.epochs)
         if was in (now, (None, None)):
             continue
-        own, whole = None, None
+        own: float | None = None
+        whole: float | None = None
         if config.epochs is None and recipe.epochs is None:
             own, whole = config.steps, recipe.steps
         elif config.steps is None and recipe.steps is None:
