@@ -29,7 +29,7 @@ def main(saves: int = 20) -> int:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         model, data = make_model(folder / "model", None), make_equal_data(folder / "data", 400)
-        trainer = lathe_trainer(model, data, seq_len=512, batch=1, precision="bf16", lr=1e-4)
+        trainer = lathe_trainer(model, data, seq_len=512, batch=1, precision="fp32", lr=1e-4)
         trainer.prepared.run.model_files.mkdir(parents=True, exist_ok=True)
         (trainer.prepared.run.model_files / "config.json").write_bytes((model / "config.json").read_bytes())
         waited, beside, memory, steps = [], [], [], []

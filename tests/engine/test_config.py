@@ -6,6 +6,7 @@ import fnmatch
 import re
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -14,7 +15,7 @@ from engine.check_values import check_values
 from engine.cli import _REASONS, check_mcore, dump_run, parse_run
 from engine.config import CheckpointConfig, LogConfig, OptimConfig, RunConfig
 from engine.layout import Layout, check_layout, check_sequence
-from engine.prepare import check_experts, find_start
+from engine.prepare import check_experts, find_start, total_steps
 from engine.run_folder import RunFolder
 from engine.schedule import learning_rate
 from examples.demo.builtin import parse_over_demo
@@ -233,6 +234,15 @@ def test_what_looks_like_a_token_is_refused_and_not_repeated(changes):
 def test_names_that_look_odd_are_no_tokens():
     folder = f"/cache/models--a--hf_model/snapshots/{'0123456789abcdef' * 2}01234567"
     check_values(replace(RunConfig(), model=folder, data=("s3://bucket/a:0.5", "hf_data/key=1"), output=Path("sk-run")))
+
+
+@pytest.mark.parametrize(
+    ("steps", "epochs", "expected"),
+    [(None, None, 10), (7, None, 7), (None, 2.5, 24), (30, 2.0, 20), (15, 2.0, 15), (1, 0.01, 1)],
+)
+def test_the_length_that_is_reached_first_ends_a_run(steps, epochs, expected):
+    order = SimpleNamespace(steps_in_epoch=lambda epoch: (10, 10, 8)[epoch])
+    assert total_steps(order, steps, epochs) == expected
 
 
 def test_a_later_length_wins(tmp_path):

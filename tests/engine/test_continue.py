@@ -164,6 +164,7 @@ def test_a_bad_gradient_names_all_samples_and_saves_the_step_before(pool, inputs
     assert found[0].startswith("FloatingPointError: step 2: the gradient's norm is nan, the update was not made")
     assert found[0].count(f"{inputs / 'data'}:") == 4  # the whole batch, whichever rank it was on
     assert find_latest(output).step == 1
+    assert (output / "report.html").exists() and "nan" in (output / "unfinished").read_text()
     assert pool.run(outcome, ranks, arguments(inputs, output, "--steps", "2")) == [""] * ranks
     assert metrics(output) == metrics(whole)
 

@@ -177,6 +177,21 @@ def test_a_signal_before_training_is_not_lost(listening, monkeypatch):
             signal.signal(number, handler)
 
 
+EARLY = """
+import sys
+from engine import signals
+from examples import pretrain_sft
+hear = signals.hear_early
+signals.hear_early = lambda: (hear(), print("heard", "torch" in sys.modules))
+sys.exit(pretrain_sft.main(["--seq-len", "0"]))
+"""
+
+
+def test_signals_are_heard_before_torch_is_imported():
+    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout.startswith("heard False\n")
+
+
 def run_with_an_early_signal(arguments: list[str], number: int) -> None:
     """Trains; the second rank receives a signal while it reads the weights."""
     begin = Trainer.__init__
