@@ -1,6 +1,7 @@
 """Files read together with the checksums beside them: what is damaged is found where it is read."""
 
 import os
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,6 +26,7 @@ class CheckedFile:
         self.path = Path(path)
         self.sums = Sums(self.path) if sums_of(self.path).exists() else None
         self._descriptor = os.open(self.path, os.O_RDONLY)
+        self._closed = weakref.finalize(self, os.close, self._descriptor)
         self.size = os.fstat(self._descriptor).st_size
         self._kept: dict[int, memoryview] = {}  # blocks of which parts were wanted, the oldest first
 
@@ -86,19 +88,13 @@ class CheckedFile:
 
     def close(self) -> None:
         """Give the descriptor back; another `close` does nothing."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._closed()
 
     def __enter__(self) -> "CheckedFile":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            self.close()
 
 
 def _in_parts(read: Callable[[int, memoryview], None], start: int, target: memoryview, block: int = 1) -> None:

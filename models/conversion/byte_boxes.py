@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,7 @@ class PlainFile:
     def __init__(self, path: Path):
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY)
+        self._closed = weakref.finalize(self, os.close, self._descriptor)
 
     def read_into(self, start: int, target: memoryview) -> None:
         """Fill `target` with the bytes from `start` on."""
@@ -38,13 +40,7 @@ class PlainFile:
 
     def close(self) -> None:
         """Give the descriptor back; another `close` does nothing."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            self.close()
+        self._closed()
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
