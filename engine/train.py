@@ -247,10 +247,8 @@ def loop(
         due = is_due(result.step, since, config.checkpoint, last=last, stopping=stops is not None)
         if due:
             watchdog.enter(SAVE, result.step)
-            if log is not None:
-                log.sync()
+            note_save(trainer, log, report)
             trainer.start_save(rescue=due == "rescue")
-            note_save(trainer, report)
         if stops:
             trainer.finish_save()
             return stops
@@ -258,8 +256,10 @@ def loop(
     return None
 
 
-def note_save(trainer: Trainer, report: RunningReport | None) -> None:
+def note_save(trainer: Trainer, log: MetricsLog | None, report: RunningReport | None) -> None:
     """Says at a save how far the run is, to those who look at RUN."""
+    if log is not None:
+        log.sync()
     if trainer.mesh.rank == 0:
         write_status(trainer.prepared.run, RUNNING, step=trainer.step)
     if report is not None:

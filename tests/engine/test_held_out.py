@@ -13,7 +13,7 @@ from torch import distributed
 from data.index import IndexWriter, write_index
 from data.token_files import write_idx
 from engine import trainer
-from engine.checkpointing.directory import find_latest
+from engine.checkpointing.resume_point import find_latest
 from engine.cli import parse_run
 from engine.prepare import prepare_run
 from engine.reporting.metrics import LEFT_OUT

@@ -152,7 +152,6 @@ def test_nothing_is_allocated_on_the_meta_device():
         ({"seq_len": 262144}, 1, "--seq-len 262144 exceeds the model's max_position_embeddings 131072"),
         ({"ep": 2}, 2, "this model has no experts"),
         ({"moe": MoeConfig(freeze_router=True)}, 1, "--moe.freeze-router: this model has no experts"),
-        ({"steps": 1, "epochs": 1.0}, 1, "give one of them"),
     ],
 )
 def test_what_cannot_run_cannot_be_planned(options, ranks, message):
