@@ -31,10 +31,10 @@ demo: setup
 	@$(PY) examples/demo/run.py
 
 test: check
-	$(PY) -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m 'not slow'
 
 test-slow: setup
-	$(PY) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m slow
 
 check: setup
 	$(PY) -m ruff check .

@@ -51,6 +51,14 @@ setup(
         "eval": ["vllm"],
         "track": ["wandb>=0.20"],
         "bench": ["trl==1.16.*", "accelerate>=1.10", "liger-kernel>=0.5"],
-        "dev": ["pytest>=8.3", "hypothesis>=6.130", "ruff", "mypy", "types-PyYAML", "pre-commit>=4.0"],
+        "dev": [
+            "pytest>=8.3",
+            "pytest-xdist>=3.8",
+            "hypothesis>=6.130",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "pre-commit>=4.0",
+        ],
     },
 )
