@@ -26,7 +26,7 @@ STEPS = 12
 
 
 def being_written(folder: Path) -> bool:
-    return folder.is_dir() and any(path.name.endswith(BEING_WRITTEN) for path in folder.iterdir())
+    return any(folder.glob(f"step_*{BEING_WRITTEN}"))
 
 
 def lines(run: RunFolder) -> int:
