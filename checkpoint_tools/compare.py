@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.checkpointing.directory import MANIFEST, STATE
+from engine.checkpointing.directory import MANIFEST, METADATA, STATE
 from engine.checkpointing.hf_export import Checkpoint, dtype_name, open_checkpoint
 from engine.checkpointing.store_reader import StoreReader, row_blocks
 from engine.checkpointing.workers import Advance
@@ -112,7 +112,7 @@ class Difference:
 
 def open_sides(path: Path, other: Path) -> tuple[Side, Side]:
     """Open both as what they are, or a checkpoint as Hugging Face tensors where the other one holds these."""
-    stores = [(one / MANIFEST).exists() or (one / ".metadata").exists() for one in (path, other)]
+    stores = [(one / MANIFEST).exists() or (one / METADATA).exists() for one in (path, other)]
     first, second = (_open(one, convert=not all(stores)) for one in (path, other))
     return first, second
 
@@ -156,7 +156,7 @@ def _add(result: Difference, left: Tensor, right: Tensor) -> None:
 def _open(path: Path, convert: bool) -> Side:
     if (path / MANIFEST).exists():
         return Converted(open_checkpoint(path)) if convert else Plain(StoreReader(path / STATE))
-    if (path / ".metadata").exists():
+    if (path / METADATA).exists():
         if convert:
             raise ValueError(f"{path} does not say which model it holds: give the step directory that it lies in")
         return Plain(StoreReader(path))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from checkpoint_tools.common import bar, run_script
-from engine.checkpointing.directory import MANIFEST, STATE, read_manifest
+from engine.checkpointing.directory import MANIFEST, METADATA, STATE, read_manifest
 from engine.checkpointing.workers import Advance, run_workers, share_of, worker_count
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def list_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         meta = read_manifest(path)
         print(", ".join(f"{name} {value}" for name, value in meta.items() if name != "files"))
         reader = StoreReader(path / STATE)
-    elif (path / ".metadata").exists():
+    elif (path / METADATA).exists():
         reader = StoreReader(path)
     else:
         reader = HFReader(path)

@@ -10,10 +10,9 @@ from checkpoint_tools.common import bar
 from data.checked_files import fault_of
 from data.checksums import SUMS, sums_of
 from data.index_checks import META, index_faults
-from engine.checkpointing.directory import DATA_FILES, MANIFEST, STATE, faults, has_checksums
+from engine.checkpointing.directory import DATA_FILES, MANIFEST, METADATA, STATE, faults, has_checksums
 from engine.checkpointing.export_sums import LIST, small_faults
 
-METADATA = ".metadata"  # of a torch_dist directory
 SHA256 = re.compile("[0-9a-f]{64}")  # the name of a large file's blob in a hub's cache
 
 

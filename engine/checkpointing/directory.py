@@ -25,6 +25,7 @@ FORMAT = 1
 STATE = "state"
 HF = "hf"
 DATA_FILES = "*.distcp"
+METADATA = ".metadata"  # of `state`: which piece of which tensor lies where
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 
 from data.checksums import sums_of
-from engine.checkpointing.directory import HF, STATE, read_manifest, sync_tree, write_manifest
+from engine.checkpointing.directory import HF, METADATA, STATE, read_manifest, sync_tree, write_manifest
 from engine.checkpointing.image import Image, pieces_of
 from engine.checkpointing.image_writer import ImageWriter
 from engine.checkpointing.shards import Shard
@@ -148,7 +148,7 @@ class Saver:
                     f"{path}, which its rank has written, {'is not seen' if found is None else f'has {found:,} bytes'} "
                     f"by rank 0: all ranks must see one {self._run.path}"
                 )
-        (partial / STATE / ".metadata").write_bytes(self._metadata)
+        (partial / STATE / METADATA).write_bytes(self._metadata)
         write_companions(partial / STATE)
         shutil.copytree(self._run.model_files, partial / HF)
         if self._run.config.exists():

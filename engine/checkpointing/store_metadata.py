@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from data.checksums import DamagedFile
+from engine.checkpointing.directory import METADATA
 
-METADATA = ".metadata"
 MOST_BYTES = 2**30  # of `.metadata`: a million pieces have an eighth of that
 _MEMORY = 2**31  # that its loading may take beside what grows with its size, and other threads meanwhile
 _MOST_RECORDS = 64  # an archive of one tensor has about seven

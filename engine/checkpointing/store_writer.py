@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from data.checksums import BlockSums
 from engine.checkpointing.archive import archive_of
+from engine.checkpointing.directory import METADATA
 from engine.checkpointing.store_reader import row_blocks
 from engine.checkpointing.workers import Advance, Bar, no_bar, run_workers, share_of
 from models.conversion.byte_boxes import bytes_of
@@ -73,7 +74,7 @@ def write_store(
     for storage in run_workers(write, range(num_workers), bar):
         metadata.storage_data.update(storage)
     write_companions(directory)
-    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+    (directory / METADATA).write_bytes(pickle.dumps(metadata))
 
 
 def write_companions(directory: Path) -> None:
