@@ -139,8 +139,8 @@ def _is_data(name: str) -> bool:
     return Path(name).parent == Path(STATE) and Path(name).match(DATA_FILES)
 
 
-def faults(directory: Path, advance: Callable[[int], None] = lambda count: None, *, deep: bool = True) -> Iterator[str]:
-    """A sentence for each damaged file of a checkpoint, found by reading all of it; of large files where `deep`."""
+def faults(directory: Path, advance: Callable[[int], None] = lambda count: None) -> Iterator[str]:
+    """A sentence for each damaged file of a checkpoint, found by reading all of it."""
     try:
         meta = parse_manifest(directory)
     except ValueError as error:
@@ -149,7 +149,7 @@ def faults(directory: Path, advance: Callable[[int], None] = lambda count: None,
     wrong = size_faults(directory, meta)
     yield from (f"{directory / fault}" for fault in wrong.values())
     yield from small_faults(directory, meta)
-    for path in data_files(directory, meta) if deep else []:
+    for path in data_files(directory, meta):
         if path.relative_to(directory).as_posix() not in wrong:
             if fault := fault_of(path):
                 yield fault

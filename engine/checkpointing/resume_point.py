@@ -2,8 +2,10 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
-from engine.checkpointing.directory import ResumePoint, faults, parse_manifest, read_manifest
+from data.checked_files import fault_of
+from engine.checkpointing.directory import ResumePoint, data_files, read_manifest
 from engine.run_folder import RunFolder
 
 
@@ -22,7 +24,7 @@ def find_resume_point(run: Path, step: int | None = None) -> ResumePoint | None:
     if folder.checkpoints.is_symlink() and not folder.checkpoints.exists():
         raise ValueError(f"{folder.checkpoints} is a link to {os.readlink(folder.checkpoints)}, which is not there")
     if there:
-        whole = [number for number, path in there.items() if _can_be_continued(path)]
+        whole = [number for number, path in there.items() if _manifest_to_continue(path)]
         offer = f"continue from the newest whole one with --checkpoint.resume-from {whole[-1]}, or " if whole else ""
         raise ValueError(
             f"{folder.latest} is missing, and {folder.checkpoints} holds checkpoints of {_steps(there)}: {offer}"
@@ -45,10 +47,11 @@ def newest_intact(directory: Path, *, at_most: int = 32 * 2**30) -> str:
     """
     run = RunFolder(directory.absolute().parent.parent)
     for step, other in reversed(run.checkpoint_steps().items()):
-        if other.name == directory.name or not _can_be_continued(other):
+        meta = _manifest_to_continue(other)
+        if other.name == directory.name or meta is None:
             continue
-        small = sum(path.stat().st_size for path in other.rglob("*") if path.is_file()) <= at_most
-        if next(faults(other, deep=small), None) is None:
+        small = sum(meta["files"].values()) <= at_most
+        if not small or all(fault_of(path) is None for path in data_files(other, meta)):
             intact = "intact" if small else "intact as far as its manifest says"
             return (
                 f"; the newest other checkpoint of {run.path} that is {intact} is {other.name}: go on from it with "
@@ -67,13 +70,13 @@ def _opened(directory: Path) -> ResumePoint:
     return point
 
 
-def _can_be_continued(directory: Path) -> bool:
-    """Whether a directory is a complete checkpoint with a place in the data, as far as manifest and sizes say."""
+def _manifest_to_continue(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint with a place in the data, whole as far as it says; None of any other directory."""
     try:
-        read_manifest(directory)
-        return "data" in parse_manifest(directory)
+        meta = read_manifest(directory)
     except ValueError:
-        return False
+        return None
+    return meta if "data" in meta else None
 
 
 def _named(run: RunFolder, step: int, there: dict[int, Path]) -> Path:
