@@ -33,12 +33,6 @@ def find_resume_point(run: Path, step: int | None = None) -> ResumePoint | None:
     return None
 
 
-def find_latest(run: Path) -> ResumePoint | None:
-    """Finds the checkpoint that `latest` names; None for a run without one, ValueError for one that is not whole."""
-    found = RunFolder(run).pointed()
-    return None if found is None else _opened(found)
-
-
 def newest_intact(directory: Path, *, at_most: int = 32 * 2**30) -> str:
     """Which other checkpoint beside a damaged one a run can go on from, as the end of a sentence about the damage.
 

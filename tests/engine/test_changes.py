@@ -13,7 +13,7 @@ import torch
 from data.index import write_index
 from engine.changes import changed_settings, resume_lines
 from engine.checkpointing.directory import STATE
-from engine.checkpointing.resume_point import find_latest
+from engine.checkpointing.resume_point import find_resume_point
 from engine.checkpointing.store_reader import StoreReader
 from engine.cli import dump_run, parse_run
 from engine.config import RunConfig
@@ -103,7 +103,7 @@ def printed(given: list[str]) -> str:
 
 
 def state(output: Path) -> dict[str, torch.Tensor]:
-    store = StoreReader(find_latest(output).directory / STATE)
+    store = StoreReader(find_resume_point(output).directory / STATE)
     return {key: store.read(key) for key in store.keys()}  # noqa: SIM118  (no dict)
 
 

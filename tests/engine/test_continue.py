@@ -11,7 +11,7 @@ import torch
 
 from data.index import DocumentIndex, write_index
 from engine import trainer as training
-from engine.checkpointing.resume_point import find_latest
+from engine.checkpointing.resume_point import find_resume_point
 from engine.cli import parse_run
 from engine.optim import Update, update
 from engine.prepare import prepare_run
@@ -45,7 +45,7 @@ def test_a_run_continues_from_itself_alone(pool, inputs):
     assert "differs from the model of the run" in sentence and "rope" in sentence
     shutil.rmtree(inputs / "model")
     assert pool.run(outcome, 1, arguments(inputs, output, "--steps", "3")) == [""]
-    assert find_latest(output).step == 3
+    assert find_resume_point(output).step == 3
 
 
 def test_a_new_start_sets_the_earlier_run_aside(pool, inputs):
@@ -61,11 +61,11 @@ def test_a_new_start_sets_the_earlier_run_aside(pool, inputs):
         inputs, output, *export, "--steps", "1", "--checkpoint.no-resume", "--checkpoint.keep", "1", *model
     )
     assert pool.run(outcome, 1, anew) == [""]
-    assert find_latest(output).step == 1 and [line["step"] for line in metrics(output)] == [1]
+    assert find_resume_point(output).step == 1 and [line["step"] for line in metrics(output)] == [1]
     for folder in ("checkpoints", "hf"):
         assert [path.name for path in (output / folder).glob("step_*")] == ["step_000001"]
     aside = output / "earlier.1"
-    assert metrics(aside) == first and find_latest(aside).step == 3
+    assert metrics(aside) == first and find_resume_point(aside).step == 3
     exports = sorted((aside / "hf").iterdir())
     assert [path.name for path in exports] == ["step_000001", "step_000002", "step_000003"]
     names = {"config.yaml", "report.html", "tensorboard", "model_files", "status.json", "checkpoints", "hf"}
@@ -87,7 +87,7 @@ def test_going_back_sets_aside_what_lies_beyond(pool, inputs):
     back = ("--checkpoint.resume-from", "2", "--checkpoint.keep", "2", "--steps", "4")
     assert pool.run(outcome, 1, arguments(inputs, output, *flags, *back)) == [""]
     run = RunFolder(output)
-    assert find_latest(output).step == 4 and list(run.checkpoint_steps()) == [3, 4]
+    assert find_resume_point(output).step == 4 and list(run.checkpoint_steps()) == [3, 4]
     assert metrics(output) == whole[:4]
     aside = output / "beyond.1"
     assert sorted(path.name for path in (aside / "checkpoints").iterdir()) == [f"step_{n:06d}" for n in (3, 4, 5)]
@@ -95,7 +95,7 @@ def test_going_back_sets_aside_what_lies_beyond(pool, inputs):
     assert "one was moved to" in second(inputs, output, "--checkpoint.resume-from", "5")
     run.latest.write_text("step_000003\n")  # by hand
     assert pool.run(outcome, 1, arguments(inputs, output, *flags, "--steps", "5")) == [""]
-    assert metrics(output) == whole and find_latest(output).step == 5
+    assert metrics(output) == whole and find_resume_point(output).step == 5
     assert [path.name for path in (output / "beyond.2" / "checkpoints").iterdir()] == ["step_000004"]
 
 
@@ -163,7 +163,7 @@ def test_a_bad_gradient_names_all_samples_and_saves_the_step_before(pool, inputs
     assert len(set(found)) == 1
     assert found[0].startswith("FloatingPointError: step 2: the gradient's norm is nan, the update was not made")
     assert found[0].count(f"{inputs / 'data'}:") == 4  # the whole batch, whichever rank it was on
-    assert find_latest(output).step == 1
+    assert find_resume_point(output).step == 1
     assert (output / "report.html").exists() and "nan" in (output / "unfinished").read_text()
     assert pool.run(outcome, ranks, arguments(inputs, output, "--steps", "2")) == [""] * ranks
     assert metrics(output) == metrics(whole)

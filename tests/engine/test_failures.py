@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from data.index import write_index
 from engine.checkpointing import saver
-from engine.checkpointing.resume_point import find_latest
+from engine.checkpointing.resume_point import find_resume_point
 from engine.cli import parse_run
 from engine.prepare import check_model, prepare_run
 from engine.train import train
@@ -177,7 +177,7 @@ def test_loss_that_is_not_finite_stops_before_the_update(pool, inputs, tmp_path)
         assert len(set(found)) == 1
         assert found[0].startswith("FloatingPointError: step 1: the loss is not finite, the update was not made")
         assert f"{tmp_path / 'data'}:2" in found[0]
-        assert (output / "metrics.jsonl").read_text() == "" and find_latest(output) is None
+        assert (output / "metrics.jsonl").read_text() == "" and find_resume_point(output) is None
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -189,9 +189,9 @@ def test_full_disk_leaves_earlier_checkpoints_whole(pool, inputs, tmp_path, rank
         assert sentence.startswith("CheckpointFailed: ")
         assert "step_000002 could not be written and nothing of it is left" in sentence
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["latest", "step_000001"]
-    assert find_latest(output).step == 1
+    assert find_resume_point(output).step == 1
     assert pool.run(outcome, ranks, longer) == [""] * ranks
-    assert find_latest(output).step == 2
+    assert find_resume_point(output).step == 2
     steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]
 

@@ -13,7 +13,7 @@ from torch import distributed
 from data.index import IndexWriter, write_index
 from data.token_files import write_idx
 from engine import trainer
-from engine.checkpointing.resume_point import find_latest
+from engine.checkpointing.resume_point import find_resume_point
 from engine.cli import parse_run
 from engine.prepare import prepare_run
 from engine.reporting.metrics import LEFT_OUT
@@ -249,7 +249,7 @@ def test_a_signal_within_a_measurement_is_heard_and_its_step_measured_later(pool
         assert run.why_unfinished() == f"{why}: SIGTERM was received"
         lines = metrics(run.path) if run.metrics.exists() else []
         assert len(lines) == steps and [LEFT_OUT in line for line in lines[-1:]] == [left_out] * bool(steps)
-        assert not steps or (find_latest(run.path).step == steps and "valid_loss" not in lines[-1])
+        assert not steps or (find_resume_point(run.path).step == steps and "valid_loss" not in lines[-1])
     assert pool.run(outcome, 2, given) == ["", ""]
     wanted = metrics(tmp_path / "whole")
     assert [list(line.items()) for line in metrics(run.path)] == [list(line.items()) for line in wanted]

@@ -16,7 +16,7 @@ import pytest
 
 from engine import signals
 from engine import train as training
-from engine.checkpointing.resume_point import find_latest
+from engine.checkpointing.resume_point import find_resume_point
 from engine.layout import world_from_environment
 from engine.run_folder import RunFolder
 from engine.run_status import read_status
@@ -69,10 +69,10 @@ def test_a_signal_to_any_rank_saves_and_stops_all(pool, inputs, tmp_path, layout
     pool.run(run, 2, arguments(inputs, tmp_path / "whole", *extra))
     stopped = arguments(inputs, tmp_path / "cut", *extra)
     pool.run(run_with_a_signal, 2, stopped, 3, signal.SIGTERM, {})
-    assert find_latest(tmp_path / "cut").step == 3
+    assert find_resume_point(tmp_path / "cut").step == 3
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")[:3]
     pool.run(run_with_a_signal, 2, stopped, 5, signal.SIGINT, {})
-    assert find_latest(tmp_path / "cut").step == 5
+    assert find_resume_point(tmp_path / "cut").step == 5
     pool.run(run, 2, stopped)
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
@@ -81,12 +81,12 @@ def test_a_job_that_nears_its_time_limit_saves_and_stops(pool, inputs, tmp_path)
     flags = arguments(inputs, tmp_path / "run", "--steps", "6", "--checkpoint.minutes-before-end", "2")
     environment = {"SLURM_JOB_START_TIME": "0", "SLURM_JOB_END_TIME": str(int(time.time()) + 100)}
     pool.run(run_with_a_signal, 2, flags, 100, signal.SIGTERM, environment)
-    assert find_latest(tmp_path / "run").step == 1
+    assert find_resume_point(tmp_path / "run").step == 1
     words = "saved and stopped after step 1 of 6: the job's time limit is near\n"
     assert (tmp_path / "run" / "unfinished").read_text() == words
     environment["SLURM_JOB_END_TIME"] = str(int(time.time()) + 100_000)
     pool.run(run_with_a_signal, 2, flags, 100, signal.SIGTERM, environment)
-    assert find_latest(tmp_path / "run").step == 6 and not (tmp_path / "run" / "unfinished").exists()
+    assert find_resume_point(tmp_path / "run").step == 6 and not (tmp_path / "run" / "unfinished").exists()
 
 
 def test_when_a_job_has_to_stop(monkeypatch):
@@ -214,9 +214,9 @@ def test_a_signal_in_start_up_stops_before_the_first_step(pool, inputs, tmp_path
     pool.run(run, 2, arguments(inputs, tmp_path / "whole", *extra))
     pool.run(run_with_an_early_signal, 2, flags, signal.SIGUSR2)
     words = "stopped while starting up, before step 1 of 4: SIGUSR2 was received\n"
-    assert (tmp_path / "cut" / "unfinished").read_text() == words and find_latest(tmp_path / "cut") is None
+    assert (tmp_path / "cut" / "unfinished").read_text() == words and find_resume_point(tmp_path / "cut") is None
     pool.run(run_with_a_signal, 2, flags, 3, signal.SIGUSR1, {})
-    assert find_latest(tmp_path / "cut").step == 3
+    assert find_resume_point(tmp_path / "cut").step == 3
     pool.run(run_with_an_early_signal, 2, flags, signal.SIGUSR1)
     assert "before step 4 of 4: SIGUSR1" in (tmp_path / "cut" / "unfinished").read_text()
     pool.run(run, 2, flags)
@@ -252,7 +252,7 @@ def test_a_signal_before_a_run_is_set_aside_leaves_it_as_it_was(pool, inputs, tm
         pool.run(run_with_a_signal_at_first, 2, [*flags, *flag], {})
         status = read_status(output)
         assert (status["state"], status["run"]) == ("stopped", done) and not output.why_unfinished()
-    assert len(metrics(output.path)) == 2 and find_latest(output.path).step == 2
+    assert len(metrics(output.path)) == 2 and find_resume_point(output.path).step == 2
     again = [*flags, "--checkpoint.no-resume"]
     pool.run(run_with_an_early_signal, 2, again, signal.SIGTERM)  # which comes after it
     assert "before step 1 of 2" in output.why_unfinished() and "run" not in read_status(output)
@@ -265,14 +265,15 @@ def test_a_flag_has_done_its_work_whatever_stops_a_job_afterwards(pool, inputs, 
     pool.run(run, 2, [*flags[:-3], "--steps", "2"])
     job = {"SLURM_JOB_ID": "7"}
     pool.run(run_with_a_signal, 2, [*flags, "1"], 9, signal.SIGTERM, {**job, "MASTER_PORT": "1"})
-    assert read_status(output)["state"] == "done" and find_latest(output.path).step == 1
+    assert read_status(output)["state"] == "done" and find_resume_point(output.path).step == 1
     assert read_status(output)["began_with"] == "--checkpoint.resume-from 1"
     job["SLURM_RESTART_COUNT"] = "1"
     pool.run(run_with_a_signal, 2, [*flags, "4"], 3, signal.SIGTERM, {**job, "MASTER_PORT": "2"})
     for port in ("3", "4"):
         pool.run(run_with_a_signal_at_first, 2, [*flags, "4"], {**job, "MASTER_PORT": port})
         assert output.why_unfinished().startswith("stopped while starting up, before step 4 of 4")
-    assert read_status(output)["began_with"] == "--checkpoint.resume-from 1" and find_latest(output.path).step == 3
+    assert read_status(output)["began_with"] == "--checkpoint.resume-from 1"
+    assert find_resume_point(output.path).step == 3
 
 
 def test_an_ignored_signal_stays_ignored(listening):
@@ -299,6 +300,6 @@ def test_sigterm_from_a_scheduler(inputs, tmp_path, ranks):
         printed, errors = process.communicate(timeout=120)
     if ranks == 1:  # torchrun's own status is that of a signal
         assert process.returncode == 0, errors
-    step = find_latest(tmp_path / "run").step
+    step = find_resume_point(tmp_path / "run").step
     assert f"saved and stopped after step {step:,} of 100,000: SIGTERM was received" in printed
     assert len(metrics(tmp_path / "run")) == step and not list(tmp_path.rglob("*.tmp"))

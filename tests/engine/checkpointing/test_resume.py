@@ -13,7 +13,7 @@ import torch
 
 from data.index import write_index
 from engine.checkpointing.directory import STATE
-from engine.checkpointing.resume_point import find_latest
+from engine.checkpointing.resume_point import find_resume_point
 from engine.checkpointing.store_reader import StoreReader
 from engine.cli import parse_run
 from engine.layout import world_from_environment
@@ -191,7 +191,7 @@ def test_keep_and_latest(pool, inputs, tmp_path):
     output = tmp_path / "run"
     pool.run(run, 1, arguments(inputs, output, "--precision", "fp32", "--checkpoint.keep", "2"))
     assert sorted(path.name for path in (output / "checkpoints").glob("step_*")) == ["step_000006", "step_000009"]
-    assert find_latest(output).step == 9
+    assert find_resume_point(output).step == 9
 
 
 def test_resume_refuses_what_it_cannot_continue(pool, inputs, tmp_path):

@@ -16,7 +16,7 @@ from torch import distributed
 
 from data.index import write_index
 from engine.checkpointing.image_writer import ImageWriter
-from engine.checkpointing.resume_point import find_latest
+from engine.checkpointing.resume_point import find_resume_point
 from engine.checkpointing.saver import CheckpointFailed
 from tests.engine.checkpointing.test_resume import run
 from tests.engine.test_failures import outcome
@@ -116,7 +116,7 @@ def test_a_save_of_which_a_file_is_not_seen_does_not_count(pool, inputs, tmp_pat
     given = arguments(inputs, tmp_path / "run", "--steps", "2", "--checkpoint.every", "1")
     for sentence in pool.run(run_with_a_lost_file, 2, given):
         assert "__1_0.distcp, which its rank has written, is not seen by rank 0" in sentence
-    assert find_latest(tmp_path / "run").step == 1
+    assert find_resume_point(tmp_path / "run").step == 1
     assert not (tmp_path / "run" / "checkpoints" / "step_000002").exists()
 
 
@@ -126,4 +126,4 @@ def test_a_save_that_fails_beside_the_training_is_told_long_before_the_next(pool
     for sentence in pool.run(outcome, 2, given, 400_000):  # metrics and their mirrors have less
         assert "step_000200 could not be written and nothing of it is left" in sentence
     steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert 200 <= steps[-1] < 400 and find_latest(output) is None
+    assert 200 <= steps[-1] < 400 and find_resume_point(output) is None
