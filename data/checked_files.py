@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.checksums import CHECKPOINT_BLOCK, DamagedFile, Sums, file_sum, sums_of
+from data.checksums import DamagedFile, Sums, file_sum, sums_of
 
 _KEPT_BLOCKS = 2  # an archive begins in one block and ends in another
 _PART = 2**22  # bytes that a thread reads at once, or little more
@@ -148,7 +148,9 @@ class CheckedMap:
 def verify(path: Path) -> None:
     """Read a whole file and hold it against the checksums beside it; DamagedFile for its first damaged block."""
     with CheckedFile(path) as file:
-        buffer = memoryview(bytearray(file.sums.block if file.sums else CHECKPOINT_BLOCK))
+        block = file.sums.block if file.sums else 1
+        # So long that threads share it, of whole blocks.
+        buffer = memoryview(bytearray(min(max(1, file.size), -(-4 * _PART // block) * block)))
         for start in range(0, file.size, len(buffer)):
             file.read_into(start, buffer[: min(len(buffer), file.size - start)])
 
