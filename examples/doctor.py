@@ -50,6 +50,11 @@ def installed(library: str) -> str | None:
         return None
 
 
+def not_installed(library: str) -> str:
+    """The sentence about a library that every run needs."""
+    return f"{library} is not installed and nothing trains without it: pip install -e ."
+
+
 def library_lines() -> tuple[list[str], list[str]]:
     """Every library with its version, and what is lacking, a sentence each."""
     lines, lacking = [f"python {platform.python_version()}"], []
@@ -58,7 +63,7 @@ def library_lines() -> tuple[list[str], list[str]]:
         if version is not None:
             lines.append(f"{library} {version}")
         elif without is None:
-            lacking.append(f"{library} is not installed and nothing trains without it: pip install -e .")
+            lacking.append(not_installed(library))
         else:
             lines.append(f"{library} is not installed; missing: {without}")
     return lines, lacking
@@ -66,12 +71,9 @@ def library_lines() -> tuple[list[str], list[str]]:
 
 def not_imported(error: ImportError) -> str:
     """Why something does not import: a library that is not there at all, or one that is broken."""
-    if (
-        isinstance(error, ModuleNotFoundError)
-        and error.name
-        and importlib.util.find_spec(error.name.split(".")[0]) is None
-    ):
-        return f"{error.name.split('.')[0]} is not installed and nothing trains without it: pip install -e ."
+    library = (error.name or "").split(".")[0]
+    if isinstance(error, ModuleNotFoundError) and library and importlib.util.find_spec(library) is None:
+        return not_installed(library)
     return f"a library is installed and does not import: {error}"
 
 

@@ -176,7 +176,11 @@ def check_layouts(layout: Layout) -> None:
     ranks: list[tuple[str, dict[str, str]]] = [("", {})] * distributed.get_world_size()
     distributed.all_gather_object(ranks, (socket.gethostname(), sizes))
     if wrong := differences("the layout", [entries for _, entries in ranks], [host for host, _ in ranks]):
-        raise Refused(f"the ranks do not agree: {'; '.join(wrong)}; make all nodes the same and start again")
+        raise _disagreement("; ".join(wrong))
+
+
+def _disagreement(wrong: str) -> Refused:
+    return Refused(f"the ranks do not agree: {wrong}; make all nodes the same and start again")
 
 
 def check_agreement(prepared: Prepared, device: torch.device) -> list[str]:
@@ -197,7 +201,7 @@ def check_agreement(prepared: Prepared, device: torch.device) -> list[str]:
             every = differences(name, entries, hosts)
             wrong = "; ".join(every[:SHOWN]) + (f"; and {len(every) - SHOWN} more" if len(every) > SHOWN else "")
         if wrong:
-            raise Refused(f"the ranks do not agree: {wrong}; make all nodes the same and start again")
+            raise _disagreement(wrong)
     milliseconds = try_collective(device)
     lines = [
         f"ranks: {len(ranks):,} agree, on {hosts_text(hosts)}; all added up 1 MiB in {milliseconds:,.0f} ms",
