@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.kills import differences, flags, start
+from benchmarks.kills import differences, flags, run_to_the_end, start
 from engine.run_folder import RunFolder
 from engine.run_status import read_status
 
@@ -45,19 +45,14 @@ def fill(folder: Path, left: int) -> Path:
 
 def main(trials: int = 16, asynchronous: bool = True) -> int:
     """Prints how each run ends; the status is 1 where one ends otherwise than promised, or goes on to another end."""
-    from data.index import write_index
-    from tests.support.tiny import VOCABULARY, conversations, save_model
+    from tests.support.tiny import make_inputs
 
     extra = (*EXTRA, "--checkpoint.async", "on" if asynchronous else "off")
     wrong = 0
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        save_model("qwen2_tied", folder / "model", layers=2)
-        write_index(folder / "data", conversations(30).documents, vocab_size=VOCABULARY)
+        folder = make_inputs(Path(place), "qwen2_tied", 30)
         whole = RunFolder(folder / "whole")
-        alone = start(flags(folder, whole.path, STEPS, *extra))
-        said = alone.communicate()[0].decode(errors="replace")
-        assert alone.returncode == 0, said[-3000:]
+        run_to_the_end(flags(folder, whole.path, STEPS, *extra))
         needed = 2 * sum(path.stat().st_size + 4096 for path in whole.path.rglob("*") if path.is_file())
         for number in range(trials):
             left = needed * number // (trials - 1)

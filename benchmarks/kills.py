@@ -44,6 +44,13 @@ def start(arguments: list[str]) -> subprocess.Popen:
     return subprocess.Popen([*launch, script, *arguments], env=environment, start_new_session=True, **streams)
 
 
+def run_to_the_end(arguments: list[str]) -> None:
+    """The run on two ranks; AssertionError with its last words where it does not end well."""
+    process = start(arguments)
+    said = process.communicate()[0].decode(errors="replace")
+    assert process.returncode == 0, said[-3000:]
+
+
 def descendants(process: subprocess.Popen) -> list[psutil.Process]:
     try:
         return psutil.Process(process.pid).children(recursive=True)
@@ -107,9 +114,7 @@ def differences(one: RunFolder, other: RunFolder, step: int) -> list[str]:
 def trial(folder: Path, *, kills: int, steps: int, seed: int, longest: float, extra: tuple[str, ...] = ()) -> list[str]:
     """A run left alone and one that is killed `kills` times, then left to end; returns what differs."""
     whole, cut = RunFolder(folder / "whole"), RunFolder(folder / "cut")
-    alone = start(flags(folder, whole.path, steps, *extra))
-    said = alone.communicate()[0].decode(errors="replace")
-    assert alone.returncode == 0, said[-3000:]
+    run_to_the_end(flags(folder, whole.path, steps, *extra))
     drawn, done, counts = random.Random(seed), 0, dict[str, int]()
     while done < kills:
         how = kill_at_random(flags(folder, cut.path, steps, *extra), drawn, longest)
@@ -119,22 +124,17 @@ def trial(folder: Path, *, kills: int, steps: int, seed: int, longest: float, ex
             break
         if cut.metrics.exists() and done % 10 == 0:
             print(f"{done} kills, {counts}, metrics of {len(cut.metrics.read_text().splitlines())} steps", flush=True)
-    last = start(flags(folder, cut.path, steps, *extra))
-    said = last.communicate()[0].decode(errors="replace")
-    assert last.returncode == 0, said[-3000:]
+    run_to_the_end(flags(folder, cut.path, steps, *extra))
     print(f"killed {done} times: {counts}", flush=True)
     return differences(cut, whole, steps)
 
 
 def main(kills: int = 100, steps: int = 1500, seed: int = 1, longest: float = 16.0, export: bool = False) -> int:
     """Makes a model and data, runs the trial and prints what differs; the status is 1 where anything does."""
-    from data.index import write_index
-    from tests.support.tiny import VOCABULARY, conversations, save_model
+    from tests.support.tiny import make_inputs
 
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        save_model("qwen2_tied", folder / "model", layers=2)
-        write_index(folder / "data", conversations(30).documents, vocab_size=VOCABULARY)
+        folder = make_inputs(Path(place), "qwen2_tied", 30)
         extra = ("--checkpoint.export-hf",) if export else ()
         found = trial(folder, kills=kills, steps=steps, seed=seed, longest=longest, extra=extra)
     print("\n".join(found) if found else "nothing differs, and nothing is left")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.kills import descendants, differences, flags, start
+from benchmarks.kills import descendants, differences, flags, run_to_the_end, start
 from engine.run_folder import BEING_WRITTEN, RunFolder
 from engine.run_status import read_status
 
@@ -69,31 +69,24 @@ def signalled(arguments: list[str], run: RunFolder, come: Callable[[RunFolder], 
 
 def main(stages: tuple[str, ...] = tuple(STAGES), rounds: int = 1, seed: int = 1) -> int:
     """Prints a line a signal and stage; the status is 1 where an end differs from the one of a run left alone."""
-    from data.index import write_index
-    from tests.support.tiny import VOCABULARY, conversations, save_model
+    from tests.support.tiny import make_inputs, write_documents
 
     drawn, wrong = random.Random(seed), 0
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        save_model("qwen2_tied", folder / "model", layers=2)
-        for name, count in (("data", 30), ("held_out", 600)):
-            write_index(folder / name, conversations(count).documents, vocab_size=VOCABULARY)
+        folder = make_inputs(Path(place), "qwen2_tied", 30)
+        write_documents(folder / "held_out", 600)
         for stage in stages:
             come, extra = STAGES[stage]
             if stage == "held-out loss":
                 extra = (*extra, "--valid", str(folder / "held_out"))
             whole = RunFolder(folder / f"{stage}-whole")
-            alone = start(flags(folder, whole.path, STEPS, *extra))
-            said = alone.communicate()[0].decode(errors="replace")
-            assert alone.returncode == 0, said[-3000:]
+            run_to_the_end(flags(folder, whole.path, STEPS, *extra))
             for number in SIGNALS * rounds:
                 cut = RunFolder(folder / f"{stage}-{drawn.random()}")
                 wait = drawn.uniform(0.3, 5.0) if stage == "start-up" else 0.0
                 words = signalled(flags(folder, cut.path, STEPS, *extra), cut, come, number, wait)
                 print(f"{stage}, {signal.Signals(number).name}: {words}", flush=True)
-                last = start(flags(folder, cut.path, STEPS, *extra))
-                said = last.communicate()[0].decode(errors="replace")
-                assert last.returncode == 0, said[-3000:]
+                run_to_the_end(flags(folder, cut.path, STEPS, *extra))
                 if found := differences(cut, whole, STEPS):
                     wrong += 1
                     print("\n".join(found), flush=True)

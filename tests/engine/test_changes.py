@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.index import write_index
 from engine.changes import changed_settings, resume_lines
 from engine.checkpointing.directory import STATE
 from engine.checkpointing.resume_point import find_resume_point
@@ -21,7 +20,7 @@ from engine.prepare import prepare_run
 from engine.run_folder import RunFolder
 from models.hf_config import describe
 from tests.engine.test_failures import arguments, outcome
-from tests.support.tiny import VOCABULARY, conversations, save_model
+from tests.support.tiny import make_inputs, save_model
 
 SETTINGS = "--model M --data D --steps 40 --optim.lr 1e-3 --optim.schedule constant --precision fp32 --tp 2"
 BEFORE = SETTINGS.split()
@@ -91,9 +90,7 @@ def test_a_setting_that_is_not_given_is_none():
 
 @pytest.fixture
 def inputs(tmp_path):
-    save_model("qwen2_untied", tmp_path / "model", layers=2)
-    write_index(tmp_path / "data", conversations(10).documents, vocab_size=VOCABULARY)
-    return tmp_path
+    return make_inputs(tmp_path)
 
 
 def printed(given: list[str]) -> str:

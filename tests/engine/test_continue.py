@@ -18,16 +18,14 @@ from engine.prepare import prepare_run
 from engine.run_folder import RunFolder
 from tests.engine.checkpointing.test_resume import metrics
 from tests.engine.test_failures import arguments, outcome, refusal
-from tests.support.tiny import VOCABULARY, conversations, save_model
+from tests.support.tiny import VOCABULARY, conversations, make_inputs
 
 SAVE = ("--checkpoint.every", "1")
 
 
 @pytest.fixture
 def inputs(tmp_path):
-    save_model("qwen2_untied", tmp_path / "model", layers=2)
-    write_index(tmp_path / "data", conversations(10).documents, vocab_size=VOCABULARY)
-    return tmp_path
+    return make_inputs(tmp_path)
 
 
 def second(inputs: Path, output: Path, *extra: str) -> str:

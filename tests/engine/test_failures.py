@@ -20,17 +20,14 @@ from engine.cli import parse_run
 from engine.prepare import check_model, prepare_run
 from engine.train import train
 from models.hf_config import describe
-from tests.support.tiny import VOCABULARY, conversations, save_model, write_documents
+from tests.support.tiny import VOCABULARY, conversations, make_inputs, save_model
 
 SHAPE = ["--seq-len", "96", "--global-batch-size", "4", "--steps", "2", "--precision", "fp32", "--optim.lr", "1e-3"]
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_model("qwen2_untied", folder / "model", layers=2)
-    write_documents(folder / "data", 10)
-    return folder
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def arguments(inputs: Path, output: Path, *extra: str, model: str = "model") -> list[str]:

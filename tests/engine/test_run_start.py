@@ -15,15 +15,12 @@ from engine.run_folder import RunFolder
 from engine.run_status import Refused
 from engine.train import train
 from tests.engine.test_failures import arguments, outcome
-from tests.support.tiny import save_model, write_documents
+from tests.support.tiny import make_inputs
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_model("qwen2_untied", folder / "model", layers=2)
-    write_documents(folder / "data", 10)
-    return folder
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def start_late(given: list[str], late: int) -> str:

@@ -24,17 +24,14 @@ from engine.signals import StopRequest, deadline, hear_early, reason, shielded
 from engine.trainer import Trainer
 from tests.engine.checkpointing.test_resume import metrics, run
 from tests.support.marks import slow
-from tests.support.tiny import save_model, write_documents
+from tests.support.tiny import make_inputs
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_model("qwen2_tied", folder / "model", layers=2)
-    write_documents(folder / "data", 14)
-    return folder
+    return make_inputs(tmp_path_factory.mktemp("inputs"), "qwen2_tied", 14)
 
 
 def arguments(inputs: Path, output: Path, *extra: str) -> list[str]:

@@ -184,6 +184,13 @@ def write_documents(folder: Path, count: int, seed: int = 0) -> Path:
     return folder
 
 
+def make_inputs(folder: Path, family: str = "qwen2_untied", documents: int = 10) -> Path:
+    """`folder` with a model of two layers in `model` and conversations in `data`: what a run takes."""
+    save_model(family, folder / "model", layers=2)
+    write_documents(folder / "data", documents)
+    return folder
+
+
 def edit_meta(folder: Path, **changes) -> None:
     """Changes what meta.json says, and leaves out the checksums, as data had it that was prepared before them."""
     meta = {

@@ -14,21 +14,17 @@ import psutil
 import pytest
 from torch import distributed
 
-from data.index import write_index
 from engine.checkpointing.image_writer import ImageWriter
 from engine.checkpointing.resume_point import find_resume_point
 from engine.checkpointing.saver import CheckpointFailed
 from tests.engine.checkpointing.test_resume import run
 from tests.engine.test_failures import outcome
-from tests.support.tiny import VOCABULARY, conversations, save_model
+from tests.support.tiny import make_inputs
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saver")
-    save_model("qwen2_tied", folder / "model", layers=2)
-    write_index(folder / "data", conversations(8).documents, vocab_size=VOCABULARY)
-    return folder
+    return make_inputs(tmp_path_factory.mktemp("saver"), "qwen2_tied", 8)
 
 
 def arguments(inputs: Path, output: Path, *extra: str) -> list[str]:

@@ -17,17 +17,14 @@ from engine.guards.skips import SkippedSteps
 from tests.engine.checkpointing.test_resume import metrics, tensors
 from tests.engine.test_failures import arguments, outcome, refusal
 from tests.support.marks import slow
-from tests.support.tiny import save_model, write_documents
+from tests.support.tiny import make_inputs
 
 SKIP = ("--on-bad-step", "skip", "--steps", "6", "--checkpoint.every", "2", "--optim.lr", "1e-2")
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_model("qwen2_untied", folder / "model", layers=2)
-    write_documents(folder / "data", 10)
-    return folder
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def test_how_many_steps_may_be_skipped():
