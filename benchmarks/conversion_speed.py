@@ -1,4 +1,4 @@
-"""Conversion both ways beside `cp -r` and without copies in the kernel, averaging beside reading; and memory."""
+"""Conversion both ways beside `cp -r`, averaging beside reading; and memory."""
 
 import json
 import os
@@ -17,10 +17,9 @@ import tyro
 from common import REPOSITORY, load
 
 from checkpoint_tools import average_steps, hf_to_mcore, mcore_to_hf
-from engine.checkpointing.hf_export import Checkpoint, dtype_name
+from engine.checkpointing.hf_export import dtype_name
 from engine.checkpointing.workers import worker_count
 from engine.run_folder import RunFolder
-from models.conversion import byte_ranges
 from models.conversion.hf_writer import HFWriter
 from models.hf_config import describe
 
@@ -104,7 +103,6 @@ def measure_conversion(place: Path, checkpoint: Path, rounds: int, num_workers: 
         copy = ["cp", "-r", str(source), str(out)]
         contenders: dict[str, Callable[[], object]] = {
             name: convert,
-            "all through memory": lambda convert=convert: through_memory(convert),
             "cp -r": lambda copy=copy: subprocess.run(copy, check=True),
             "cp -r, then sync": lambda copy=copy: subprocess.run(copy, check=True) and sync_files(out),
         }
@@ -112,18 +110,6 @@ def measure_conversion(place: Path, checkpoint: Path, rounds: int, num_workers: 
     flag = [] if num_workers is None else ["--num-workers", str(num_workers)]
     show_memory("hf_to_mcore", ["--hf", hf, "--output", out, *flag], out)
     show_memory("mcore_to_hf", ["--checkpoint", checkpoint, "--output", out, *flag], out)
-
-
-def through_memory(convert: Callable[[], object]) -> None:
-    """A conversion that copies nothing within the kernel."""
-    ranges, locator = byte_ranges.plain_ranges, Checkpoint.locator
-    byte_ranges.plain_ranges = lambda *_: None
-    Checkpoint.locator = lambda self, dtype: lambda key, index: None  # type: ignore[method-assign]
-    try:
-        convert()
-    finally:
-        byte_ranges.plain_ranges = ranges
-        Checkpoint.locator = locator  # type: ignore[method-assign]
 
 
 def measure_average(

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from engine.checkpointing.store_writer import Spec
-    from models.conversion.byte_ranges import ByteRange
     from models.conversion.rules import Rule, TensorReader
 
 
@@ -31,21 +30,20 @@ def main(hf: Path, output: Path, num_workers: int | None = None) -> None:
     """
     workers = worker_count(num_workers)
     from data.checked_files import CheckedFile
-    from engine.checkpointing.export_sums import check_small_files, has_weight_sums
+    from engine.checkpointing.export_sums import check_small_files
     from engine.checkpointing.hf_export import dtype_name, open_checkpoint
     from engine.checkpointing.store_writer import write_store
-    from models.conversion.hf_reader import HFReader, copy_side_files
+    from models.conversion.hf_reader import copy_side_files
     from models.hf_config import describe
     from models.model_directory import check_directory, model_notes, open_reader, weights_dtype
 
     check_small_files(hf)
     description = describe(hf)
     reader = open_reader(hf, description, CheckedFile)
-    copied = isinstance(reader, HFReader) and not has_weight_sums(hf)  # a copy within the kernel checks nothing
     left_out = check_directory(description, reader)
     dtype = weights_dtype(hf, reader, description)
     with complete_or_absent(output) as partial:
-        specs = [_spec(rule, reader, copied) for rule in description.rules]
+        specs = [_spec(rule, reader) for rule in description.rules]
         progress = bar("converting", total_bytes(description, dtype))
         write_store(partial / STATE, specs, num_workers=workers, bar=progress)
         copy_side_files(hf, partial / HF, with_index=True)
@@ -56,20 +54,13 @@ def main(hf: Path, output: Path, num_workers: int | None = None) -> None:
     print(f"{output}: {len(description.rules)} tensors, {description.family}, {dtype_name(dtype)}")
 
 
-def _spec(rule: Rule, reader: TensorReader, copied: bool) -> Spec:
-    """A tensor for `write_store`; `copied` says that its bytes may be copied from the files as they stand."""
-    from models.conversion.byte_ranges import plain_ranges
-    from models.conversion.hf_reader import HFReader
+def _spec(rule: Rule, reader: TensorReader) -> Spec:
+    """A tensor for `write_store`."""
 
-    dtype = rule.dtype(reader)
+    def produce(rows: slice) -> Tensor:
+        return rule.read(reader, (rows,))
 
-    def produce(rows: slice) -> Tensor | list[ByteRange]:
-        found = None
-        if copied and isinstance(reader, HFReader):  # others read what files do not hold
-            found = plain_ranges(rule, (rows,), reader.first_byte, dtype.itemsize)
-        return rule.read(reader, (rows,)) if found is None else found
-
-    return rule.key, rule.shape, dtype, produce
+    return rule.key, rule.shape, rule.dtype(reader), produce
 
 
 if __name__ == "__main__":

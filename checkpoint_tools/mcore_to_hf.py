@@ -59,7 +59,7 @@ def main(
         )
         # In fp32 nothing is rounded before that.
         read = opened.reader(torch.float32 if quantized else target)
-        export(job, read, workers, bar("exporting", job.total_bytes), opened.locator(target))
+        export(job, read, workers, bar("exporting", job.total_bytes))
     print(f"{output}: {opened.description.family}, {'MXFP4 and ' if quantized else ''}{dtype_name(target)}")
 
 

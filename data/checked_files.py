@@ -18,7 +18,7 @@ _PART = 2**22  # bytes that a thread reads at once, or little more
 class CheckedFile:
     """Reads a file, and holds every byte that it gives against the checksums beside the file.
 
-    Without such, as in files of older versions, bytes are given as they are and `checked` is false. Raises
+    Without such, as in files of older versions, bytes are given as they are and `sums` is None. Raises
     DamagedFile for a file that is damaged or ends too early.
     """
 
@@ -29,10 +29,6 @@ class CheckedFile:
         self._closed = weakref.finalize(self, os.close, self._descriptor)
         self.size = os.fstat(self._descriptor).st_size
         self._kept: dict[int, memoryview] = {}  # blocks of which parts were wanted, the oldest first
-
-    @property
-    def checked(self) -> bool:
-        return self.sums is not None
 
     def read_into(self, start: int, target: memoryview) -> None:
         """Fill `target` with the bytes from `start` on. Whole blocks are hashed where they are put."""

@@ -83,7 +83,7 @@ def export_hf(run: RunFolder, step: int, mesh: Mesh) -> Path:
 
     read, share = opened.reader(opened.source_dtype), (mesh.rank, mesh.world_size)
     together(begin if mesh.rank == 0 else None, partial)
-    written = together(lambda: job.write_share(read, share, copy=opened.locator(opened.source_dtype)), partial)
+    written = together(lambda: job.write_share(read, share), partial)
     together(lambda: job.write_sums(share), partial)
 
     def finish() -> None:

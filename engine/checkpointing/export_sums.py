@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.checked_files import fault_of
-from data.checksums import SUMS, DamagedFile, file_sum, leads_out, sums_of, text_sum, write_sums
+from data.checksums import SUMS, DamagedFile, file_sum, leads_out, text_sum, write_sums
 
 LIST = "checksums.json"
 WEIGHTS = "*.safetensors"
@@ -64,11 +64,6 @@ def check_small_files(directory: Path) -> None:
     fault = next(small_faults(directory), None)
     if fault is not None:
         raise DamagedFile(f"{fault}; if you changed it yourself, remove {directory / LIST}")
-
-
-def has_weight_sums(directory: Path) -> bool:
-    """Whether all weights of a directory have checksums beside them."""
-    return all(sums_of(path).exists() for path in directory.glob(WEIGHTS))
 
 
 def _own_sum(sums: dict[str, Any]) -> str:

@@ -15,7 +15,6 @@ from engine.checkpointing.directory import HF, STATE, read_manifest
 from engine.checkpointing.export_sums import write_small_sums, write_weight_sums
 from engine.checkpointing.store_reader import Scratch, StoreReader, box_of, master_key
 from engine.checkpointing.workers import Advance, Bar, no_bar, run_workers, share_of
-from models.conversion.byte_ranges import ByteRange
 from models.conversion.hf_reader import copy_side_files
 from models.conversion.hf_writer import HFWriter
 from models.conversion.mxfp4 import Mxfp4Writer, mxfp4_plan
@@ -28,9 +27,6 @@ BLOCK_BYTES = 16 * 2**20
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 QUANTIZATION = "quantization_config"  # says of the base model's files what is not true of plain ones
 
-Locate = Callable[
-    [str, Index], list[ByteRange] | None
-]  # where a slice's bytes lie, where they lie somewhere as they are
 Read = Callable[[str, Index], Tensor]  # a slice of a global megatron tensor, in the export's dtype
 
 
@@ -47,14 +43,6 @@ class Checkpoint:
     def source_dtype(self) -> torch.dtype:
         """The dtype that the Hugging Face model had."""
         return getattr(torch, self.meta["source_dtype"])
-
-    def locator(self, dtype: torch.dtype) -> Locate:
-        """Returns what finds the bytes of model tensors that are stored as `dtype` holds them."""
-
-        def locate(key: str, index: Index) -> list[ByteRange] | None:
-            return self.store.byte_ranges(key, index) if self.store.dtype(key) == dtype else None
-
-        return locate
 
     def reader(self, dtype: torch.dtype) -> Read:
         """Returns read(key, index) of model tensors, where each call overwrites what the last one returned.
@@ -155,27 +143,17 @@ class Export:
         change_config(self.output, self.changes, remove=[] if self.mxfp4 else [QUANTIZATION])
         self._writer().create()
 
-    def write_share(
-        self, read: Read, share: tuple[int, int], advance: Advance = lambda count: None, copy: Locate | None = None
-    ) -> dict[str, int]:
-        """Write the part of one process, `share` = (rank, ranks); returns the bytes written by name.
-
-        What `copy` finds to be runs of bytes of other files is copied from there, the rest comes from `read`.
-        """
+    def write_share(self, read: Read, share: tuple[int, int], advance: Advance = lambda count: None) -> dict[str, int]:
+        """Write the part of one process, `share` = (rank, ranks); returns the bytes written by name."""
         blocks = [(rule, block) for rule in self.description.rules for block in self._blocks_of(rule)]
         sizes = [_numel(rule, block) for rule, block in blocks]
         with self._writer() as files:
             writer = Mxfp4Writer(files, self.mxfp4)
             for number in share_of(sizes, *share):
                 rule, block = blocks[number]
-                plain = block.plain and block.name not in self.mxfp4
-                byte_ranges = copy(rule.key, block.index) if copy and plain else None
-                if byte_ranges is not None:
-                    files.copy(block.name, byte_ranges, start=block.start)
-                else:
-                    tensor = block.lay_out(read(rule.key, block.index))
-                    tensor = tensor if block.name in self.mxfp4 else tensor.to(self.dtype)
-                    writer.write(block.name, tensor, start=block.start)
+                tensor = block.lay_out(read(rule.key, block.index))
+                tensor = tensor if block.name in self.mxfp4 else tensor.to(self.dtype)
+                writer.write(block.name, tensor, start=block.start)
                 advance(sizes[number] * self.dtype.itemsize)
         return files.written
 
@@ -197,11 +175,11 @@ class Export:
         return HFWriter(self.output, self.plan, like=self.side_files, shared=True)
 
 
-def export(job: Export, read: Read, num_workers: int = 1, bar: Bar = no_bar, copy: Locate | None = None) -> None:
+def export(job: Export, read: Read, num_workers: int = 1, bar: Bar = no_bar) -> None:
     """Write a whole Hugging Face directory from this process and those that it forks; see `Export.write_share`."""
     job.begin()
     written = run_workers(
-        lambda rank, advance: job.write_share(read, (rank, num_workers), advance, copy), range(num_workers), bar
+        lambda rank, advance: job.write_share(read, (rank, num_workers), advance), range(num_workers), bar
     )
     run_workers(lambda rank, advance: job.write_sums((rank, num_workers)), range(num_workers))
     job.finish(written)

@@ -23,7 +23,6 @@ from data.checked_files import CheckedFile
 from engine.checkpointing.archive import archive_of
 from engine.checkpointing.store_metadata import open_archive, read_metadata, span_of
 from models.conversion.byte_boxes import bytes_of
-from models.conversion.byte_ranges import ByteRange
 
 MASTER_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.")
 
@@ -94,33 +93,6 @@ class StoreReader:
             filled += block.numel()
         if filled != out.numel():
             raise ValueError(f"{self.directory}: pieces of {key} cover {filled} of {out.numel()} elements")
-
-    def byte_ranges(self, key: str, index: tuple[slice, ...] = ()) -> list[ByteRange] | None:
-        """The bytes that one after the other make up a box; None where it is more than a copy of whole ranges.
-
-        None too where there are checksums: a copy within the kernel would carry damage along, and one that is looked
-        at costs what reading costs.
-        """
-        box, found = box_of(self.shape(key), index), []
-        blank = torch.empty([len(side) for side in box], dtype=self.dtype(key), device="meta")
-        for item in self._items(key, box):
-            block = _cut(blank, item.dest_offsets, item.lengths)
-            start, whole = self._locate(item.storage_index)
-            part = _part(whole, item)
-            checked = self._file(self._pieces[item.storage_index].file).checked
-            plain = not checked and whole.is_contiguous() and part.is_contiguous() and block.is_contiguous()
-            if not plain or whole.dtype != blank.dtype:
-                return None
-            start += int(part.storage_offset()) * part.element_size()
-            path = self.directory / self._pieces[item.storage_index].file
-            found.append((int(block.storage_offset()) * part.element_size(), ByteRange(path, start, part.nbytes)))
-        found.sort(key=lambda pair: pair[0])
-        end = 0
-        for offset, byte_range in found:
-            if offset != end:
-                return None
-            end += byte_range.length
-        return [byte_range for _, byte_range in found] if end == blank.nbytes else None
 
     def _items(self, key: str, box: Box) -> list[ReadItem]:
         """The pieces that hold some of a box, where it lies in them, and where in the box."""

@@ -8,7 +8,6 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Self
 
@@ -29,7 +28,6 @@ from engine.checkpointing.directory import METADATA
 from engine.checkpointing.store_reader import row_blocks
 from engine.checkpointing.workers import Advance, Bar, no_bar, run_workers, share_of
 from models.conversion.byte_boxes import bytes_of
-from models.conversion.byte_ranges import ByteRange, iterate_byte_ranges
 
 # What a writer makes and writes at once. Blocks of malloc above 32 MiB go back to the kernel each time they are
 # freed, and pages that come from there cost more than the copying.
@@ -43,8 +41,8 @@ MEGATRON_METADATA = {
     "common_backend_version": 1,
 }
 
-# (key, global shape, dtype, a function that makes the rows of a slice, or says where their bytes lie)
-Spec = tuple[str, Sequence[int], torch.dtype, Callable[[slice], Tensor | list[ByteRange]]]
+# (key, global shape, dtype, a function that makes the rows of a slice)
+Spec = tuple[str, Sequence[int], torch.dtype, Callable[[slice], Tensor]]
 Storage = dict[MetadataIndex, _StorageInfo]
 
 
@@ -109,10 +107,6 @@ def _write_share(
             (key, shape, dtype, produce), chunk = pieces[one]
             rows = slice(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]) if shape else slice(None)
             tensor = produce(rows)
-            if isinstance(tensor, list):
-                storage[MetadataIndex(key, chunk.offsets)] = files.copy(chunk.sizes, dtype, tensor)
-                advance(sum(byte_range.length for byte_range in tensor))
-                continue
             if tensor.shape != chunk.sizes or tensor.dtype != dtype:
                 raise ValueError(f"{key}: {tensor.dtype} {list(tensor.shape)} is not {list(chunk.sizes)}")
             storage[MetadataIndex(key, chunk.offsets)] = files.append(tensor)
@@ -137,9 +131,6 @@ class _DataFiles:
     def append(self, tensor: Tensor) -> _StorageInfo:
         return self._current().append(tensor)
 
-    def copy(self, shape: torch.Size, dtype: torch.dtype, byte_ranges: list[ByteRange]) -> _StorageInfo:
-        return self._current().copy(shape, dtype, byte_ranges)
-
     def _current(self) -> "_Archives":
         if self._file is None or self._file.end > FILE_BYTES:
             self.__exit__(None, None, None)
@@ -157,23 +148,12 @@ class _Archives:
         self._sums = BlockSums()
 
     def append(self, tensor: Tensor) -> _StorageInfo:
-        return self._append(tensor.shape, tensor.dtype, [bytes_of(tensor.contiguous())])
-
-    def copy(self, shape: torch.Size, dtype: torch.dtype, byte_ranges: list[ByteRange]) -> _StorageInfo:
-        """Append an archive of other files' bytes."""
-        assert sum(byte_range.length for byte_range in byte_ranges) == shape.numel() * dtype.itemsize
-        return self._append(shape, dtype, iterate_byte_ranges(byte_ranges))
-
-    def _append(self, shape: torch.Size, dtype: torch.dtype, data: Iterable[memoryview]) -> _StorageInfo:
-        start, archive = self.end, archive_of(tuple(shape), dtype)
-        for block in chain([memoryview(archive.before)], data, [memoryview(archive.after)]):
+        start, archive = self.end, archive_of(tuple(tensor.shape), tensor.dtype)
+        for block in (memoryview(archive.before), bytes_of(tensor.contiguous()), memoryview(archive.after)):
             self._sums.update(block)
             while block:
                 count = os.pwrite(self._descriptor, block, self.end)
                 block, self.end = block[count:], self.end + count
-        return self._finished(start)
-
-    def _finished(self, start: int) -> _StorageInfo:
         # Sends these pages to the disk already now, so that the last fsync finds little left to wait for.
         os.posix_fadvise(self._descriptor, start, self.end - start, os.POSIX_FADV_DONTNEED)
         return _StorageInfo(self.path.name, start, self.end - start)

@@ -105,10 +105,6 @@ class HFReader:
             target.narrow(cut, start, len(some[cut])).copy_(part)
         return out
 
-    def first_byte(self, name: str) -> tuple[Path, int]:
-        """The file that holds a tensor, and its first byte there."""
-        return self.path / self._file[name], self._first[name]
-
     def _opened_file(self, file: str) -> ByteFile:
         if self._opened is None or self._opened[0] != file:
             if self._opened is not None:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from models.conversion.byte_boxes import bytes_of
-from models.conversion.byte_ranges import ByteRange, copy_byte_ranges
 from models.conversion.hf_reader import DTYPES, INDEX, SINGLE, read_index
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -84,14 +83,8 @@ class HFWriter:
         while data:
             count = os.pwrite(descriptor, data, offset)
             data, offset = data[count:], offset + count
-        self._send(descriptor, offset - tensor.nbytes, tensor.nbytes)
-
-    def copy(self, name: str, byte_ranges: Sequence[ByteRange], start: int = 0) -> None:
-        """Write rows from row `start` on as they stand in other files."""
-        length = sum(byte_range.length for byte_range in byte_ranges)
-        descriptor, offset = self._claim(name, start, length)
-        copy_byte_ranges(byte_ranges, descriptor, offset)
-        self._send(descriptor, offset, length)
+        # Sends these pages to the disk already now, so that the last fsync finds little left to wait for.
+        os.posix_fadvise(descriptor, offset - tensor.nbytes, tensor.nbytes, os.POSIX_FADV_DONTNEED)
 
     def _claim(self, name: str, start: int, length: int) -> tuple[int, int]:
         """Where bytes from row `start` on belong; ValueError for more than the tensor has."""
@@ -101,10 +94,6 @@ class HFWriter:
         if start * row_bytes + length > self._bytes[name] or self.written[name] > self._bytes[name]:
             raise ValueError(f"{name}: more rows were written than it has ({list(shape)})")
         return self._descriptors[self._file[name]], self._offset[name] + start * row_bytes
-
-    def _send(self, descriptor: int, offset: int, length: int) -> None:
-        """Send pages to the disk already now, so that the last fsync finds little left to wait for."""
-        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
     def __exit__(self, kind, error, trace) -> None:
         try:

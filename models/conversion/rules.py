@@ -51,7 +51,6 @@ class ExportBlock:
     start: int  # where the block begins in the file tensor's first dimension
     index: Index
     lay_out: Callable[[Tensor], Tensor]
-    plain: bool = False  # whether `lay_out` leaves the bytes as they are
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Rule:
                 for first in range(0, len(row_range), step):
                     count = min(step, len(row_range) - first)
                     index = self._index(offset + first, count)
-                    yield ExportBlock(name, row_range.start + first, index, self._unstack, plain=True)
+                    yield ExportBlock(name, row_range.start + first, index, self._unstack)
 
     def split(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield `(Hugging Face name, tensor)` from the whole megatron tensor; padding rows are left out."""
