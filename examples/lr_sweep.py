@@ -34,6 +34,8 @@ from examples.made_of import differences
 from examples.sweep_settings import longer, made_of, own_length
 
 SCRIPT = Path(__file__).with_name("pretrain_sft.py")
+# What ends a run after a save: SLURM's --signal and preemption send the last two.
+HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 LAST = 0.1  # the share of steps, at the end, over which the training loss is taken
 
 
@@ -100,9 +102,9 @@ def run_to_the_end(command: list[str]) -> int:
     def pass_on(number: int, _) -> None:
         received.append(number)
         if process is not None:
-            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+            process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
-    heard = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    heard = [number for number in HEARD if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, pass_on) for number in heard}
     try:
         process = subprocess.Popen(command, start_new_session=True)  # else a terminal would interrupt it, too

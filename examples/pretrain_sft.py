@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import sys
@@ -108,7 +109,8 @@ def run(prepared: Prepared, rank: int) -> int:
         tell(prepared.run, rank, str(error), state=FAILED, met=True)
         return 2
     except (ValueError, OSError) as error:
-        tell(prepared.run, rank, str(error), state=FAILED, alone=True)
+        nameless = isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
+        tell(prepared.run, rank, f"{error}{f': {prepared.run.path}' * nameless}", state=FAILED, alone=True)
         leave_at_once(2)
 
 

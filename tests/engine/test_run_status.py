@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -244,6 +246,18 @@ def test_what_is_nobodys_mistake_is_written_down_too(run, monkeypatch, capsys, e
     words = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
     assert (read_status(run)["state"], read_status(run)["reason"]) == (FAILED, words)
     assert words in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_with_the_folder_where_nothing_else_names_it(run, monkeypatch, capsys):
+    def fail(prepared):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    left = []
+    monkeypatch.setattr(pretrain_sft, "leave_at_once", left.append)
+    monkeypatch.setattr("engine.train.train", fail)
+    pretrain_sft.run(SimpleNamespace(run=run), 0)
+    assert left == [2]
+    assert f"error: [Errno {errno.ENOSPC}] No space left on device: {run.path}" in capsys.readouterr().err
 
 
 def start(script: Path, text: str, *flags: str) -> str:

@@ -121,6 +121,20 @@ def test_an_interrupt_reaches_the_run_and_ends_the_sweep(inputs, tmp_path):
     assert [(one["steps"], one["state"]) for one in results] == [(steps + 2, "done")] * 2
 
 
+@pytest.mark.parametrize(("sent", "heard"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGTERM")])
+def test_what_ends_a_sweep_is_passed_on_to_the_run(tmp_path, sent, heard):
+    """The training script has a session of its own: what is not passed on would leave it running."""
+    script = (
+        "import os, pathlib, signal, sys, time\n"
+        f"signal.signal(signal.{heard}, lambda *_: (pathlib.Path(sys.argv[1]).write_text('heard'), sys.exit(0)))\n"
+        f"os.kill(os.getppid(), signal.{sent})\n"
+        "time.sleep(60)\n"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        lr_sweep.run_to_the_end([sys.executable, "-c", script, str(tmp_path / "note")])
+    assert (tmp_path / "note").read_text() == "heard"
+
+
 def scaled(tmp_path: Path, recipe: str, *flags: str) -> tuple[tuple[int, int], list[str]]:
     """Warmup and decay of a sweep's runs under a recipe, and what is said of them."""
     (tmp_path / "recipe.yaml").write_text(recipe)
