@@ -1,17 +1,22 @@
 """What lets megatron-core 0.16.1 train without CUDA, over gloo.
 
-The only file of Lathe that replaces anything of torch or megatron-core, and it does nothing where CUDA
+The only file of Lathe that replaces anything of torch or megatron-core, and `enable` does nothing where CUDA
 is present. `tests/engine/test_host.py` holds the contract: it fails when megatron-core moves what is leaned on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import sys
 from collections.abc import Iterator
+from functools import cache
 
 import torch
+from packaging.version import Version
 from torch.overrides import TorchFunctionMode
 
+_TE, _LEAST_TE = "transformer_engine", "2.10"
 _place = torch.device("cpu")  # where "cuda" goes
 _enabled: _HostMode | None = None
 
@@ -142,6 +147,27 @@ def _replace_fused_kernels() -> None:
     clip_grads.multi_tensor_applier = utils.local_multi_tensor_applier
     clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
     clip_grads.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+
+
+@cache
+def transformer_engine_fault() -> str | None:
+    """Why Transformer Engine cannot be used here, or None; what is there and does not import is hidden.
+
+    Call it before megatron-core is imported, which imports it wherever it lies and would end with its error.
+    """
+    if sys.modules.get(_TE) is None and importlib.util.find_spec(_TE) is None:
+        return "Transformer Engine is not installed"
+    try:
+        found = importlib.import_module(_TE)
+        importlib.import_module(f"{_TE}.pytorch")
+    except Exception as error:  # a library that is missing, or built for another torch, may raise anything
+        for name in [name for name in sys.modules if name == _TE or name.startswith(f"{_TE}.")]:
+            del sys.modules[name]
+        sys.modules[_TE] = None  # type: ignore[assignment]  # whoever imports it now finds none
+        return f"Transformer Engine is installed and does not import ({type(error).__name__}: {error})"
+    if Version(str(found.__version__)) < Version(_LEAST_TE):
+        return f"Transformer Engine {found.__version__} is older than {_LEAST_TE}"
+    return None
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from data.documents import Documents
 from data.order import GlobalOrder
+from engine import host
 from engine.base_model import BaseModel, find_base_model, resumed_model
 from engine.changes import config_of, resume_lines
 from engine.check_values import check_rates, check_values
@@ -77,7 +78,8 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     pad_multiple = config.pad_multiple if resume is None else _kept_padding(resume, config.pad_documents_to, config.cp)
     check_model(config, description, world_size, pad_multiple=pad_multiple)
     base_model.check()
-    backend, reason = choose_backend(config.backend, cuda=cuda, precision=config.precision, description=description)
+    missing = host.transformer_engine_fault()
+    backend, reason = choose_backend(config.backend, cuda=cuda, precision=config.precision, missing=missing)
     check_tokenizers(base_model.files, indexes, resized=config.override.resize_embeddings)
     check_data(indexes, description.vocab_size)
     transformer = megatron_config(config, description)

@@ -68,7 +68,9 @@ class Trainer:
         self.loader = self._make_loader(prepared.order)
         self.sources = told_apart(self.loader)
         self.valid_loaders = {name: self._make_loader(order) for name, order in prepared.valid_orders.items()}
-        self.kernel = attention_kernel(prepared.backend, mesh.device, parameter_dtype(config.precision))
+        self.kernel = attention_kernel(
+            prepared.backend, mesh.device, parameter_dtype(config.precision), prepared.base_model.description
+        )
         chunks = build_chunks(description, prepared.transformer, backend=prepared.backend, groups=mesh.groups)
         set_routers(chunks, aux_loss=config.moe.aux_loss, frozen=config.moe.freeze_router)
         self.chunks = wrap_chunks(chunks, mesh, overlap=config.overlap, bucket_size=config.bucket_size)

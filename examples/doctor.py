@@ -26,19 +26,6 @@ LIBRARIES = {
     "wandb": "--log.wandb",
 }
 
-# What stands for a dense model where none is given: only its kind counts.
-DENSE = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "max_position_embeddings": 256,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 128,
-}
-
 
 def installed(library: str) -> str | None:
     """The version of a library, None where it is not there."""
@@ -84,7 +71,9 @@ def device_lines(model: Path | None, precision: str) -> tuple[list[str], list[st
     """
     import torch
 
-    from models.hf_config import describe
+    from engine.host import transformer_engine_fault
+
+    missing = transformer_engine_fault()
     from models.layer_spec import choose_backend
 
     cuda = torch.cuda.is_available()
@@ -98,10 +87,12 @@ def device_lines(model: Path | None, precision: str) -> tuple[list[str], list[st
         lines = ["no GPU is visible: ranks compute on the CPU, over gloo"]
         if Path("/dev/nvidiactl").exists():
             lacking.append(f"a driver is there, but torch {torch.__version__} sees no GPU: install torch for its CUDA")
-    description = describe(DENSE if model is None else model)
-    chosen, reason = choose_backend("auto", cuda=cuda, precision=precision, description=description)
-    whose = "a dense model" if model is None else str(model)
-    lines.append(f"--backend auto chooses {chosen} for {whose} in {precision}, because: {reason}")
+    chosen, reason = choose_backend("auto", cuda=cuda, precision=precision, missing=missing)
+    lines.append(f"--backend auto chooses {chosen} in {precision}, because: {reason}")
+    if model is not None:
+        from models.hf_config import describe
+
+        lines.append(f"{model}: a model of the family {describe(model).family}")
     return lines, lacking
 
 
@@ -109,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints what is here; exit status 1 where something is lacking without which a run fails or may fail."""
     parser = argparse.ArgumentParser(prog="lathe doctor", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs"), help="where RUN would be, for its disk")
-    parser.add_argument("--model", type=Path, help="Hugging Face directory to train; a dense model if not given")
+    parser.add_argument("--model", type=Path, help="Hugging Face directory to train: is its family known?")
     parser.add_argument("--precision", choices=["bf16", "fp32", "fp8"], default="bf16", help="of the run")
     parser.add_argument("--ranks", type=int, default=8, help="of the whole run, for limits on sockets")
     flags = parser.parse_args(arguments)

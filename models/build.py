@@ -172,6 +172,9 @@ def build_chunks(
                 true_vocab_size=description.vocab_size,
             )
         )
+        for module in chunks[-1].modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):  # Transformer Engine's: added to main_grad by the product
+                module.fuse_wgrad_accumulation = True
     return chunks
 
 
@@ -193,7 +196,9 @@ def load_weights(chunks: list[PackedModel], metadata: dict, read: Callable[..., 
     read_bytes = 0
     for chunk in chunks:
         for piece in sharded_tensors(chunk, metadata):
-            values = read(piece.key, tuple(piece.global_offset), tuple(piece.local_shape))
-            piece.data.copy_(values)
+            # A parameter of one expert is a slice of the global tensor of all.
+            shape = (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
+            values = read(piece.key, tuple(piece.global_offset), shape)
+            piece.data.copy_(values.view(piece.local_shape))
             read_bytes += values.numel() * values.element_size()
     return read_bytes

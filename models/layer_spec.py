@@ -6,19 +6,16 @@ Engine's fused layer names it.
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -28,13 +25,16 @@ from models.description import ModelDescription
 from models.layers.attention import PackedAttention
 from models.layers.experts import GroupedExperts
 from models.layers.norm import FP32GainRMSNorm, PostNormLinear, ProjectionNorm, RMSNorm
-from models.layers.rope import Rope, rotate
+from models.layers.rope import Rope
 from models.layers.router import PackedMoELayer, PackedRouter
 
 
-def choose_backend(asked: str, *, cuda: bool, precision: str, description: ModelDescription) -> tuple[str, str]:
-    """Returns (backend, why) for --backend auto|te|native; ValueError where the choice cannot run."""
-    native = _why_native(cuda, precision, description)
+def choose_backend(asked: str, *, cuda: bool, precision: str, missing: str | None) -> tuple[str, str]:
+    """Returns (backend, why) for --backend auto|te|native; ValueError where the choice cannot run.
+
+    missing: what keeps Transformer Engine from being used on this machine, or None.
+    """
+    native = _why_native(cuda, precision, missing)
     if asked == "te" and native:
         raise ValueError(f"--backend te cannot run here because {native}; use --backend native")
     if precision == "fp8" and (asked == "native" or native):
@@ -47,42 +47,21 @@ def choose_backend(asked: str, *, cuda: bool, precision: str, description: Model
     return "te", "asked for" if asked == "te" else "a GPU and Transformer Engine are there"
 
 
-def _why_native(cuda: bool, precision: str, description: ModelDescription) -> str | None:
-    """What keeps Transformer Engine's layers from being used, or None. Untried combinations are not tried."""
-    fields = description.transformer
+def _why_native(cuda: bool, precision: str, missing: str | None) -> str | None:
+    """What keeps Transformer Engine's layers from being used, or None."""
     if not cuda:
         return "no GPU is visible"
-    if importlib.util.find_spec("transformer_engine") is None:
-        return "Transformer Engine is not installed"
+    if missing is not None:
+        return missing
     if precision == "fp32":
         return "Transformer Engine's attention has no fp32"
-    if "num_moe_experts" in fields:
-        return "experts were not tried with Transformer Engine's layers"
-    if description.post_norm or description.qk_norm == "projection":
-        return "norms after a block or over whole projections were not tried with Transformer Engine's layers"
-    if fields.get("softmax_type", "vanilla") != "vanilla" or "window_size" in fields:
-        return "attention sinks and sliding windows were not tried with Transformer Engine's layers"
     return None
 
 
-class RotaryTEAttention(MegatronModule):
-    """Transformer Engine's core attention behind the same rotary wrapper as the native one."""
-
-    def __init__(self, config, layer_number: int, *, ropes: tuple[Rope, ...], inner: type, **options):
-        super().__init__(config=config)
-        self.rope = ropes[layer_number - 1]
-        self.inner = inner(config=config, layer_number=layer_number, **options)
-
-    def forward(self, query, key, value, attention_mask=None, *, packed_seq_params, **options):
-        """Rotates query and key [tokens, heads, dim] by document position, then attends."""
-        tables = packed_seq_params.tables(self.rope, query.dtype)
-        query, key = rotate(query, *tables), rotate(key, *tables)
-        params = packed_seq_params.for_transformer_engine()
-        return self.inner(query, key, value, attention_mask, packed_seq_params=params, **options)
-
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """The inner module's state under this module's name, so that both backends share keys."""
-        return self.inner.sharded_state_dict(prefix, sharded_offsets, metadata)
+def is_plain_causal(description: ModelDescription) -> bool:
+    """Whether attention is causal and nothing else in every layer: neither windows nor sinks."""
+    fields = description.transformer
+    return fields.get("softmax_type", "vanilla") == "vanilla" and "window_size" not in fields
 
 
 class PackedLayer(TransformerLayer):
@@ -99,7 +78,7 @@ def native_layer_spec(description: ModelDescription, ropes: tuple[Rope, ...], gr
     post_norm = description.post_norm
     before: type = IdentityOp if post_norm else _norm(description)
     output: type = PostNormLinear if post_norm else RowParallelLinear
-    query_norm, key_norm = _qk_norms(description, groups)
+    query_norm, key_norm = qk_norms(description, groups, of_head=RMSNorm)
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -136,24 +115,16 @@ def _norm(description: ModelDescription) -> type:
     return FP32GainRMSNorm if description.gain_in_fp32 else RMSNorm
 
 
-def _qk_norms(description: ModelDescription, groups: Any) -> tuple[Any, Any]:
-    """The norms of queries and keys: none, of each head by itself, or over all heads at once."""
+def qk_norms(description: ModelDescription, groups: Any, *, of_head: type) -> tuple[Any, Any]:
+    """The norms of queries and keys: none, of each head by itself (`of_head`), or over all heads at once."""
     if description.qk_norm == "head":
-        return RMSNorm, RMSNorm
+        return of_head, of_head
     if description.qk_norm == "none":
         return IdentityOp, IdentityOp
     fields = description.transformer
     heads = (fields["num_attention_heads"], fields["num_query_groups"])
     query, key = (ModuleSpec(module=ProjectionNorm, params={"heads": n, "tp_group": groups.tp}) for n in heads)
     return query, key
-
-
-def te_layer_spec(description: ModelDescription, ropes: tuple[Rope, ...]) -> ModuleSpec:
-    """megatron-core's own Transformer Engine layer with the rotary wrapper around its core attention."""
-    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=description.qk_norm == "head")
-    attention = spec.submodules.self_attention.submodules
-    attention.core_attention = partial(RotaryTEAttention, ropes=ropes, inner=attention.core_attention)
-    return spec
 
 
 def block_spec(
@@ -163,14 +134,14 @@ def block_spec(
     if backend == "native":
         spec = native_layer_spec(description, ropes, groups)
         return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=_norm(description))
-    from megatron.core.extensions.transformer_engine import TENorm
+    from models.te_spec import te_block_spec
 
-    return TransformerBlockSubmodules(layer_specs=[te_layer_spec(description, ropes)] * layers, layer_norm=TENorm)
+    return te_block_spec(layers, description, ropes, groups)
 
 
-def attention_kernel(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def attention_kernel(backend: str, device: torch.device, dtype: torch.dtype, description: ModelDescription) -> str:
     """Which attention reads a microbatch: "te", "varlen" (flash, on CUDA, not for fp32) or "padded"."""
-    if backend == "te":
+    if backend == "te" and is_plain_causal(description):
         return "te"
     return "varlen" if device.type == "cuda" and dtype != torch.float32 else "padded"
 

@@ -108,14 +108,19 @@ def test_flags_of_experts_need_experts(description, experts):
         check_experts(config.moe, description)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_oss", "olmo3", "qwen3_moe"])
-def test_backends_that_were_not_tried_are_not_chosen(tmp_path, name):
-    found = describe(save_model(name, tmp_path / name))
-    assert choose_backend("auto", cuda=False, precision="bf16", description=found) == ("native", "no GPU is visible")
+def test_backends_that_cannot_run_are_not_chosen():
+    there = {"missing": None, "precision": "bf16"}
+    assert choose_backend("auto", cuda=True, **there) == ("te", "a GPU and Transformer Engine are there")
+    assert choose_backend("native", cuda=True, **there) == ("native", "asked for")
+    assert choose_backend("auto", cuda=False, **there) == ("native", "no GPU is visible")
+    absent = {"cuda": True, "missing": "Transformer Engine is not installed"}
+    assert choose_backend("auto", precision="bf16", **absent) == ("native", absent["missing"])
     with pytest.raises(ValueError, match="--backend te cannot run here because no GPU is visible"):
-        choose_backend("te", cuda=False, precision="bf16", description=found)
-    with pytest.raises(ValueError, match="--precision fp8 needs --backend te"):
-        choose_backend("auto", cuda=False, precision="fp8", description=found)
+        choose_backend("te", cuda=False, **there)
+    with pytest.raises(ValueError, match="--backend te cannot run here because .* has no fp32"):
+        choose_backend("te", cuda=True, missing=None, precision="fp32")
+    with pytest.raises(ValueError, match="--precision fp8 needs --backend te .*is not installed"):
+        choose_backend("auto", precision="fp8", **absent)
 
 
 def test_layouts_that_fit_pass(description):

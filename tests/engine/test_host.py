@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import megatron.core
 import pytest
 import torch
 
 from engine import host
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def parameters(function) -> list[str]:
@@ -53,6 +59,27 @@ def test_optimizer_state_needs_what_ours_keeps():
 
     source = inspect.getsource(DistributedOptimizer._set_main_param_and_optimizer_states)
     assert 'dst_tensors = {"param": main_param, **optim_state}' in source
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("raise RuntimeError('libcudart.so.13 is not there')", "does not import (RuntimeError: libcudart.so.13 is not"),
+        ("__version__ = '2.9.1'", "Transformer Engine 2.9.1 is older than 2.10"),
+    ],
+)
+def test_a_transformer_engine_that_cannot_be_used_stops_nobody_else(tmp_path, text, fault):
+    """megatron-core imports it wherever it lies, and passes on what is no ImportError."""
+    (tmp_path / "transformer_engine" / "pytorch").mkdir(parents=True)
+    (tmp_path / "transformer_engine" / "__init__.py").write_text(text)
+    (tmp_path / "transformer_engine" / "pytorch" / "__init__.py").write_text("")
+    script = "from engine import host; print(host.transformer_engine_fault())"
+    if "raise" in text:
+        script += "; from megatron.core.extensions import transformer_engine; print(transformer_engine.HAVE_TE)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert fault in done.stdout and done.stdout.endswith("False\n") == ("raise" in text)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the host's replacements are inactive where CUDA is present")

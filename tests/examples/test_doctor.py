@@ -18,7 +18,7 @@ def test_a_node_that_lacks_nothing(capsys, monkeypatch, tmp_path):
     assert f"torch {torch.__version__}" in printed and "megatron-core 0.16.1" in printed
     assert printed.endswith("this node lacks nothing\n")
     if not torch.cuda.is_available():
-        assert "--backend auto chooses native for a dense model in bf16, because: no GPU is visible" in printed
+        assert "--backend auto chooses native in bf16, because: no GPU is visible" in printed
 
 
 def test_what_lacks_is_said_with_its_mend(capsys, monkeypatch, tmp_path):

@@ -78,7 +78,7 @@ def build(
         mesh=mesh,
         chunks=chunks,
         metadata=metadata,
-        kernel=attention_kernel(backend, mesh.device, config.params_dtype),
+        kernel=attention_kernel(backend, mesh.device, config.params_dtype, description),
         bf16=precision != "fp32",
     )
 

@@ -20,6 +20,7 @@ from engine.step import run_microbatches, take_router_statistics, to_device, wra
 from models.build import build_chunks, load_weights, sharded_tensors, transformer_config
 from models.conversion.hf_reader import HFReader
 from models.hf_config import describe
+from models.layer_spec import attention_kernel
 from models.layers.packed_documents import zigzag_indices
 from models.layers.router import set_routers
 from models.model_directory import read_shard
@@ -37,20 +38,25 @@ def start(
     precision: str = "fp32",
     recompute: str = "none",
     moe: MoeConfig | None = None,
+    backend: str = "native",
+    extra: dict | None = None,
 ) -> SimpleNamespace:
-    """Builds this rank's part of a Hugging Face model under `layout`."""
+    """Builds this rank's part of a Hugging Face model under `layout`; `extra` are fields of megatron-core's config."""
     moe = moe or MoeConfig()
     description = describe(folder)
     check_layout(layout, distributed.get_world_size(), description)
     mesh = build_mesh(layout)
-    extra = {"moe_token_dispatcher_type": moe.dispatcher}
+    extra = {"moe_token_dispatcher_type": moe.dispatcher} | (extra or {})
     config = transformer_config(description, layout=layout, precision=precision, recompute=recompute, extra=extra)
-    chunks = build_chunks(description, config, backend="native", groups=mesh.groups)
+    chunks = build_chunks(description, config, backend=backend, groups=mesh.groups)
     set_routers(chunks, aux_loss=moe.aux_loss, frozen=moe.freeze_router)
     metadata = sharding_metadata(mesh)
     reader = HFReader(folder)
     load_weights(chunks, metadata, lambda *piece: read_shard(description, reader, *piece))
-    return SimpleNamespace(description=description, mesh=mesh, chunks=chunks, metadata=metadata, config=config)
+    kernel = attention_kernel(backend, mesh.device, config.params_dtype, description)
+    return SimpleNamespace(
+        description=description, mesh=mesh, chunks=chunks, metadata=metadata, config=config, kernel=kernel
+    )
 
 
 def make_loader(index: MemoryIndex, mesh, options: dict) -> Loader:
@@ -83,7 +89,7 @@ def full_gradients(part: SimpleNamespace, wrapped: list) -> dict[str, torch.Tens
             kept.append((parameter, parameter.data.clone()))
             parameter.data.copy_(getattr(parameter, "main_grad", torch.zeros(())))  # a frozen one has none
     pieces = [
-        (piece.key, tuple(piece.global_offset), piece.data.clone())
+        (piece.key, tuple(piece.global_offset), piece.data.clone()[(None,) * piece.prepend_axis_num])
         for chunk in part.chunks
         for piece in sharded_tensors(chunk, part.metadata)
     ]
@@ -107,12 +113,14 @@ def train(
     precision: str = "fp32",
     recompute: str = "none",
     moe: MoeConfig | None = None,
+    backend: str = "native",
+    extra: dict | None = None,
 ) -> SimpleNamespace:
     """Trains `steps` steps; returns losses, norms, sample ids, router statistics and the first step's gradients.
 
     `by_source` has of each step (loss sum, supervised tokens) of every source, where there are several.
     """
-    part = start(folder, layout, precision=precision, recompute=recompute, moe=moe)
+    part = start(folder, layout, precision=precision, recompute=recompute, moe=moe, backend=backend, extra=extra)
     wrapped = wrap_chunks(part.chunks, part.mesh, **SMALL_BUCKETS)
     optimizer = build_optimizer(optim, wrapped, part.mesh, bf16=precision != "fp32")
     loader = make_loader(index, part.mesh, options)
@@ -122,7 +130,7 @@ def train(
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         microbatches = loader.next_step()
-        totals = run_microbatches(wrapped, microbatches, part.mesh, kernel="padded", sources=sources)
+        totals = run_microbatches(wrapped, microbatches, part.mesh, kernel=part.kernel, sources=sources)
         by_source.append(np.array([totals.source_losses, totals.source_tokens]).T)
         if gradients is None:
             gradients = full_gradients(part, wrapped)

@@ -1,0 +1,110 @@
+"""Transformer Engine's layers in every family and layout, over a stand-in for it that computes on the host.
+
+The modules, their groups, marks and keys are megatron-core's and Lathe's own, as on a GPU; only what a kernel computes
+is torch's. See `tests/support/stand_in/README.md`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests import gpu
+from tests.support.parity import INDEX, LAYOUTS, OPTIM, STEPS, References, errors, layouts_of
+from tests.support.te import described, nothing_but_padding, resumed_by
+from tests.support.tiny import MODELS, conversations, make_inputs, reference, save_model
+from tests.support.training import step_batches, train
+from tests.support.world import Pool
+
+TRIED = ("dp1", "tp2", "cp2", "pp2", "tp2 cp2", "pp2 vpp2", "ep2", "ep2 tp2", "ep2 pp2", "etp2", "ep2 etp2 tp2")
+SOON = {("llama", "tp2 cp2"), ("olmo3", "tp2 cp2"), ("gpt_oss", "ep2 pp2"), ("qwen3_moe", "ep2 etp2 tp2")}
+CELLS = [
+    pytest.param(name, layout, marks=() if (name, layout) in SOON else pytest.mark.slow)
+    for name in MODELS
+    for layout in layouts_of(name)
+    if layout in TRIED
+]
+RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
+
+
+@pytest.fixture(scope="module")
+def stand_in():
+    pool = Pool(stand_in=True)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    return References(tmp_path_factory.mktemp("models"))
+
+
+def te(pool, ranks, *arguments, precision="fp32", recompute="none", extra=None):
+    """The first rank's results of `train` by Transformer Engine's layers."""
+    return pool.run(train, ranks, *arguments, precision, recompute, None, "te", extra)[0]
+
+
+@pytest.mark.parametrize(("name", "layout"), CELLS)
+def test_layout_matches_plain_model(stand_in, references, name, layout):
+    ranks, degrees = layouts_of(name)[layout]
+    folder, wanted = references.get(name, {})
+    seen = errors(te(stand_in, ranks, folder, degrees, INDEX, STEPS, OPTIM, {}), wanted)
+    assert seen.loss < 1e-5 and seen.source < 1e-5 and seen.norm < 1e-4 and seen.gradient < 1e-4, seen
+
+
+@pytest.mark.parametrize("recompute", ["selective", pytest.param("full", marks=pytest.mark.slow)])
+def test_recomputation_changes_nothing(stand_in, references, recompute):
+    folder, wanted = references.get("qwen3_moe", {})
+    ranks, degrees = layouts_of("qwen3_moe")["ep2 tp2"]
+    seen = errors(te(stand_in, ranks, folder, degrees, INDEX, STEPS, OPTIM, {}, recompute=recompute), wanted)
+    assert seen.loss < 1e-5 and seen.gradient < 1e-4, seen
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo2", "qwen3_tied", "gpt_oss"])
+def test_keys_and_shapes_are_those_of_native_layers(stand_in, references, name):
+    folder, _ = references.get(name, {})
+    te_keys, native_keys = (stand_in.run(described, 1, folder, backend)[0] for backend in ("te", "native"))
+    assert te_keys == native_keys and len(te_keys) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_tied", "gpt_oss"])
+def test_what_one_backend_saves_the_other_continues(stand_in, tmp_path, name):
+    """Two ranks, small buckets; te's steps 1 to 3 and native's 4 to 6 are native's 1 to 6, and the other way round."""
+    inputs = make_inputs(tmp_path, name, 30)
+    whole = stand_in.run(resumed_by, 2, inputs, tmp_path / "whole", ("native", "native"))[0]
+    for order in (("te", "native"), ("native", "te")):
+        found = stand_in.run(resumed_by, 2, inputs, tmp_path / "-".join(order), order)[0]
+        assert [line["step"] for line in found] == list(range(1, 7))
+        for key in ("loss", "grad_norm"):
+            ours, theirs = ([line[key] for line in lines] for lines in (found, whole))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        pytest.param("llama", "dp1", marks=pytest.mark.slow),
+        pytest.param("olmo2", "tp2", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "ep2 tp2", marks=pytest.mark.slow),
+        ("gpt_oss", "ep2 tp2"),
+    ],
+)
+def test_fp8_follows_fp32(stand_in, tmp_path, name, layout, recipe):
+    """Emulated: numbers rounded to FP8 with the recipe's scales, each expert's rows padded for it."""
+    steps, options, index = 6, {"seq_len": 256}, conversations(40)
+    folder = save_model(name, tmp_path / name, layers=2, **gpu.SHAPES.get(name, gpu.SHAPE))
+    wanted = reference(folder, index, step_batches(index, steps, options), OPTIM)
+    ranks, degrees = (LAYOUTS | layouts_of(name))[layout]
+    found = te(
+        stand_in, ranks, folder, degrees, index, steps, OPTIM, options, precision="fp8", extra={"fp8_recipe": recipe}
+    )
+    np.testing.assert_allclose(found.losses, wanted.losses, rtol=5e-2)
+    assert max(abs(a / b - 1) for a, b in zip(found.losses, wanted.losses, strict=True)) > 1e-4  # it was FP8
+
+
+def test_experts_without_a_token(stand_in, references):
+    """A microbatch of nothing but padding has no gradient, and no division by nothing."""
+    folder, _ = references.get("gpt_oss", {})
+    assert stand_in.run(nothing_but_padding, 1, folder)[0] == 0.0

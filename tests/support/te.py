@@ -1,0 +1,62 @@
+"""What ranks do in cases of Transformer Engine's layers; see `tests.support.world.Pool(stand_in=True)`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data.loader import Microbatch
+from engine.cli import parse_run
+from engine.layout import Layout
+from engine.prepare import prepare_run
+from engine.step import run_microbatches, wrap_chunks
+from engine.train import train
+from models.build import sharded_tensors
+from tests.support.training import SMALL_BUCKETS, start
+
+
+def described(folder: Path, backend: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor of a checkpoint of a model in bf16, by key."""
+    part = start(folder, Layout(), precision="bf16", backend=backend)
+    pieces = list(sharded_tensors(part.chunks[0], part.metadata))
+    return {piece.key: (tuple(piece.global_shape), str(piece.dtype)) for piece in pieces}
+
+
+def resumed_by(inputs: Path, output: Path, backends: tuple[str, str]) -> list[dict]:
+    """Six steps of a run whose first three one backend trains and the others the other; the lines of its metrics."""
+    for steps, backend in zip((3, 6), backends, strict=True):
+        paths = ["--model", inputs / "model", "--data", inputs / "data", "--output", output]
+        shape = f"--seq-len 96 --global-batch-size 8 --precision fp32 --steps {steps} --optim.lr 1e-3"
+        more = "--optim.schedule constant --checkpoint.every 3 --overlap on --bucket-size 2000"
+        config = parse_run([*map(str, paths), *shape.split(), *more.split()])
+        train(dataclasses.replace(prepare_run(config, world_size=2, cuda=False), backend=backend))
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def nothing_but_padding(folder: Path, tokens: int = 96) -> float:
+    """The largest gradient after a microbatch without a document, which sends no expert a token."""
+    part = start(folder, Layout(), backend="te")
+    wrapped = wrap_chunks(part.chunks, part.mesh, **SMALL_BUCKETS)
+    for chunk in wrapped:
+        chunk.zero_grad_buffer()
+    nothing = np.zeros(tokens, dtype=np.int64)
+    batch = Microbatch(
+        tokens=nothing,
+        labels=nothing,
+        loss_mask=nothing.astype(bool),
+        positions=np.arange(tokens),
+        cu_seqlens=np.array([0, tokens], dtype=np.int32),
+        document_lengths=np.zeros(1, dtype=np.int32),
+        document_sources=np.full(1, -1, dtype=np.int32),
+        max_seqlen=tokens,
+        sample_ids=[],
+        real_tokens=0,
+        supervised_tokens=0,
+        padding_tokens=tokens,
+        bins=0,
+    )
+    run_microbatches(wrapped, [batch], part.mesh, kernel=part.kernel)
+    return max(float(p.main_grad.abs().max()) for chunk in wrapped for p in chunk.parameters())
