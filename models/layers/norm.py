@@ -8,6 +8,67 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, distributed
 
+from models.layers.fused import fused
+
+
+@fused(fixed="weight")
+def _normed(states: Tensor, weight: Tensor, eps: float, gain_in_fp32: bool) -> tuple[Tensor, Tensor]:
+    """(y, 1 / rms(x) [..., 1])."""
+    wide = states.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return _with_gain(wide * scale, weight, gain_in_fp32, states.dtype), scale
+
+
+def _with_gain(normed: Tensor, weight: Tensor, gain_in_fp32: bool, dtype: torch.dtype) -> Tensor:
+    if gain_in_fp32:
+        return (normed * weight.float()).to(dtype)
+    return normed.to(dtype) * weight
+
+
+# Between the two stages of the gains' gradient: fp32 sums over 16 tokens each, as torch.compile cuts them.
+@fused(fixed="weight", kernels=3, scratch=1 / 16)
+def _gradients(gradient: Tensor, states: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of states and gains."""
+    wide = gradient.float()
+    normed = states.float() * scale
+    grad_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    wide = wide * weight.float()
+    inner = (wide * normed).mean(-1, keepdim=True)
+    wide = torch.addcmul(wide, normed, inner, value=-1).mul_(scale)
+    return wide.to(gradient.dtype), grad_weight
+
+
+# Where the last dimension is shared out over ranks, a sum over them lies between two fused parts.
+@fused()
+def _squares(states: Tensor) -> Tensor:
+    return states.float().pow(2).sum(-1, keepdim=True)
+
+
+@fused(fixed="weight")
+def _scaled(states: Tensor, weight: Tensor, scale: Tensor, gain_in_fp32: bool) -> Tensor:
+    return _with_gain(states.float() * scale, weight, gain_in_fp32, states.dtype)
+
+
+@fused(fixed="weight", kernels=3, scratch=1 / 16)
+def _products(gradient: Tensor, states: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's part of the sum that the gradient of states needs [..., 1], and the gradient of its gains."""
+    wide = gradient.float()
+    normed = states.float() * scale
+    grad_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    return (wide * weight.float() * normed).sum(-1, keepdim=True), grad_weight
+
+
+@fused(fixed="weight")
+def _input_gradient(gradient: Tensor, states: Tensor, weight: Tensor, scale: Tensor, inner: Tensor) -> Tensor:
+    wide = gradient.float() * weight.float()
+    return torch.addcmul(wide, states.float() * scale, inner, value=-1).mul_(scale).to(gradient.dtype)
+
+
+def _mean(total: Tensor, width: int, group) -> Tensor:
+    """The mean over a last dimension of which each rank of a group has summed up its `width` numbers: [..., 1]."""
+    distributed.all_reduce(total, group=group)
+    return total / (width * group.size())
+
 
 class _RMSNorm(torch.autograd.Function):
     """y = weight * (x / rms(x)), statistics in fp32, rounded before the gain or, if `gain_in_fp32`, after it.
@@ -17,33 +78,25 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states: Tensor, weight: Tensor, eps: float, gain_in_fp32: bool, group=None) -> Tensor:
-        wide = states.float()
-        scale = torch.rsqrt(_mean(wide.pow(2), group) + eps)  # [..., 1]
-        ctx.group = group
+        ctx.group = group if group is not None and group.size() > 1 else None
+        if ctx.group is None:
+            output, scale = _normed(states, weight, eps, gain_in_fp32)
+        else:
+            scale = torch.rsqrt(_mean(_squares(states), states.shape[-1], ctx.group) + eps)
+            output = _scaled(states, weight, scale, gain_in_fp32)
         ctx.save_for_backward(states, weight, scale)
-        if gain_in_fp32:
-            return (wide * scale * weight.float()).to(states.dtype)
-        return (wide * scale).to(states.dtype) * weight
+        return output
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         states, weight, scale = ctx.saved_tensors
-        wide = gradient.float()
-        normed = states.float() * scale
-        grad_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        wide = wide * weight.float()
-        inner = _mean(wide * normed, ctx.group)
-        wide = torch.addcmul(wide, normed, inner, value=-1).mul_(scale)
-        return wide.to(gradient.dtype), grad_weight, None, None, None
-
-
-def _mean(values: Tensor, group) -> Tensor:
-    """The mean over the last dimension, which the ranks of a group share out: [..., 1]."""
-    if group is None or group.size() == 1:
-        return values.mean(-1, keepdim=True)
-    total = values.sum(-1, keepdim=True)
-    distributed.all_reduce(total, group=group)
-    return total / (values.shape[-1] * group.size())
+        if ctx.group is None:
+            grad_states, grad_weight = _gradients(gradient, states, weight, scale)
+        else:
+            inner, grad_weight = _products(gradient, states, weight, scale)
+            inner = _mean(inner, states.shape[-1], ctx.group)
+            grad_states = _input_gradient(gradient, states, weight, scale, inner)
+        return grad_states, grad_weight, None, None, None
 
 
 class RMSNorm(torch.nn.Module):

@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from models.layers.fused import fused
+
 
 def inverse_frequencies(parameters: dict, head_dim: int, max_position_embeddings: int) -> tuple[Tensor, float]:
     """Returns (inverse frequencies [head_dim / 2] in fp32, factor on cos and sin) of one layer's rope.
@@ -64,24 +66,27 @@ class Rope:
         return cos[:, None].to(dtype), sin[:, None].to(dtype)
 
 
+@fused()
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor, opposite: bool) -> Tensor:
+    """Rotation by the tables' angle, or by the opposite one."""
+    if opposite:
+        sin = -sin
+    first, second = states.chunk(2, dim=-1)
+    swapped = torch.cat((second, first), dim=-1)
+    return (states * cos).addcmul_(swapped, sin)
+
+
 class _Rotate(torch.autograd.Function):
     """Rotation by cos and signed sin; its transpose is the rotation by the opposite angle."""
 
     @staticmethod
     def forward(ctx, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(states, cos, sin)
+        return _rotated(states, cos, sin, False)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        cos, sin = ctx.saved_tensors
-        return _rotated(gradient, cos, -sin), None, None
-
-
-def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = states.shape[-1] // 2
-    swapped = torch.cat((states[..., half:], states[..., :half]), dim=-1)
-    return (states * cos).addcmul_(swapped, sin)
+        return _rotated(gradient, *ctx.saved_tensors, True), None, None
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
