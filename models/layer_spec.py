@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from models.description import ModelDescription
 from models.layers.attention import PackedAttention
 from models.layers.experts import GroupedExperts
+from models.layers.gated import GatedMLP
 from models.layers.norm import FP32GainRMSNorm, PostNormLinear, ProjectionNorm, RMSNorm
 from models.layers.rope import Rope
 from models.layers.router import PackedMoELayer, PackedRouter
@@ -95,7 +96,8 @@ def native_layer_spec(description: ModelDescription, ropes: tuple[Rope, ...], gr
         experts = MoESubmodules(experts=GroupedExperts, router=PackedRouter)
         mlp = ModuleSpec(module=PackedMoELayer, submodules=experts, params={"pg_collection": groups})
     else:
-        mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=output))
+        parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=output)
+        mlp = ModuleSpec(module=GatedMLP, submodules=parts)
         keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
         module=PackedLayer,

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.mlp import MLP
 from torch import Tensor
+
+from models.layers.fused import fused
 
 _QUICK = 1.702
 
@@ -21,31 +24,36 @@ def quick_gelu(gate: Tensor) -> Tensor:
 SLOPES: dict[Callable[..., Tensor], float] = {F.silu: 1.0, quick_gelu: _QUICK}
 
 
+@fused()
+def _activated(hidden: Tensor, slope: float, limit: float | None, offset: float) -> Tensor:
+    gate, up = _clamped(hidden, limit)
+    activated = F.silu(gate) if slope == 1 else gate * torch.sigmoid(slope * gate)
+    return activated * (up + offset if offset else up)
+
+
+@fused()
+def _gradient(gradient: Tensor, hidden: Tensor, slope: float, limit: float | None, offset: float) -> Tensor:
+    """The gradient of `hidden`."""
+    gate, up = _clamped(hidden, limit)
+    to_gate, to_up = gradient * (up + offset if offset else up), gradient
+    if limit is not None:  # what was clamped gets none
+        raw_gate, raw_up = hidden.chunk(2, dim=-1)
+        to_gate, to_up = to_gate * (raw_gate <= limit), to_up * (raw_up.abs() <= limit)
+    # The derivative of x * sigmoid(s x) is that of silu at s x.
+    gate_gradient = torch.ops.aten.silu_backward(to_gate, gate * slope if slope != 1 else gate)
+    return torch.cat((gate_gradient, to_up * (gate * torch.sigmoid(slope * gate))), dim=-1)
+
+
 class _GatedUnit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, activation, limit: float | None, offset: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, slope: float, limit: float | None, offset: float) -> Tensor:
         ctx.save_for_backward(hidden)
-        ctx.slope, ctx.limit, ctx.offset = SLOPES[activation], limit, offset
-        gate, up = _clamped(hidden, limit)
-        return activation(gate) * (up + offset if offset else up)
+        ctx.constants = slope, limit, offset
+        return _activated(hidden, *ctx.constants)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor):
-        (hidden,) = ctx.saved_tensors
-        gate, up = _clamped(hidden, ctx.limit)
-        both = torch.empty_like(hidden)
-        gate_gradient, up_gradient = both.chunk(2, dim=-1)
-        # The derivative of x * sigmoid(s x) is that of silu at s x.
-        wanted = gradient * (up + ctx.offset if ctx.offset else up)
-        slope = torch.ops.aten.silu_backward(wanted, gate * ctx.slope if ctx.slope != 1 else gate)
-        torch.mul(gradient, gate * torch.sigmoid(ctx.slope * gate), out=up_gradient)
-        if ctx.limit is None:
-            gate_gradient.copy_(slope)
-        else:
-            raw_gate, raw_up = hidden.chunk(2, dim=-1)
-            torch.mul(slope, raw_gate <= ctx.limit, out=gate_gradient)
-            up_gradient.mul_(raw_up.abs() <= ctx.limit)
-        return both, None, None, None
+        return _gradient(gradient, *ctx.saved_tensors, *ctx.constants), None, None, None
 
 
 def _clamped(hidden: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
@@ -58,4 +66,23 @@ def gated_unit(hidden: Tensor, activation: Callable[..., Tensor], limit: float |
 
     `limit` clamps gates from above and ups on both sides; `activation` is one of `SLOPES`.
     """
-    return _GatedUnit.apply(hidden, activation, limit, offset)
+    return _GatedUnit.apply(hidden, SLOPES[activation], limit, offset)
+
+
+class GatedMLP(MLP):
+    """megatron-core's dense feed-forward layer, with a gated unit that rounds on CUDA as its parts would.
+
+    megatron-core's own compiled unit (0.16.1) leaves out roundings, and after eight kinds of shapes is compiled no
+    more. On the host the parts are what runs.
+    """
+
+    def forward(self, states: Tensor, per_token_scale: Tensor | None = None, **options: Any):
+        """states [tokens, batch, hidden size]; returns (output, bias or None), as megatron-core's."""
+        if states.is_cpu or per_token_scale is not None:
+            return super().forward(states, per_token_scale, **options)
+        hidden, bias = self.linear_fc1(states)
+        if bias is not None:
+            hidden = hidden + bias
+        config = self.config
+        limit, offset = config.activation_func_clamp_value, config.glu_linear_offset
+        return self.linear_fc2(gated_unit(hidden, config.activation_func, limit, offset))
