@@ -68,11 +68,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+SHAPES["gpt-oss-120b"] = SHAPES["gpt-oss-20b"] | {"num_hidden_layers": 36, "num_local_experts": 128}
 
 # Bytes a parameter: bf16 weight, fp32 gradient, fp32 master weight and two moments.
 STATE_BYTES = 18
-# Logits held at once by `models.layers.loss` on a GPU, in bytes: in fp32, beside the product or the gradient in bf16.
-LOSS_BYTES = 2**28 * (4 + 2)
+# Logits held at once by `models.layers.loss` on a GPU, in bytes; their gradient takes their place.
+LOSS_BYTES = 2**30
 
 
 def widths(shape: dict[str, Any]) -> tuple[int, int, int]:

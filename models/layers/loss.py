@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed
 
+from models.layers.fused import fused
+
 CHUNK_LOGITS = 2**24  # logits held at once; in fp32 64 MiB
-CUDA_CHUNK_LOGITS = 2**28  # 1 GiB: each chunk reads and writes the whole weight gradient once
+CUDA_CHUNK_BYTES = 2**30  # of logits in the model's dtype: each chunk reads and writes the whole weight gradient
 
 
 def _reduce(tensor: Tensor, group, op=distributed.ReduceOp.SUM) -> Tensor:
@@ -41,6 +43,59 @@ def _chunk_losses(logits: Tensor, targets: Tensor, owned: Tensor, group) -> tupl
     logits.exp_()
     both = _reduce(torch.stack((logits.sum(dim=1), picked)), group)
     return both[0].log() - both[1], both[0]
+
+
+def _in_place(hidden: Tensor, columns: Tensor, targets: Tensor, owned: Tensor, group, wanted: bool):
+    """Returns the losses [chunk] of hidden [chunk, hidden size] and, if `wanted`, the gradient of their logits.
+
+    columns [local vocabulary, hidden size]; targets, owned: as in `_chunk_losses`.
+    """
+    logits = (hidden @ columns.t()).float()
+    losses, sums = _chunk_losses(logits, targets, owned, group)
+    if not wanted:
+        return losses, None
+    logits.div_(sums[:, None])
+    if logits.shape[1]:
+        logits.scatter_add_(1, targets[:, None], -owned[:, None].to(logits.dtype))
+    return losses, logits.to(hidden.dtype)
+
+
+@fused(kernels=2)  # the targets are picked by the second
+def _row_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest logit of each row, the sum of exp(logit - largest), and the target's logit; in fp32."""
+    wide = logits.float()
+    largest = wide.amax(dim=1, keepdim=True)
+    total = (wide - largest).exp().sum(dim=1, keepdim=True)
+    return largest.squeeze(1), total.squeeze(1), logits.gather(1, targets.unsqueeze(1)).squeeze(1).float()
+
+
+@fused(mutates="logits")
+def _to_gradient(logits: Tensor, targets: Tensor, owned: Tensor, largest: Tensor, total: Tensor) -> None:
+    """Writes probabilities, less one at the targets, over logits."""
+    probabilities = (logits.float() - largest.unsqueeze(1)).exp() / total.unsqueeze(1)
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    at_target = (columns == targets.unsqueeze(1)) & owned.unsqueeze(1)
+    logits.copy_(probabilities - at_target.float())
+
+
+def _in_two_passes(hidden: Tensor, columns: Tensor, targets: Tensor, owned: Tensor, group, wanted: bool):
+    """What `_in_place` returns, with logits in the model's dtype alone: read once for the losses, and read and
+    written once for the gradient."""
+    logits = hidden @ columns.t()
+    if logits.shape[1]:
+        largest, total, picked = _row_statistics(logits, targets)
+    else:  # every row of this rank's shard is padding
+        total = picked = torch.zeros(logits.shape[0], device=logits.device)
+        largest = torch.full_like(total, float("-inf"))
+    if group is not None and group.size() > 1:
+        own, largest = largest, _reduce(largest.clone(), group, distributed.ReduceOp.MAX)
+        parts = torch.stack((total * (own - largest).exp(), (picked - largest) * owned))
+        total, picked = _reduce(parts, group)
+    else:
+        picked = picked - largest
+    if wanted and logits.shape[1]:
+        _to_gradient(logits, targets, owned, largest, total)
+    return total.log() - picked, logits if wanted else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,28 +126,23 @@ class _LossSum(torch.autograd.Function):
         local = local.clamp(0, max(valid - 1, 0))
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        held = CUDA_CHUNK_LOGITS if hidden.is_cuda else CHUNK_LOGITS
+        on_host = hidden.is_cpu
+        held = CHUNK_LOGITS if on_host else CUDA_CHUNK_BYTES // hidden.element_size()
+        passes = _in_place if on_host else _in_two_passes
         chunk = max(1, held // max(1, weight.shape[0]))
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            logits = (hidden[rows] @ columns.t()).float()
-            losses, sums = _chunk_losses(logits, local[rows], owned[rows], group)
+            wanted = wants_hidden or wants_weight
+            losses, gradient = passes(hidden[rows], columns, local[rows], owned[rows], group, wanted)
             total += losses.sum(dtype=torch.float64)
             if by_source is not None:
                 by_source.add(rows, losses)
-            if not (wants_hidden or wants_weight):
-                del logits
-                continue
-            logits.div_(sums[:, None])
-            if valid:
-                logits.scatter_add_(1, local[rows, None], -owned[rows, None].to(logits.dtype))
-            gradient = logits.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(gradient, columns, out=grad_hidden[rows])
             if grad_weight is not None:
                 _accumulate(grad_weight[:valid], gradient, hidden[rows])
-            del logits, gradient  # else they would stand beside the next chunk's
+            del gradient  # else it would stand beside the next chunk's logits
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total.to(torch.float32)
@@ -123,6 +173,9 @@ def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """Adds gradient^T hidden to fp32 `total` [rows, hidden size] without a second array of its size."""
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.t(), hidden)
+        return
+    if not hidden.is_cpu:  # the product adds to fp32 as it goes, without a sum in the narrow dtype in between
+        torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)
         return
     block = max(1, CHUNK_LOGITS // max(1, hidden.shape[1]))
     for start in range(0, total.shape[0], block):
