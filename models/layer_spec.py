@@ -97,7 +97,8 @@ def native_layer_spec(description: ModelDescription, ropes: tuple[Rope, ...], gr
         mlp = ModuleSpec(module=PackedMoELayer, submodules=experts, params={"pg_collection": groups})
     else:
         parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=output)
-        mlp = ModuleSpec(module=GatedMLP, submodules=parts)
+        # megatron-core 0.16.1 gives the group to its own class alone.
+        mlp = ModuleSpec(module=GatedMLP, submodules=parts, params={"tp_group": groups.tp})
         keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
         module=PackedLayer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import distributed
 
 from models.layers import loss
 
@@ -55,3 +56,30 @@ def test_losses_are_added_up_by_source(monkeypatch, chunk):
             wanted[source] += each[sources == source].sum()
     torch.testing.assert_close(sums, wanted, rtol=1e-6, atol=0)
     assert sums[3] == 0 and not sums.requires_grad
+
+
+def both_ways(dtype: torch.dtype) -> list:
+    """Losses and gradients on the host's way and on CUDA's; the vocabulary is split over all ranks of this world."""
+    group = distributed.group.WORLD
+    rank, ranks = group.rank(), group.size()
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(TOKENS, HIDDEN).to(dtype), torch.randn(VOCABULARY, HIDDEN).to(dtype)
+    labels = torch.randint(VOCABULARY, (TOKENS,))
+    share = 0 if ranks == 3 and rank == 2 else 66 if ranks > 1 else VOCABULARY  # the third of three has padding alone
+    columns = weight[rank * 66 :][:share]
+    owned = (labels >= rank * 66) & (labels < rank * 66 + share)
+    local = (labels - rank * 66).clamp(0, max(len(columns) - 1, 0))
+    found = [passes(hidden, columns, local, owned, group, True) for passes in (loss._in_place, loss._in_two_passes)]
+    wanted = F.cross_entropy(hidden.double() @ weight.double().t(), labels, reduction="none")
+    return [*found, (wanted, None), loss._in_two_passes(hidden, columns, local, owned, group, False)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_two_passes_are_the_passes_in_place(pool, ranks):
+    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        for in_place, two_passes, (wanted, _), losses_only in pool.run(both_ways, ranks, dtype):
+            torch.testing.assert_close(two_passes[0], in_place[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(two_passes[0].double(), wanted, rtol=error, atol=5 * error)
+            assert two_passes[1].dtype == dtype
+            torch.testing.assert_close(two_passes[1], in_place[1], rtol=error, atol=1e-6)
+            assert torch.equal(losses_only[0], two_passes[0]) and losses_only[1] is None
