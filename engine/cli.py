@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import fnmatch
 import sys
 import types
 import typing
@@ -16,6 +15,7 @@ import tyro
 import yaml
 
 from engine.config import RunConfig
+from engine.mcore_fields import FIELDS, refusal
 
 _FIELD = {"async": "asynchronous"}  # recipe keys that are words of Python's own, and so no names of fields
 _LENGTH = (
@@ -23,43 +23,6 @@ _LENGTH = (
     "epochs",
 )  # either sets the length of a run: the later place in which one stands wins over the other
 SECTIONS = ("prepare", "average", "to_hf", "evaluate")  # of a recipe, for those commands; other keys are the run's
-
-# Fields that --mcore does not take, by pattern: what the layout, the precision and the exactness of losses and resumes
-# rest on; what the model's weights were trained with; and what Lathe's layers would ignore, or get wrong.
-_OWNED = """
-    tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
-    context_parallel_size hierarchical_context_parallel_sizes hybrid_context_parallel max_seqlen_per_dp_cp_rank
-    expert_model_parallel_size expert_tensor_parallel_size moe_extended_tp sequence_parallel
-    pipeline_model_parallel_layout num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
-    account_for_*_in_pipeline_split variable_seq_lengths
-    params_dtype pipeline_dtype bf16 fp16 fp8 fp8_recipe fp4 fp4_recipe enable_autocast autocast_dtype
-    calculate_per_token_loss hidden_dropout attention_dropout *_func *init_method perform_initialization
-"""
-_OF_MODEL = """
-    num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels
-    normalization layernorm_epsilon layernorm_zero_centered_gamma apply_residual_connection_post_layernorm
-    gated_linear_unit activation_func glu_linear_offset activation_func_clamp_value add_bias_linear add_qkv_bias
-    qk_layernorm qk_l2_norm softmax_scale softmax_type apply_query_key_layer_scaling attention_output_gate
-    window_size window_attn_skip_freq rotary_interleaved no_rope_freq mrope_section multi_latent_attention
-    experimental_attention_variant dsa_* linear_* is_hybrid_model mamba_* heterogeneous_block_specs mtp_*
-    *init_method_std num_moe_experts moe_ffn_hidden_size moe_layer_freq moe_latent_size moe_shared_expert_*
-    moe_router_topk moe_router_topk_* moe_router_num_groups moe_router_group_topk moe_router_pre_softmax
-    moe_router_score_function moe_router_enable_expert_bias moe_router_bias_update_rate moe_apply_probs_on_input
-"""
-_NOT_BY_LATHE = """
-    apply_rope_fusion fused_single_qkv_rope qk_clip* log_max_attention_logit test_mode
-    moe_router_load_balancing_type moe_router_force_load_balancing moe_router_padding_for_* moe_enable_routing_replay
-    moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop* moe_input_jitter_eps
-    moe_z_loss_coeff moe_permute_fusion moe_*grouped_gemm moe_enable_deepep moe_flex_dispatcher_backend
-    moe_layer_recompute overlap_moe_expert_parallel_comm
-"""
-_REASONS = {
-    "moe_token_dispatcher_type": "is given as --moe.dispatcher",
-    "moe_aux_loss_coeff": "is given as --moe.aux-loss",
-    **dict.fromkeys(_OF_MODEL.split(), "is set by the model's config.json and cannot be given by hand"),
-    **dict.fromkeys(_OWNED.split(), "is set by Lathe's own flags and cannot be given by hand"),
-    **dict.fromkeys(_NOT_BY_LATHE.split(), "has no effect, or a wrong one, in Lathe's layers; leave it out"),
-}
 
 
 def parse_run(arguments: list[str], defaults: RunConfig | None = None) -> RunConfig:
@@ -275,14 +238,10 @@ def take_mcore(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 def check_mcore(name: str, value: Any) -> Any:
     """Returns the value of a TransformerConfig field; ValueError for one that does not exist or is not to be given."""
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    known = [field.name for field in dataclasses.fields(TransformerConfig)]
-    if name not in known:
-        raise ValueError(unknown(f"mcore.{name}", [f"mcore.{field}" for field in known], "flag"))
-    for pattern, reason in _REASONS.items():
-        if fnmatch.fnmatchcase(name, pattern):
-            raise ValueError(f"--mcore.{name} {reason}")
+    if name not in FIELDS:
+        raise ValueError(unknown(f"mcore.{name}", [f"mcore.{field}" for field in FIELDS], "flag"))
+    if (sentence := refusal(name, value)) is not None:
+        raise ValueError(sentence)
     return value
 
 

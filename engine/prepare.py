@@ -20,6 +20,7 @@ from engine.checkpointing.model_files import check_tokenizers
 from engine.checkpointing.resume_point import find_resume_point
 from engine.config import CheckpointConfig, MoeConfig, RunConfig
 from engine.layout import Layout, check_expert_widths, check_fp8, check_layout, check_sequence
+from engine.mcore_fields import check_needs
 from engine.run_data import audit, check_batch, check_data, check_held_out, open_data, open_valid
 from engine.run_folder import RunFolder
 from engine.run_status import took_effect
@@ -82,6 +83,7 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     backend, reason = choose_backend(config.backend, cuda=cuda, precision=config.precision, missing=missing)
     check_tokenizers(base_model.files, indexes, resized=config.override.resize_embeddings)
     check_data(indexes, description.vocab_size)
+    check_needs(config.mcore, _present(config, description, backend))
     transformer = megatron_config(config, description)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--log.wandb needs Weights & Biases, which is not installed: pip install 'lathe[track]'")
@@ -222,6 +224,24 @@ def _kept_padding(resume: ResumePoint, asked: int | None, cp: int) -> int:
             f"--cp of which twice divides {kept}, or start the run with --pad-documents-to {2 * cp}"
         )
     return kept
+
+
+def _present(config: RunConfig, description: ModelDescription, backend: str) -> set[str]:
+    """What of `engine.mcore_fields.NEEDS` a run has."""
+    te, fp8, layout = backend == "te", config.precision == "fp8", config.layout
+    has = {
+        "te": te,
+        "te and cp": te and layout.cp > 1,
+        "fp8": fp8,
+        "delayed": fp8 and config.fp8 == "delayed",
+        "bf16": config.precision != "fp32",
+        "full": config.recompute == "full",
+        "batched p2p": layout.pp > 1 and layout.vpp == 1,
+        "vpp": layout.vpp > 1,
+        "sp": layout.sp,
+        "experts": "num_moe_experts" in description.transformer,
+    }
+    return {name for name, there in has.items() if there}
 
 
 def megatron_config(config: RunConfig, description: ModelDescription) -> TransformerConfig:

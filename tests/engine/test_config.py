@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from engine.check_values import check_values
-from engine.cli import _REASONS, check_mcore, dump_run, parse_run
+from engine.cli import dump_run, parse_run
 from engine.config import CheckpointConfig, LogConfig, OptimConfig, RunConfig
 from engine.layout import Layout, check_layout, check_sequence
 from engine.prepare import check_experts, find_start, total_steps
@@ -21,7 +19,7 @@ from engine.schedule import learning_rate
 from examples.demo.builtin import parse_over_demo
 from models.hf_config import describe
 from models.layer_spec import choose_backend
-from tests.support.tiny import MODELS, save_model
+from tests.support.tiny import save_model
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +329,7 @@ def test_later_wins(tmp_path):
         ("- 3", "must hold keys and values"),
         ("a: [", "is not YAML"),
         ("valid:", "recipe key valid has no value"),
-        ("mcore: {bf16: true}", "--mcore.bf16 is set by Lathe's own flags"),
+        ("mcore: {bf16: true}", "--mcore.bf16 is set by Lathe's own flag --precision"),
         ("mcore: {layernorm_epsilon: 1e-6}", "--mcore.layernorm_epsilon is set by the model"),
     ],
 )
@@ -348,41 +346,6 @@ def test_unknown_flag_names_the_nearest(capsys):
     assert "--seq-len" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"unknown flag mcore.hiden_size; the nearest is mcore.hidden_size"):
         parse_run(["--mcore.hiden-size=3"])
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_no_flag_changes_what_the_description_of_a_model_sets(name):
-    for field in describe(MODELS[name]).transformer:
-        with pytest.raises(ValueError, match=rf"^--mcore\.{field} (is set by|has no effect, or a wrong one)"):
-            check_mcore(field, None)
-
-
-@pytest.mark.parametrize(
-    ("field", "sentence"),
-    [
-        ("activation_func", "is set by the model's config.json"),
-        ("moe_shared_expert_gate", "is set by the model's config.json"),
-        ("mtp_num_layers", "is set by the model's config.json"),
-        ("softmax_scale", "is set by the model's config.json"),
-        ("moe_expert_capacity_factor", "has no effect, or a wrong one, in Lathe's layers"),
-        ("moe_input_jitter_eps", "has no effect, or a wrong one, in Lathe's layers"),
-        ("grad_scale_func", "is set by Lathe's own flags"),
-        ("moe_token_dispatcher_type", "is given as --moe.dispatcher"),
-        ("moe_aux_loss_coeff", "is given as --moe.aux-loss"),
-    ],
-)
-def test_a_field_that_is_not_to_be_given_is_refused_with_its_reason(field, sentence):
-    with pytest.raises(ValueError, match=f"^--mcore.{field} {sentence}"):
-        parse_run([f"--mcore.{field.replace('_', '-')}=1"])
-
-
-def test_what_mcore_refuses_are_fields_of_megatron_core_and_hold_every_number_with_a_fraction():
-    known = {field.name: str(field.type) for field in fields(TransformerConfig)}
-    refused = {name for pattern in _REASONS for name in fnmatch.filter(known, pattern)}
-    assert [pattern for pattern in _REASONS if not fnmatch.filter(known, pattern)] == []
-    # PyYAML reads 1e-6 as text: a field of floats that could be given would need a conversion.
-    assert [name for name, kind in known.items() if "float" in kind and name not in refused] == []
-    assert not refused & {"moe_router_dtype", "recompute_modules", "fp8_margin", "cp_comm_type"}
 
 
 def test_schedules():

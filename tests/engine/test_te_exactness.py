@@ -41,7 +41,7 @@ def references(tmp_path_factory):
 
 def te(pool, ranks, *arguments, precision="fp32", recompute="none", extra=None):
     """The first rank's results of `train` by Transformer Engine's layers."""
-    return pool.run(train, ranks, *arguments, precision, recompute, None, "te", extra)[0]
+    return pool.run(train, ranks, *arguments, precision, recompute, None, extra, "te")[0]
 
 
 @pytest.mark.parametrize(("name", "layout"), CELLS)

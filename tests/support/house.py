@@ -43,15 +43,13 @@ class Wall:
     files: str  # patterns of files, from the root
     closed: str = ""  # modules that they may not import, nor anything inside them
     but: str = ""  # what they may import of these all the same
-    but_late: str = ""  # what they may import of these inside a function
     lazy: bool = False  # they may import anything inside a function
     deep: bool = False  # nor may files of ours that they import lead to a closed module
     order: str = ""  # in place of `closed`: a folder's files and folders/, each of which imports only those after it
     why: str
 
     def closes(self, taken: Import) -> bool:
-        open_ = f"{self.but} {self.but_late}" if taken.late else self.but
-        return inside(taken.name, self.closed) and not inside(taken.name, open_)
+        return inside(taken.name, self.closed) and not inside(taken.name, self.but)
 
     def place(self, file: str) -> int | None:
         """Where a file stands in `order`: None nowhere, past the end for the folder's __init__."""

@@ -38,15 +38,15 @@ def start(
     precision: str = "fp32",
     recompute: str = "none",
     moe: MoeConfig | None = None,
+    fields: dict | None = None,
     backend: str = "native",
-    extra: dict | None = None,
 ) -> SimpleNamespace:
-    """Builds this rank's part of a Hugging Face model under `layout`; `extra` are fields of megatron-core's config."""
+    """Builds this rank's part of a Hugging Face model under `layout`; `fields` are of megatron-core's config."""
     moe = moe or MoeConfig()
     description = describe(folder)
     check_layout(layout, distributed.get_world_size(), description)
     mesh = build_mesh(layout)
-    extra = {"moe_token_dispatcher_type": moe.dispatcher} | (extra or {})
+    extra = {"moe_token_dispatcher_type": moe.dispatcher} | (fields or {})
     config = transformer_config(description, layout=layout, precision=precision, recompute=recompute, extra=extra)
     chunks = build_chunks(description, config, backend=backend, groups=mesh.groups)
     set_routers(chunks, aux_loss=moe.aux_loss, frozen=moe.freeze_router)
@@ -113,14 +113,14 @@ def train(
     precision: str = "fp32",
     recompute: str = "none",
     moe: MoeConfig | None = None,
+    fields: dict | None = None,
     backend: str = "native",
-    extra: dict | None = None,
 ) -> SimpleNamespace:
     """Trains `steps` steps; returns losses, norms, sample ids, router statistics and the first step's gradients.
 
     `by_source` has of each step (loss sum, supervised tokens) of every source, where there are several.
     """
-    part = start(folder, layout, precision=precision, recompute=recompute, moe=moe, backend=backend, extra=extra)
+    part = start(folder, layout, precision=precision, recompute=recompute, moe=moe, backend=backend, fields=fields)
     wrapped = wrap_chunks(part.chunks, part.mesh, **SMALL_BUCKETS)
     optimizer = build_optimizer(optim, wrapped, part.mesh, bf16=precision != "fp32")
     loader = make_loader(index, part.mesh, options)
