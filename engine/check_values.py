@@ -43,6 +43,7 @@ def check_values(config: RunConfig) -> None:
         raise ValueError("--valid-at-start needs held-out data: give --valid")
     if config.valid_every < 0 or config.valid_batches < 0:
         raise ValueError("--valid-every and --valid-batches must not be negative")
+    _check_recompute(config)
     _check_optim(config.optim)
     check_rates(config.optim, config.steps)
     _check_checkpoint(config.checkpoint)
@@ -53,6 +54,15 @@ def check_values(config: RunConfig) -> None:
         missing = "--data" if config.model else "--model"
         raise ValueError(f"{missing} is missing: give both --model and --data, or neither for the built-in demo")
     _check_output(config)
+
+
+def _check_recompute(config: RunConfig) -> None:
+    """Refuses parts named beside a --recompute that does not ask for them."""
+    if config.recompute_modules and config.recompute != "selective":
+        raise ValueError(
+            f"--recompute-modules {' '.join(config.recompute_modules)} has no effect under --recompute "
+            f"{config.recompute}: give --recompute selective"
+        )
 
 
 def check_secrets(settings: Mapping[str, Any], prefix: str = "") -> None:

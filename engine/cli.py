@@ -196,7 +196,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         items = value if isinstance(value, list) else [value]
         if any(item is None or isinstance(item, dict | list) for item in items):
             raise ValueError(f"recipe key {where} is {value!r}; give a list of texts, as its flag takes them")
-        return tuple(str(item) for item in items)
+        return tuple(str(convert(item, arguments[0], where)) for item in items)
     if origin is typing.Literal:
         # PyYAML reads a bare on or off as a truth value.
         value = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value

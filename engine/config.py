@@ -186,7 +186,9 @@ class RunConfig:
     backend: Literal["auto", "te", "native"] = "auto"
     """Transformer Engine's layers or native torch's."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in the backward pass: none, the attention's, or whole layers'."""
+    """Activations recomputed in the backward pass: none, those of --recompute-modules, or whole layers'."""
+    recompute_modules: tuple[Literal["norm", "activation", "mlp", "experts"], ...] = ()
+    """What selective recomputes; unless given, norm and activation, which cost next to nothing."""
     overlap: Literal["auto", "on", "off"] = "auto"
     """Reduce gradients and gather weights while others are computed; auto does on GPUs."""
     bucket_size: int = 0

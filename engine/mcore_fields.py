@@ -80,6 +80,7 @@ _BY_FLAG = {
     "--fp8": "fp8_recipe",
     "--backend": "transformer_impl",
     "--recompute": "recompute_granularity moe_layer_recompute",
+    "--recompute-modules": "recompute_modules",
     "--moe.dispatcher": "moe_token_dispatcher_type",
     "--moe.aux-loss": "moe_aux_loss_coeff",
 }
@@ -116,7 +117,6 @@ _REFUSED = {
         cpu_offloading cpu_offloading_num_layers cpu_offloading_activations cpu_offloading_weights
         cpu_offloading_double_buffering _cpu_offloading_context fine_grained_activation_offloading offload_modules
         min_offloaded_tensor_size""",
-    "names parts of megatron-core's own layers; see --recompute": "recompute_modules",
     "splits what is recomputed over tensor-parallel ranks, as sequence parallelism does: give --sp on": """
         distribute_saved_activations""",
     "needs --mcore fields and a schedule that Lathe does not run; --recompute full takes every microbatch": """

@@ -25,7 +25,7 @@ from engine.run_data import audit, check_batch, check_data, check_held_out, open
 from engine.run_folder import RunFolder
 from engine.run_status import took_effect
 from engine.signals import deadline
-from models.build import TransformerConfig, transformer_config
+from models.build import TransformerConfig, recomputed_parts, transformer_config
 from models.description import ModelDescription
 from models.layer_spec import choose_backend
 
@@ -84,7 +84,7 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     check_tokenizers(base_model.files, indexes, resized=config.override.resize_embeddings)
     check_data(indexes, description.vocab_size)
     check_needs(config.mcore, _present(config, description, backend))
-    transformer = megatron_config(config, description)
+    transformer = megatron_config(config, description, backend)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--log.wandb needs Weights & Biases, which is not installed: pip install 'lathe[track]'")
     make_order = partial(
@@ -244,16 +244,20 @@ def _present(config: RunConfig, description: ModelDescription, backend: str) -> 
     return {name for name, there in has.items() if there}
 
 
-def megatron_config(config: RunConfig, description: ModelDescription) -> TransformerConfig:
+def megatron_config(config: RunConfig, description: ModelDescription, backend: str = "native") -> TransformerConfig:
     """megatron-core's config of a run; ValueError for what --mcore or the layout ask of it in vain."""
     has_experts = "num_moe_experts" in description.transformer
     experts = {"moe_token_dispatcher_type": config.moe.dispatcher} if has_experts else {}
+    if config.recompute == "selective":
+        recomputed_parts(config.recompute_modules, description, backend)
     try:
         return transformer_config(
             description,
             layout=config.layout,
             precision=config.precision,
             recompute=config.recompute,
+            recompute_modules=config.recompute_modules,
+            backend=backend,
             fp8=config.fp8,
             extra=experts | config.mcore,
         )

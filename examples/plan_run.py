@@ -70,7 +70,7 @@ def plan(arguments: list[str]) -> None:
         parts = (one.parameters, one.gradients, one.optimizer, one.total)
         cells = [f"{part / GIB:{width}.2f}" for part, width in zip(parts, (12, 11, 11, 8), strict=True)]
         print(f"{one.stage:5d}{one.layers:8d}" + "".join(cells))
-    print("Activations come on top: --recompute full keeps a layer's input alone.")
+    print("Activations come on top: --recompute selective keeps fewer of them, --recompute full a layer's input alone.")
 
 
 def main(arguments: list[str]) -> int:

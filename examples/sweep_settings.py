@@ -13,7 +13,9 @@ from engine.config import RunConfig
 from examples.made_of import named, weights_fingerprint
 
 # Beside the layout, what leaves the course of a run as it is but for rounding, and its rate, which the sweep is about.
-SAME_COURSE = ("output", "optim.lr", "max-dropped", "backend", "recompute", "overlap", "bucket-size")
+SAME_COURSE = (
+    *("output", "optim.lr", "max-dropped", "backend", "recompute", "recompute-modules", "overlap", "bucket-size"),
+)
 
 
 def own_length(config: RunConfig, flags: list[str]) -> tuple[RunConfig, list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,11 +24,8 @@ from models.layers.loss import loss_sum
 from models.layers.rope import Rope
 
 _ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu}
-_RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
+# Parts that can be computed again, as megatron-core's Transformer Engine layers know them.
+_TE_PARTS = {"norm": "layernorm", "activation": "moe_act", "mlp": "mlp"}
 SHARDING_METADATA = {
     # Layers are named one by one, whatever stage they live on: keys do not depend on the layout.
     "non_homogeneous_layers": True,
@@ -68,23 +65,73 @@ def _leave_alone(weight: Tensor) -> Tensor:
     return weight
 
 
+_ALWAYS = {
+    "calculate_per_token_loss": True,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    # Initialisation also marks which parameters are split over ranks; weights are loaded, not drawn.
+    "perform_initialization": True,
+    "init_method": _leave_alone,
+    "output_layer_init_method": _leave_alone,
+    "embedding_init_method": _leave_alone,
+    "variable_seq_lengths": False,
+    "gradient_accumulation_fusion": False,
+    "apply_rope_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "persist_layer_norm": False,
+}
+
+
+def recomputed_parts(asked: Sequence[str], description: ModelDescription, backend: str) -> tuple[str, ...]:
+    """The parts that --recompute selective computes again: those asked for, or what costs next to nothing.
+
+    ValueError for parts that these layers do not have, or could not compute again by themselves.
+    """
+    experts, te = "num_moe_experts" in description.transformer, backend == "te"
+    why_not = {
+        "norm": "this model's norms stand behind its blocks and are not kept" if description.post_norm else None,
+        "activation": None,
+        "mlp": "this model has experts in place of dense layers; give experts" if experts else None,
+        "experts": None if experts else "this model has no experts; give mlp",
+    }
+    if te and not experts:
+        fused = "Transformer Engine computes it as one with a product; give mlp, or --recompute full"
+        why_not |= {"norm": fused, "activation": fused}
+    elif te:
+        why_not["experts"] = "Transformer Engine's experts compute their activation alone again; give activation"
+    for part in asked:
+        if (reason := why_not[part]) is not None:
+            raise ValueError(f"--recompute-modules {part} has no effect: {reason}")
+    found = tuple(asked) or tuple(part for part in ("norm", "activation") if why_not[part] is None)
+    if not found:
+        raise ValueError(
+            "--recompute selective finds nothing in Transformer Engine's layers without experts that costs little to "
+            "compute again: give --recompute-modules mlp, --recompute full or --recompute none"
+        )
+    return found
+
+
 def transformer_config(
     description: ModelDescription,
     *,
     layout: Any,
     precision: str,
     recompute: str = "none",
+    recompute_modules: Sequence[str] = (),
+    backend: str = "native",
     fp8: str = "tensorwise",
     extra: dict[str, Any] | None = None,
 ) -> TransformerConfig:
     """Turns a description into megatron-core's config. `layout` has tp, cp, pp, vpp, ep, etp, sp, stages.
 
+    `recompute` is none, selective (of `recompute_modules`, see `recomputed_parts`) or full.
     `extra` holds TransformerConfig fields the user set by hand; they win.
     """
     dtype = parameter_dtype(precision)
     fields = dict(description.transformer)
     fields["activation_func"] = _ACTIVATIONS[fields["activation_func"]]
-    fields |= {
+    fields |= _ALWAYS | {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
@@ -97,25 +144,11 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
-        "calculate_per_token_loss": True,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        # Initialisation also marks which parameters are split over ranks; weights are loaded, not drawn.
-        "perform_initialization": True,
-        "init_method": _leave_alone,
-        "output_layer_init_method": _leave_alone,
-        "embedding_init_method": _leave_alone,
         # With two stages the batched form matches a rank's messages up wrongly: both neighbours are one rank.
         "batch_p2p_comm": layout.vpp == 1,
         "overlap_p2p_comm": layout.vpp > 1,
-        "variable_seq_lengths": False,
-        "gradient_accumulation_fusion": False,
-        "apply_rope_fusion": False,
-        "bias_dropout_fusion": False,
         # Compiled for CUDA alone, and for the one activation that megatron-core knows by its function.
         "bias_activation_fusion": torch.cuda.is_available() and fields["activation_func"] is F.silu,
-        "masked_softmax_fusion": False,
-        "persist_layer_norm": False,
     }
     if layout.stages:
         parts = ["t" * count for count in layout.stages]
@@ -124,7 +157,17 @@ def transformer_config(
         fields["moe_router_dtype"] = "fp32"  # logits of close experts differ in digits that bf16 has not
     if precision == "fp8":
         fields |= {"fp8": "hybrid", "fp8_recipe": fp8}
-    return TransformerConfig(**(fields | _RECOMPUTE[recompute] | (extra or {})))
+    recomputed = recomputed_parts(recompute_modules, description, backend) if recompute == "selective" else ()
+    if recompute == "full":
+        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif recomputed:
+        modules = [_TE_PARTS[part] for part in recomputed] if backend == "te" else []
+        fields |= {"recompute_granularity": "selective", "recompute_modules": modules}
+        fields["moe_grouped_gemm"] = "num_moe_experts" in fields  # asked of those whose activation is recomputed
+    config = TransformerConfig(**(fields | (extra or {})))
+    if recomputed and backend != "te":  # by names that megatron-core's own check would refuse
+        config.recompute_modules = list(recomputed)
+    return config
 
 
 def model_ropes(description: ModelDescription) -> tuple[Rope, ...]:

@@ -6,6 +6,7 @@ Engine's fused layer names it.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,8 +25,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from models.description import ModelDescription
 from models.layers.attention import PackedAttention
 from models.layers.experts import GroupedExperts
-from models.layers.gated import GatedMLP
+from models.layers.mlp import GatedMLP
 from models.layers.norm import FP32GainRMSNorm, PostNormLinear, ProjectionNorm, RMSNorm
+from models.layers.recompute import marked_are_not_kept, parts_of
 from models.layers.rope import Rope
 from models.layers.router import PackedMoELayer, PackedRouter
 
@@ -68,10 +70,18 @@ def is_plain_causal(description: ModelDescription) -> bool:
 class PackedLayer(TransformerLayer):
     """megatron-core's layer; experts are told which tokens are real where it would hand over a padding mask."""
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.recomputed = parts_of(self.config)
+        for norm in (self.input_layernorm, self.pre_mlp_layernorm):
+            if isinstance(norm, RMSNorm):
+                norm.recompute = "norm" in self.recomputed
+
     def forward(self, *args, **kwargs):
         if self.is_moe_layer:
             kwargs["padding_mask"] = kwargs["packed_seq_params"].routed
-        return super().forward(*args, **kwargs)
+        with marked_are_not_kept() if self.recomputed else nullcontext():
+            return super().forward(*args, **kwargs)
 
 
 def native_layer_spec(description: ModelDescription, ropes: tuple[Rope, ...], groups: Any) -> ModuleSpec:
@@ -96,9 +106,9 @@ def native_layer_spec(description: ModelDescription, ropes: tuple[Rope, ...], gr
         experts = MoESubmodules(experts=GroupedExperts, router=PackedRouter)
         mlp = ModuleSpec(module=PackedMoELayer, submodules=experts, params={"pg_collection": groups})
     else:
-        parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=output)
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=output)
         # megatron-core 0.16.1 gives the group to its own class alone.
-        mlp = ModuleSpec(module=GatedMLP, submodules=parts, params={"tp_group": groups.tp})
+        mlp = ModuleSpec(module=GatedMLP, submodules=linears, params={"tp_group": groups.tp})
         keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
         module=PackedLayer,

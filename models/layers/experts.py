@@ -6,13 +6,17 @@ what the ranks of an expert's tensor-parallel group hand back.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from models.layers.gated import gated_unit
+from models.layers.recompute import again, parts_of
 
 
 class ExpertLinear(torch.nn.Module):
@@ -56,6 +60,13 @@ class GroupedExperts(MegatronModule):
         Returns the experts' outputs times their weights, [tokens, hidden]; under expert tensor parallelism this
         rank's summand of them.
         """
+        if "experts" in parts_of(self.config) and torch.is_grad_enabled():
+            # Nothing is drawn at random, so no generator's state is kept.
+            given = (tokens, tokens_per_expert, weights)
+            return checkpoint(self._compute, *given, use_reentrant=False, preserve_rng_state=False), None
+        return self._compute(tokens, tokens_per_expert, weights), None
+
+    def _compute(self, tokens: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> Tensor:
         counts = tokens_per_expert.to(tokens.device)
         ends = counts.cumsum(0).to(torch.int32)
         hidden = self.linear_fc1(tokens, ends)
@@ -63,12 +74,15 @@ class GroupedExperts(MegatronModule):
             hidden = hidden + self.linear_fc1.bias.repeat_interleave(counts, 0, output_size=len(tokens))
         config = self.config
         limit, offset = config.activation_func_clamp_value, config.glu_linear_offset
-        output = self.linear_fc2(gated_unit(hidden, config.activation_func, limit, offset), ends)
+        unit = gated_unit(hidden, config.activation_func, limit, offset)
+        if "activation" in parts_of(config):
+            again(unit, partial(gated_unit, hidden.detach(), config.activation_func, limit, offset))
+        output = self.linear_fc2(unit, ends)
         if self.linear_fc2.bias is not None:
             bias = self.linear_fc2.bias.repeat_interleave(counts, 0, output_size=len(tokens))
             # One rank adds it, but every rank holds it and must find its gradient.
             output = output + (bias if self.tp_group.rank() == 0 else bias - bias.detach())
-        return (output * weights[:, None]).to(tokens.dtype), None
+        return (output * weights[:, None]).to(tokens.dtype)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Global tensors [experts, ...]: a rank holds its experts, and of these its part of the feed-forward size."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from models.layers.fused import fused
@@ -27,8 +26,7 @@ SLOPES: dict[Callable[..., Tensor], float] = {F.silu: 1.0, quick_gelu: _QUICK}
 @fused()
 def _activated(hidden: Tensor, slope: float, limit: float | None, offset: float) -> Tensor:
     gate, up = _clamped(hidden, limit)
-    activated = F.silu(gate) if slope == 1 else gate * torch.sigmoid(slope * gate)
-    return activated * (up + offset if offset else up)
+    return _activation(gate, slope) * (up + offset if offset else up)
 
 
 @fused()
@@ -41,7 +39,7 @@ def _gradient(gradient: Tensor, hidden: Tensor, slope: float, limit: float | Non
         to_gate, to_up = to_gate * (raw_gate <= limit), to_up * (raw_up.abs() <= limit)
     # The derivative of x * sigmoid(s x) is that of silu at s x.
     gate_gradient = torch.ops.aten.silu_backward(to_gate, gate * slope if slope != 1 else gate)
-    return torch.cat((gate_gradient, to_up * (gate * torch.sigmoid(slope * gate))), dim=-1)
+    return torch.cat((gate_gradient, to_up * _activation(gate, slope)), dim=-1)
 
 
 class _GatedUnit(torch.autograd.Function):
@@ -56,6 +54,10 @@ class _GatedUnit(torch.autograd.Function):
         return _gradient(gradient, *ctx.saved_tensors, *ctx.constants), None, None, None
 
 
+def _activation(gate: Tensor, slope: float) -> Tensor:
+    return F.silu(gate) if slope == 1 else gate * torch.sigmoid(slope * gate)
+
+
 def _clamped(hidden: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
     gate, up = hidden.chunk(2, dim=-1)
     return (gate, up) if limit is None else (gate.clamp(max=limit), up.clamp(-limit, limit))
@@ -67,22 +69,3 @@ def gated_unit(hidden: Tensor, activation: Callable[..., Tensor], limit: float |
     `limit` clamps gates from above and ups on both sides; `activation` is one of `SLOPES`.
     """
     return _GatedUnit.apply(hidden, SLOPES[activation], limit, offset)
-
-
-class GatedMLP(MLP):
-    """megatron-core's dense feed-forward layer, with a gated unit that rounds on CUDA as its parts would.
-
-    megatron-core's own compiled unit (0.16.1) leaves out roundings, and after eight kinds of shapes is compiled no
-    more. On the host the parts are what runs.
-    """
-
-    def forward(self, states: Tensor, per_token_scale: Tensor | None = None, **options: Any):
-        """states [tokens, batch, hidden size]; returns (output, bias or None), as megatron-core's."""
-        if states.is_cpu or per_token_scale is not None:
-            return super().forward(states, per_token_scale, **options)
-        hidden, bias = self.linear_fc1(states)
-        if bias is not None:
-            hidden = hidden + bias
-        config = self.config
-        limit, offset = config.activation_func_clamp_value, config.glu_linear_offset
-        return self.linear_fc2(gated_unit(hidden, config.activation_func, limit, offset))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from megatron.core.tensor_parallel.layers import RowParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
@@ -9,6 +11,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, distributed
 
 from models.layers.fused import fused
+from models.layers.recompute import again
 
 
 @fused(fixed="weight")
@@ -107,6 +110,7 @@ class RMSNorm(torch.nn.Module):
     """
 
     gain_in_fp32 = False  # as transformers rounds most models' norms
+    recompute = False  # whether its output is computed again in the backward pass; set by the layer
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_unused):
         super().__init__()
@@ -118,7 +122,11 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """states [..., hidden_size]; returns the same shape and dtype."""
-        return _RMSNorm.apply(states, self.weight, self.eps, self.gain_in_fp32)
+        output = _RMSNorm.apply(states, self.weight, self.eps, self.gain_in_fp32)
+        if self.recompute:
+            held = (states.detach(), self.weight.detach(), self.eps, self.gain_in_fp32)
+            again(output, partial(_RMSNorm.apply, *held))
+        return output
 
 
 class FP32GainRMSNorm(RMSNorm):

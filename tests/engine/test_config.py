@@ -90,6 +90,7 @@ def test_layout_of_experts_and_stages_is_refused(experts, layout, ranks, sentenc
     ("flags", "sentence"),
     [
         (["--pp-layout", "3;4"], "--pp-layout 3;4: give layers per stage, separated by commas"),
+        (["--recompute-modules", "norm"], "--recompute-modules norm has no effect under --recompute none: give"),
         (["--moe.aux-loss", "-1"], "--moe.aux-loss -1.0 must be a number of 0 or more"),
     ],
 )
@@ -325,6 +326,7 @@ def test_later_wins(tmp_path):
         ("data: [null]", "recipe key data is [None]; give a list of texts"),
         ("mcore: 3", "recipe key mcore takes keys of its own, not 3"),
         ("batch_unit: bins", "choose one of sequences, conversations"),
+        ("recompute_modules: [norm, flash]", "recompute_modules is 'flash'; choose one of norm, activation, mlp"),
         ("mcore: {hiden_size: 3}", "unknown flag mcore.hiden_size; the nearest is mcore.hidden_size"),
         ("- 3", "must hold keys and values"),
         ("a: [", "is not YAML"),

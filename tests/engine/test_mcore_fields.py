@@ -88,7 +88,7 @@ def test_no_flag_changes_what_the_description_of_a_model_sets(name):
         ("cuda_graph_impl", "would capture steps as CUDA graphs"),
         ("cpu_offloading", "moves activations to the host"),
         ("fine_grained_activation_offloading", "moves activations to the host"),
-        ("recompute_modules", "names parts of megatron-core's own layers; see --recompute"),
+        ("recompute_modules", "is set by Lathe's own flag --recompute-modules"),
         ("tp_comm_overlap", "needs Transformer Engine's userbuffers"),
         ("fp8_param", "would keep weights in FP8"),
     ],

@@ -69,7 +69,9 @@ def build(
 
     description, layout = describe(folder), Layout()
     mesh = build_mesh(layout)
-    config = transformer_config(description, layout=layout, precision=precision, recompute=recompute, fp8=fp8)
+    parts = () if recompute in ("none", "full", "selective") else tuple(recompute.split())
+    settings = {"recompute": "selective" if parts else recompute, "recompute_modules": parts, "fp8": fp8}
+    config = transformer_config(description, layout=layout, precision=precision, backend=backend, **settings)
     chunks = build_chunks(description, config, backend=backend, groups=mesh.groups)
     metadata, reader = sharding_metadata(mesh), HFReader(folder)
     load_weights(chunks, metadata, lambda *piece: read_shard(description, reader, *piece))

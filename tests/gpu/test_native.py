@@ -54,9 +54,12 @@ def test_batching_matches_plain_model(folders, batching):
     check_exact(folders("qwen2_tied"), BATCHING[batching])
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_changes_nothing(folders, recompute):
-    check_exact(folders("qwen2_untied"), {}, recompute=recompute)
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    [("qwen2_untied", "selective"), ("qwen2_untied", "mlp"), ("qwen2_untied", "full"), ("gpt_oss", "selective")],
+)
+def test_recomputation_changes_nothing(folders, name, recompute):
+    check_exact(folders(name), {}, recompute=recompute)
 
 
 @pytest.mark.parametrize("name", MODELS)

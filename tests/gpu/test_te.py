@@ -46,7 +46,7 @@ def test_bf16_curve_follows_fp32(folders, name):
     check_curve(folders(name), "bf16", loss=2e-2, gradient=0.1)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", ["mlp", "full"])
 def test_bf16_recomputation(folders, recompute):
     check_curve(folders("llama"), "bf16", loss=2e-2, gradient=0.1, recompute=recompute)
 

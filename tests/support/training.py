@@ -41,13 +41,19 @@ def start(
     fields: dict | None = None,
     backend: str = "native",
 ) -> SimpleNamespace:
-    """Builds this rank's part of a Hugging Face model under `layout`; `fields` are of megatron-core's config."""
+    """Builds this rank's part of a Hugging Face model under `layout`.
+
+    recompute: none, full, selective, or the parts that selective is to compute again, e.g. "norm experts". fields: of megatron-core's
+    config.
+    """
     moe = moe or MoeConfig()
     description = describe(folder)
     check_layout(layout, distributed.get_world_size(), description)
     mesh = build_mesh(layout)
     extra = {"moe_token_dispatcher_type": moe.dispatcher} | (fields or {})
-    config = transformer_config(description, layout=layout, precision=precision, recompute=recompute, extra=extra)
+    parts = () if recompute in ("none", "full", "selective") else tuple(recompute.split())
+    settings = {"recompute": "selective" if parts else recompute, "recompute_modules": parts, "extra": extra}
+    config = transformer_config(description, layout=layout, precision=precision, **settings)
     chunks = build_chunks(description, config, backend=backend, groups=mesh.groups)
     set_routers(chunks, aux_loss=moe.aux_loss, frozen=moe.freeze_router)
     metadata = sharding_metadata(mesh)

@@ -1,0 +1,39 @@
+"""megatron-core's dense MLP with our gated unit, which can be computed again in the backward pass."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from megatron.core.transformer.mlp import MLP
+from torch import Tensor
+
+from models.layers.gated import gated_unit
+from models.layers.recompute import again, parts_of
+
+
+class GatedMLP(MLP):
+    """megatron-core's own forward pass on the host unless its activation is to be computed again; else the same
+    numbers by a unit that rounds on CUDA as its parts would.
+
+    megatron-core's own compiled unit (0.16.1) leaves out roundings, and after eight kinds of shapes is compiled no
+    more.
+    """
+
+    def forward(self, hidden_states: Tensor, per_token_scale=None, **options) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [tokens, batch, hidden]; returns the output and a bias that is still to be added, or None."""
+        recomputed = "activation" in parts_of(self.config)
+        if per_token_scale is not None or (hidden_states.is_cpu and not recomputed):
+            return super().forward(hidden_states, per_token_scale, **options)
+        hidden, bias = self.linear_fc1(hidden_states)
+        if bias is not None:
+            hidden = hidden + bias
+        activated = self._activation(hidden)
+        if recomputed:
+            activated = again(activated, partial(self._activation, hidden.detach()))
+        return self.linear_fc2(activated)
+
+    def _activation(self, hidden: Tensor) -> Tensor:
+        """Of [..., 2 * width], gates before ups; keeps nothing but its input for the backward pass."""
+        config = self.config
+        limit, offset = config.activation_func_clamp_value, config.glu_linear_offset
+        return gated_unit(hidden, config.activation_func, limit, offset)
