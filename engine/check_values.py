@@ -12,7 +12,7 @@ from typing import Any
 from engine.config import CheckpointConfig, GuardConfig, OptimConfig, RunConfig
 
 # What --checkpoint.allow-change takes: settings that change the course of a run that is resumed.
-ALLOWED_CHANGES = ("model", "optim.moments", "precision")
+ALLOWED_CHANGES = ("model", "optim.moments", "optim.gradients", "precision")
 # Access tokens by their published prefixes, and credentials in addresses. Long hexadecimal names are no sign: the hub's
 # own folders bear them.
 _SECRET = re.compile(
@@ -45,6 +45,11 @@ def check_values(config: RunConfig) -> None:
         raise ValueError("--valid-every and --valid-batches must not be negative")
     _check_recompute(config)
     _check_optim(config.optim)
+    if config.optim.gradients == "bf16" and config.precision == "fp32":
+        raise ValueError(
+            "--optim.gradients bf16 has nothing narrow to sum under --precision fp32: leave it out, or give "
+            "--precision bf16"
+        )
     check_rates(config.optim, config.steps)
     _check_checkpoint(config.checkpoint)
     if config.checkpoint.keep_best and not config.valid:

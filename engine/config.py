@@ -39,6 +39,8 @@ class OptimConfig:
     """Gradient norm above which gradients are scaled down; 0 never clips."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """How AdamW keeps its two moments; bf16 (rounded stochastically, so without a bias) saves 4 bytes a parameter."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """How gradients are summed over microbatches and ranks; bf16 halves their buffers and what travels, and rounds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +182,7 @@ class RunConfig:
     """Seed of the data's order."""
 
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
-    """Arithmetic of weights and activations; master weights and gradient reduction are fp32."""
+    """Arithmetic of weights and activations; master weights are fp32, and sums of gradients by --optim.gradients."""
     fp8: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
     """FP8 recipe of --precision fp8."""
     backend: Literal["auto", "te", "native"] = "auto"

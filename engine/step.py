@@ -118,16 +118,17 @@ def take_router_statistics(chunks: list, mesh: Mesh) -> RouterStatistics | None:
 
 
 def wrap_chunks(
-    chunks: list[PackedModel], mesh: Mesh, *, overlap: str = "auto", bucket_size: int = 0
+    chunks: list[PackedModel], mesh: Mesh, *, overlap: str = "auto", bucket_size: int = 0, gradients: str = "fp32"
 ) -> list[DistributedDataParallel]:
-    """Gives each chunk its gradient buffers: reduced in fp32, sharded over data-parallel ranks.
+    """Gives each chunk its gradient buffers, sharded over data-parallel ranks.
 
+    `gradients` is fp32, or bf16 for buffers in the dtype of their parameters, summed over microbatches and ranks so.
     `overlap` is auto, on or off: whether buckets of `bucket_size` parameters (0: megatron-core's size) travel while
     others are computed. Without overlap all parameters are one bucket.
     """
     overlaps = mesh.device.type == "cuda" if overlap == "auto" else overlap == "on"
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=gradients == "fp32",
         overlap_grad_reduce=overlaps,
         overlap_param_gather=overlaps,
         use_distributed_optimizer=True,

@@ -73,7 +73,13 @@ class Trainer:
         )
         chunks = build_chunks(description, prepared.transformer, backend=prepared.backend, groups=mesh.groups)
         set_routers(chunks, aux_loss=config.moe.aux_loss, frozen=config.moe.freeze_router)
-        self.chunks = wrap_chunks(chunks, mesh, overlap=config.overlap, bucket_size=config.bucket_size)
+        self.chunks = wrap_chunks(
+            chunks,
+            mesh,
+            overlap=config.overlap,
+            bucket_size=config.bucket_size,
+            gradients=config.optim.gradients,
+        )
         self.optimizer = build_optimizer(config.optim, self.chunks, mesh, bf16=config.precision != "fp32")
         shards = own_shards(self.chunks, self.optimizer, checkpoint.sharding_metadata(mesh))
         self.saver = Saver(prepared.run, shards, mesh, asynchronous=config.checkpoint.asynchronous == "on")

@@ -33,7 +33,7 @@ class StageMemory:
     layers: int  # of all interleaved stages that the rank holds
     num_parameters: int
     parameters: int
-    gradients: int
+    gradients: int  # buffers, and of narrow ones this rank's share in fp32 while weights are updated
     optimizer: int  # fp32 master weights, where parameters are narrower, and two moments: this rank's share
 
     @property
@@ -74,7 +74,7 @@ def _stage_memory(
             transformer = megatron_config(native, description)
             chunks = build_chunks(description, transformer, backend="native", groups=mesh.groups)
             set_routers(chunks, aux_loss=config.moe.aux_loss, frozen=config.moe.freeze_router)
-            wrapped = wrap_chunks(chunks, mesh)
+            wrapped = wrap_chunks(chunks, mesh, gradients=config.optim.gradients)
             optimizer = build_optimizer(config.optim, wrapped, mesh, bf16=narrow)
             return measure(stage, chunks, wrapped, optimizer)
 
@@ -83,9 +83,11 @@ def measure(stage: int, chunks: list, wrapped: list, optimizer: Any) -> StageMem
     """What this rank's model chunks, their gradient buffers and their optimizer hold; creates zero moments."""
     weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
     buffers = [buffer for chunk in wrapped for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    gradients = sum(buffer.grad_data.nbytes for buffer in buffers)
     state: list[torch.Tensor] = []
     for sharded in optimizer.chained_optimizers:
         sharded.optimizer.initialize()
+        gradients += sum(_widened(sharded, parameter) for parameter in sharded.model_param_group_index_map)
         state += [tensor for group in sharded.shard_fp32_from_float16_groups for tensor in group]
         state += [tensor for moments in sharded.optimizer.state.values() for tensor in moments.values()]
     return StageMemory(
@@ -93,6 +95,13 @@ def measure(stage: int, chunks: list, wrapped: list, optimizer: Any) -> StageMem
         layers=sum(len(chunk.decoder.layers) for chunk in chunks),
         num_parameters=sum(parameter.numel() for parameter in weights),
         parameters=sum(parameter.nbytes for parameter in weights),
-        gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
+        gradients=gradients,
         optimizer=sum(tensor.nbytes for tensor in state),
     )
+
+
+def _widened(optimizer: Any, parameter: torch.Tensor) -> int:
+    """Bytes of a narrow gradient's fp32 copy, which an update takes of this rank's share."""
+    if parameter.main_grad.dtype == torch.float32:  # type: ignore[attr-defined]  # megatron-core's
+        return 0
+    return 4 * optimizer._get_model_param_range_map(parameter)["param"].size

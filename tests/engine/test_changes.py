@@ -53,6 +53,7 @@ def test_each_changed_setting_is_a_line(tmp_path):
     [
         ("--precision bf16", "precision", "--precision was fp32 and is bf16"),
         ("--optim.moments bf16", "optim.moments", "--optim.moments was fp32 and is bf16"),
+        ("--optim.gradients bf16", "optim.gradients", "--optim.gradients was fp32 and is bf16"),
         ("--override.rope-theta 5000", "model", "--override.rope-theta was None and is 5000"),
     ],
 )
@@ -61,7 +62,7 @@ def test_a_change_of_course_is_to_be_allowed(tmp_path, flags, name, said):
         lines_of(tmp_path, *BEFORE, *flags.split())
     assert str(caught.value).startswith(said)
     assert f"allow the change with --checkpoint.allow-change {name}" in str(caught.value)
-    others = [other for other in ("precision", "optim.moments", "model") if other != name]
+    others = [other for other in ("precision", "optim.moments", "optim.gradients", "model") if other != name]
     with pytest.raises(ValueError, match=f"--checkpoint.allow-change {name}$"):
         lines_of(tmp_path, *BEFORE, *flags.split(), "--checkpoint.allow-change", *others)
     assert len(lines_of(tmp_path, *BEFORE, *flags.split(), "--checkpoint.allow-change", name)) == 1

@@ -90,6 +90,7 @@ def test_layout_of_experts_and_stages_is_refused(experts, layout, ranks, sentenc
     ("flags", "sentence"),
     [
         (["--pp-layout", "3;4"], "--pp-layout 3;4: give layers per stage, separated by commas"),
+        (["--precision", "fp32", "--optim.gradients", "bf16"], "--optim.gradients bf16 has nothing narrow to sum"),
         (["--recompute-modules", "norm"], "--recompute-modules norm has no effect under --recompute none: give"),
         (["--moe.aux-loss", "-1"], "--moe.aux-loss -1.0 must be a number of 0 or more"),
     ],
@@ -177,7 +178,7 @@ def test_sequence_is_refused(layout, seq_len, pad, sentence):
         (
             {"checkpoint": CheckpointConfig(allow_change=("precision", "optim.lr"))},
             "--checkpoint.allow-change optim.lr: no such setting needs to be allowed; those that do are model, "
-            "optim.moments, precision",
+            "optim.moments, optim.gradients, precision",
         ),
         (
             {"model": "runs/a/", "data": ("D",), "output": Path("runs/b/../a")},

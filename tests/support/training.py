@@ -43,8 +43,8 @@ def start(
 ) -> SimpleNamespace:
     """Builds this rank's part of a Hugging Face model under `layout`.
 
-    recompute: none, full, selective, or the parts that selective is to compute again, e.g. "norm experts". fields: of megatron-core's
-    config.
+    recompute: none, full, selective, or the parts that selective is to compute again, e.g. "norm experts". `fields`
+    are of megatron-core's config.
     """
     moe = moe or MoeConfig()
     description = describe(folder)
@@ -127,7 +127,7 @@ def train(
     `by_source` has of each step (loss sum, supervised tokens) of every source, where there are several.
     """
     part = start(folder, layout, precision=precision, recompute=recompute, moe=moe, backend=backend, fields=fields)
-    wrapped = wrap_chunks(part.chunks, part.mesh, **SMALL_BUCKETS)
+    wrapped = wrap_chunks(part.chunks, part.mesh, **SMALL_BUCKETS, gradients=optim.gradients)
     optimizer = build_optimizer(optim, wrapped, part.mesh, bf16=precision != "fp32")
     loader = make_loader(index, part.mesh, options)
     sources = len(index.source_names) if len(index.source_names) > 1 else 0

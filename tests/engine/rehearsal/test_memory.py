@@ -71,6 +71,13 @@ def test_moments_and_master_weights_are_counted_once(precision, moments, bytes_e
     assert stage.optimizer == pytest.approx(bytes_each * model.total / 2, rel=1e-6)
 
 
+@pytest.mark.parametrize(("gradients", "bytes_each", "widened"), [("fp32", 4, 0), ("bf16", 2, 4)])
+def test_gradients_take_their_own_bytes_and_narrow_ones_are_widened_share_by_share(gradients, bytes_each, widened):
+    model = sizes("Llama-3.2-1B")
+    (stage,) = plan_memory(run(optim=OptimConfig(gradients=gradients)), model.description, 8)
+    assert stage.gradients == pytest.approx((bytes_each + widened / 8) * model.total, rel=1e-6)
+
+
 def test_both_ends_of_a_pipeline_hold_a_tied_embedding():
     model = sizes("Llama-3.2-1B")
     first, last = plan_memory(run(pp=2), model.description, 2)
