@@ -47,10 +47,15 @@ def test_no_bit_changes(pool, folders, name, parts, precision):
         same(one, wanted)
 
 
-@pytest.mark.parametrize("name", [DENSE, "qwen3_moe"])
-def test_no_bit_changes_under_tensor_and_sequence_parallelism(pool, folders, name):
-    layout = Layout(tp=2, ep=2 if name != DENSE else 1, sp=True)
-    everything = "norm activation" if name == DENSE else "norm activation experts"
+@pytest.mark.parametrize(
+    ("name", "layout", "everything"),
+    [
+        (DENSE, Layout(tp=2, sp=True), "norm activation mlp"),
+        (DENSE, Layout(pp=2, vpp=2), "norm activation mlp"),
+        ("qwen3_moe", Layout(tp=2, ep=2, sp=True), "norm activation experts"),
+    ],
+)
+def test_no_bit_changes_on_two_ranks(pool, folders, name, layout, everything):
     wanted, *found = (
         pool.run(train, 2, folders[name], layout, INDEX, 2, OPTIM, {}, "fp32", recompute)[0]
         for recompute in ("none", "selective", everything)
