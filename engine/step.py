@@ -82,7 +82,8 @@ def routed_tokens(batch: Microbatch, local: np.ndarray, mesh: Mesh) -> RoutedTok
         "lengths": batch.document_lengths.astype(np.float32),
         "supervised": np.add.reduceat(batch.loss_mask, starts, dtype=np.float32),
     }
-    return RoutedTokens(**{name: torch.from_numpy(array).to(mesh.device) for name, array in arrays.items()})
+    on_device = {name: torch.from_numpy(array).to(mesh.device) for name, array in arrays.items()}
+    return RoutedTokens(real_tokens=int(arrays["real"].sum()), **on_device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,15 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, distributed
 
+from models.layers.dispatch import find_places, from_experts, to_experts
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedTokens:
     """What a router must know of its tokens [tokens], those of one tensor- and context-parallel rank."""
 
     real: Tensor  # bool [tokens], False for padding
+    real_tokens: int  # how many are real, known without asking the device
     document: Tensor  # int64 [tokens]
     lengths: Tensor  # fp32 [documents], real tokens of the whole document, wherever they lie
     supervised: Tensor  # fp32 [documents], tokens of the whole document that bear a loss
@@ -75,9 +78,17 @@ class PackedRouter(TopKRouter):
 class PackedMoELayer(MoELayer):
     """megatron-core's mixture of experts, told by the packed documents which of its tokens are real."""
 
+    @property
+    def all_experts_here(self) -> bool:
+        """Whether tokens need no communication; under a capacity megatron-core drops some, and their number is unknown."""
+        alone = self.token_dispatcher.ep_size * self.token_dispatcher.tp_size == 1
+        return alone and self.config.moe_expert_capacity_factor is None
+
     def forward(self, states: Tensor, padding_mask: RoutedTokens):
         """states [tokens, 1, hidden]. The second argument bears the name by which a layer hands it over."""
         weights, chosen = self.router(states, padding_mask)
+        if self.all_experts_here:
+            return self._forward_here(states, weights, chosen, padding_mask), None
         dispatched, weights = self.preprocess(states, weights, chosen)
         dispatched, weights = self.dispatch(dispatched, weights)
         output, _ = self.routed_experts_compute(dispatched, weights)
@@ -85,6 +96,13 @@ class PackedMoELayer(MoELayer):
         # The dispatcher would keep the step's graph, and by its hooks the whole model, from ever being freed.
         self.token_dispatcher.probs = self.token_dispatcher.local_probs = None
         return output, None
+
+    def _forward_here(self, states: Tensor, weights: Tensor, chosen: Tensor, routed: RoutedTokens) -> Tensor:
+        real_tokens, topk = routed.real_tokens, self.config.moe_router_topk
+        places = find_places(chosen, routed.real, topk=topk, real_tokens=real_tokens)
+        rows, weights = to_experts(states.flatten(0, 1), weights, places)
+        outputs, _ = self.experts(rows, places.tokens_per_expert, weights)
+        return from_experts(outputs, places).view_as(states)
 
 
 def set_routers(chunks: list, *, aux_loss: float, frozen: bool) -> None:

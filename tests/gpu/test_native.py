@@ -101,8 +101,8 @@ def test_memory_does_not_grow_over_steps(folders, name, precision):
     assert max(held[4:]) - min(held[4:]) < 64 * 1024, held
 
 
-@pytest.mark.parametrize("name", ["qwen2_untied", "olmo3"])
-def test_dense_layers_never_wait_for_the_device(folders, name):
+@pytest.mark.parametrize("name", ["qwen2_untied", "olmo3", "qwen3_moe", "gpt_oss"])
+def test_layers_never_wait_for_the_device(folders, name):
     from tests.support.tiny import conversations
 
     with gpu.one_rank():
