@@ -195,6 +195,8 @@ class RunConfig:
     """Reduce gradients and gather weights while others are computed; auto does on GPUs."""
     bucket_size: int = 0
     """Parameters of a gradient bucket, the unit of that overlap; 0 leaves it to megatron-core."""
+    deterministic: bool = False
+    """Repeat every sum in the same order, so that the same start gives the same bits; slower on GPUs."""
 
     on_bad_step: Literal["stop", "skip"] = "stop"
     """What to do with a step whose loss or gradient is not finite: stop, or skip it and write its documents down."""

@@ -51,14 +51,24 @@ def join_world(*, timeout_minutes: int = 30) -> tuple[int, int, torch.device]:
     if distributed.is_initialized():
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
     else:
-        timeout = datetime.timedelta(minutes=timeout_minutes)
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        options = world_options(device, timeout_minutes)
         if world_size == 1 and "MASTER_ADDR" not in os.environ:
-            store = distributed.HashStore()
-            distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        else:
-            distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+            options["store"] = distributed.HashStore()
+        distributed.init_process_group(rank=rank, world_size=world_size, **options)
     return rank, world_size, device
+
+
+def world_options(device: torch.device, timeout_minutes: int) -> dict[str, Any]:
+    """How the group of all ranks is made, from which megatron-core's groups take their backend.
+
+    On CUDA it is NCCL alone, also for the few objects that ranks tell each other: gloo would connect every rank of
+    every group with every other, and pass a number around all of them one by one after each step. Given its device, a
+    rank's communicator is there at once, those of smaller groups are split off it, and no rank guesses a device.
+    """
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if device.type == "cpu":
+        return {"backend": "gloo", "timeout": timeout}
+    return {"backend": "nccl", "timeout": timeout, "device_id": device}
 
 
 def build_mesh(layout: Layout, *, timeout_minutes: int = 30) -> Mesh:

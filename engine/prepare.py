@@ -247,7 +247,9 @@ def _present(config: RunConfig, description: ModelDescription, backend: str) -> 
 def megatron_config(config: RunConfig, description: ModelDescription, backend: str = "native") -> TransformerConfig:
     """megatron-core's config of a run; ValueError for what --mcore or the layout ask of it in vain."""
     has_experts = "num_moe_experts" in description.transformer
-    experts = {"moe_token_dispatcher_type": config.moe.dispatcher} if has_experts else {}
+    fields: dict[str, object] = {"deterministic_mode": config.deterministic}
+    if has_experts:
+        fields["moe_token_dispatcher_type"] = config.moe.dispatcher
     if config.recompute == "selective":
         recomputed_parts(config.recompute_modules, description, backend)
     try:
@@ -259,7 +261,7 @@ def megatron_config(config: RunConfig, description: ModelDescription, backend: s
             recompute_modules=config.recompute_modules,
             backend=backend,
             fp8=config.fp8,
-            extra=experts | config.mcore,
+            extra=fields | config.mcore,
         )
     except (AssertionError, ValueError, TypeError) as error:
         given = " ".join(f"--mcore.{name}={value}" for name, value in config.mcore.items())

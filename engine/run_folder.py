@@ -34,6 +34,7 @@ class RunFolder:
         self.skipped = self.path / "skipped.jsonl"  # steps that --on-bad-step skip left out, with their documents
         self.heartbeats = self.path / "heartbeats"  # while a run runs: where each rank stands
         self.stacks = self.path / "stacks"  # rank_N.txt, what ranks were doing when the watchdog ended them
+        self.collectives = self.path / "collectives_rank_"  # and the rank: NCCL's last ones, where one timed out
         self.model_files = self.path / "model_files"  # config, tokenizer and templates, as checkpoints hold them
         self.checkpoints = self.path / "checkpoints"  # step_NNNNNN/, see `engine.checkpointing.directory`
         self.latest = self.checkpoints / "latest"  # the name of the newest
@@ -76,6 +77,7 @@ class RunFolder:
             self.errors,
             self.path / "wandb",
             *sorted(self.path.glob("beyond.*")),
+            *sorted(self.path.glob(f"{self.collectives.name}*")),
         ]
         alone = [path for path in kinds if os.path.lexists(path)]
         stores = [folder for folder in (self.checkpoints, self.exports) if _entries(folder)]

@@ -145,6 +145,7 @@ def largest(*numbers: int) -> list[int]:
     import torch  # takes seconds, and signals are heard before
     from torch import distributed
 
-    most = torch.tensor(numbers, dtype=torch.int32)
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    most = torch.tensor(numbers, dtype=torch.int32, device=device)
     distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
     return most.tolist()

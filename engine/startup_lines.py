@@ -9,6 +9,7 @@ import torch
 
 from data.audit import lost_rows, unsupervised
 from data.documents import Documents
+from engine.cuda_setup import setup_line
 from engine.mesh import Mesh
 from engine.prepare import Prepared
 
@@ -23,11 +24,14 @@ def start_lines(prepared: Prepared, mesh: Mesh, step: int, on_host: bool) -> str
         f"model: {description.family}, {parameters / 1e6:,.1f} M parameters from {base.weights}",
         *base.notes,
         f"layout: {mesh.layout.product(mesh.world_size)}, sp {'on' if mesh.layout.sp else 'off'}, {where}",
-        f"backend: {prepared.backend} ({prepared.backend_reason}), {config.precision}",
+        f"backend: {prepared.backend} ({prepared.backend_reason}), {config.precision}"
+        f"{', deterministic' * config.deterministic}",
         f"data: {prepared.order.counts}, packed sequences of {config.seq_len:,} tokens, documents padded to "
         f"{prepared.pad_multiple}",
         f"run: {prepared.total_steps:,} steps of {config.global_batch_size} {config.batch_unit} in {config.output}",
     ]
+    if not on_host:
+        lines.append(setup_line(mesh.layout, deterministic=config.deterministic, dumps=prepared.run.collectives))
     if (added := description.vocab_size - base.own_vocab_size) > 0:
         lines.append(f"vocabulary: {added:,} rows added for the data's tokens, each the mean of the model's")
     for index in prepared.order.indexes:

@@ -8,11 +8,12 @@ import time
 
 from torch import distributed
 
-from engine import host
+from engine import cuda_setup, host
 from engine.checkpointing.checkpoint import export_hf
 from engine.checkpointing.saver import FAILED as SAVE_FAILED
 from engine.checkpointing.saver import WRITTEN, CheckpointFailed
 from engine.config import RunConfig
+from engine.garbage import collect, collected_by_hand
 from engine.guards.agreement import check_agreement, check_layouts
 from engine.guards.spikes import Spikes
 from engine.guards.watchdog import SAVE, STEP, Watchdog
@@ -35,6 +36,7 @@ def train(prepared: Prepared) -> None:
     """Runs a prepared job to its end on this rank; call it on every rank."""
     stop, guard = StopRequest(prepared.stop_at), prepared.config.guard
     on_host = host.enable()
+    cuda_setup.switch(deterministic=prepared.config.deterministic)
     with stop.listening():
         rank, _, device = join_world()
         with Watchdog(prepared.run, rank, patience=guard.patience, minutes=guard.minutes) as watchdog:
@@ -114,7 +116,8 @@ def run_to_the_end(prepared: Prepared, mesh: Mesh, stop: StopRequest, watchdog: 
     if log is not None and owed is not None and trainer.step:
         log.complete(held_out_fields(owed))
     try:
-        stopped = loop(trainer, log, stop, report, watchdog, at_start=None if trainer.step else owed)
+        with collected_by_hand():
+            stopped = loop(trainer, log, stop, report, watchdog, at_start=None if trainer.step else owed)
     except FloatingPointError as error:
         if mesh.is_logger:
             run.unfinished.write_text(f"{FAILED}{error}\n", encoding="utf-8")
@@ -249,6 +252,7 @@ def loop(
             watchdog.enter(SAVE, result.step)
             note_save(trainer, log, report)
             trainer.start_save(rescue=due == "rescue")
+        collect(result.step, pause=measures or due is not None)
         if stops:
             trainer.finish_save()
             return stops

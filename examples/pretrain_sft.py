@@ -71,6 +71,14 @@ def prepare(arguments: list[str], rank: int, world_size: int) -> Prepared | int:
     config = parse_or_refuse(arguments, rank, world_size)
     if isinstance(config, int):
         return config
+    from engine import cuda_setup
+    from engine.run_folder import RunFolder
+
+    try:
+        dumps = RunFolder(config.output).collectives
+        cuda_setup.apply(config.layout, deterministic=config.deterministic, dumps=dumps)
+    except ValueError as error:
+        return refuse(arguments, str(error), rank)
     # What is mistyped has been said: torch and megatron-core take seconds to import.
     import torch
 

@@ -35,9 +35,9 @@ OFFLINE = "directory store_metadata store_reader store_writer hf_export export_s
 WALLS = (
     Wall(
         files="engine/*",
-        order="rehearsal/ train metric_lines trainer startup_lines guards/ run_start prepare run_data base_model "
-        "first_weights checkpointing/ retention step optim mesh host reporting/ signals changes check_values cli "
-        "mcore_fields schedule config run_status run_lock run_folder layout quiet",
+        order="rehearsal/ train metric_lines garbage trainer startup_lines guards/ run_start prepare run_data "
+        "base_model first_weights checkpointing/ retention step optim mesh host reporting/ signals changes "
+        "check_values cli mcore_fields schedule config run_status run_lock run_folder cuda_setup layout quiet",
         why="inside engine/ imports point down the list, and nothing knows of the rehearsal at its top",
     ),
     Wall(

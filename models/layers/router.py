@@ -80,7 +80,7 @@ class PackedMoELayer(MoELayer):
 
     @property
     def all_experts_here(self) -> bool:
-        """Whether tokens need no communication; under a capacity megatron-core drops some, and their number is unknown."""
+        """Whether tokens need no communication; with a capacity megatron-core drops some, nobody knows how many."""
         alone = self.token_dispatcher.ep_size * self.token_dispatcher.tp_size == 1
         return alone and self.config.moe_expert_capacity_factor is None
 

@@ -40,12 +40,12 @@ def one_rank() -> Iterator[None]:
     """A world of this process alone; forgotten afterwards, with the memory it held."""
     from torch import distributed
 
-    from engine.mesh import destroy_mesh
+    from engine.mesh import destroy_mesh, world_options
 
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.cuda.set_device(0)
     store = distributed.HashStore()
-    distributed.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    distributed.init_process_group(store=store, rank=0, world_size=1, **world_options(torch.device("cuda", 0), 30))
     try:
         yield
     finally:
