@@ -91,8 +91,8 @@ class MoeConfig:
     """Coefficient of each layer's load-balancing loss, taken document by document; 0 for none."""
     freeze_router: bool = False
     """Leave the routers as they are."""
-    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens reach their experts' ranks."""
+    dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    """How tokens reach their experts' ranks; flex is DeepEP, on GPUs that have it."""
 
 
 @dataclass(frozen=True, kw_only=True)

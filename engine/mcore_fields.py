@@ -43,7 +43,6 @@ NEEDS = {
 }
 
 SERVED = {
-    "deterministic_mode": Served(bool),
     "disable_bf16_reduced_precision_matmul": Served(bool, "bf16"),
     "batch_p2p_sync": Served(bool, "batched p2p"),
     # Interleaved stages send their outputs while they go on: what is freed meanwhile arrives wrong.
@@ -83,6 +82,7 @@ _BY_FLAG = {
     "--recompute-modules": "recompute_modules",
     "--moe.dispatcher": "moe_token_dispatcher_type",
     "--moe.aux-loss": "moe_aux_loss_coeff",
+    "--deterministic": "deterministic_mode",
 }
 
 # Why the others cannot be given, the nearest thing that works behind it where there is one.
@@ -125,7 +125,8 @@ _REFUSED = {
         tp_comm_overlap tp_comm_bulk_wgrad tp_comm_bulk_dgrad tp_comm_overlap_ag tp_comm_overlap_rs
         tp_comm_overlap_rs_dgrad tp_comm_split_ag tp_comm_atomic_ag tp_comm_split_rs tp_comm_atomic_rs
         tp_comm_overlap_disable_qkv tp_comm_overlap_disable_fc1 tp_comm_bootstrap_backend""",
-    "needs a schedule of experts' communication that Lathe does not run; gradients overlap by --overlap": """
+    # models/gpt/fine_grained_callables.py and pipeline_parallel/combined_1f1b.py of megatron-core 0.16.1.
+    "is not served: its schedule calls routers without the packed documents that tell tokens from padding": """
         overlap_moe_expert_parallel_comm delay_wgrad_compute ep_overlap_early_attn_memory_release""",
     "has no effect on Lathe's own loss, which never holds whole logits": """
         cross_entropy_loss_fusion cross_entropy_fusion_impl defer_embedding_wgrad_compute wgrad_deferral_limit""",

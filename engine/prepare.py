@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from engine.signals import deadline
 from models.build import TransformerConfig, recomputed_parts, transformer_config
 from models.description import ModelDescription
 from models.layer_spec import choose_backend
+from models.layers.dispatchers import fused_permutation
 
 VALID_SEQUENCES = 64  # packed sequences of one held-out batch, whatever the layout
 
@@ -78,6 +80,7 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     description = base_model.description
     pad_multiple = config.pad_multiple if resume is None else _kept_padding(resume, config.pad_documents_to, config.cp)
     check_model(config, description, world_size, pad_multiple=pad_multiple)
+    check_dispatcher(config, cuda=cuda)
     base_model.check()
     missing = host.transformer_engine_fault()
     backend, reason = choose_backend(config.backend, cuda=cuda, precision=config.precision, missing=missing)
@@ -169,6 +172,38 @@ def check_experts(moe: MoeConfig, description: ModelDescription) -> None:
         raise ValueError(f"{', '.join(changed)}: this model has no experts; leave it out")
 
 
+def check_dispatcher(config: RunConfig, *, cuda: bool) -> None:
+    """Refuses --moe.dispatcher flex where DeepEP is not there or cannot do what is asked of it."""
+    if config.moe.dispatcher != "flex":
+        return
+    reason, ranks = None, config.ep * config.etp
+    if ranks == 1:
+        reason = "sends tokens to other ranks' experts and needs --ep or --etp above 1"
+    elif config.precision == "fp32":
+        reason = "sends bf16 alone, which --precision fp32 does not have"
+    elif config.deterministic:
+        reason = "sends tokens in no promised order, which --deterministic asks for"
+    elif not cuda:
+        reason = "is DeepEP, whose kernels need GPUs, and none is visible"
+    else:
+        reason = _why_no_deepep(ranks)
+    if reason:
+        raise ValueError(f"--moe.dispatcher flex {reason}: use --moe.dispatcher alltoall")
+
+
+def _why_no_deepep(ranks: int) -> str | None:
+    """What keeps DeepEP from serving so many ranks, or None."""
+    try:
+        buffer = importlib.import_module("deep_ep").Buffer
+    except (ImportError, OSError, AttributeError) as error:  # a library of CUDA's that is missing is an OSError
+        return f"is DeepEP, which cannot be imported ({error})"
+    try:
+        buffer.get_dispatch_config(ranks)
+    except AssertionError:
+        return f"is DeepEP, which does not know groups of --ep times --etp = {ranks} ranks"
+    return None
+
+
 def _check_router(resume: ResumePoint, frozen: bool) -> None:
     """Refuses a router frozen or thawed in the middle of a run."""
     if resume.manifest.get("freeze_router", False) != frozen:
@@ -250,6 +285,8 @@ def megatron_config(config: RunConfig, description: ModelDescription, backend: s
     fields: dict[str, object] = {"deterministic_mode": config.deterministic}
     if has_experts:
         fields["moe_token_dispatcher_type"] = config.moe.dispatcher
+        # Where tokens stay on their rank, `models.layers.dispatch` places them without it.
+        fields["moe_permute_fusion"] = config.ep * config.etp > 1 and fused_permutation()
     if config.recompute == "selective":
         recomputed_parts(config.recompute_modules, description, backend)
     try:

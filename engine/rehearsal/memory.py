@@ -65,7 +65,9 @@ def _stage_memory(
     config: RunConfig, description: ModelDescription, stage: int, rank: int, world_size: int
 ) -> StageMemory:
     narrow = config.precision != "fp32"
-    native = dataclasses.replace(config, precision="bf16" if narrow else "fp32")
+    # Dispatchers hold nothing, and some cannot be built here.
+    moe = dataclasses.replace(config.moe, dispatcher="alltoall")
+    native = dataclasses.replace(config, precision="bf16" if narrow else "fp32", moe=moe)
     host.enable()
     with fake_world(rank, world_size):
         mesh = build_mesh(config.layout)

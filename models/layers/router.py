@@ -11,6 +11,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, distributed
 
 from models.layers.dispatch import find_places, from_experts, to_experts
+from models.layers.dispatchers import KINDS, forget_graph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,12 @@ class PackedRouter(TopKRouter):
 class PackedMoELayer(MoELayer):
     """megatron-core's mixture of experts, told by the packed documents which of its tokens are real."""
 
+    def __init__(self, config, submodules=None, layer_number=None, pg_collection=None):
+        super().__init__(config, submodules, layer_number, pg_collection)
+        if kind := KINDS.get(config.moe_token_dispatcher_type):
+            arguments = (self.num_local_experts, self.local_expert_indices)
+            self.token_dispatcher = kind(*arguments, config=config, pg_collection=pg_collection)
+
     @property
     def all_experts_here(self) -> bool:
         """Whether tokens need no communication; with a capacity megatron-core drops some, nobody knows how many."""
@@ -89,12 +96,12 @@ class PackedMoELayer(MoELayer):
         weights, chosen = self.router(states, padding_mask)
         if self.all_experts_here:
             return self._forward_here(states, weights, chosen, padding_mask), None
+        self.token_dispatcher.real_tokens = padding_mask.real_tokens
         dispatched, weights = self.preprocess(states, weights, chosen)
         dispatched, weights = self.dispatch(dispatched, weights)
         output, _ = self.routed_experts_compute(dispatched, weights)
         output = self.postprocess(self.combine(output), None)
-        # The dispatcher would keep the step's graph, and by its hooks the whole model, from ever being freed.
-        self.token_dispatcher.probs = self.token_dispatcher.local_probs = None
+        forget_graph(self.token_dispatcher)
         return output, None
 
     def _forward_here(self, states: Tensor, weights: Tensor, chosen: Tensor, routed: RoutedTokens) -> Tensor:

@@ -56,7 +56,7 @@ def test_whole_numbers_and_truth_values_are_told_apart():
         ("fp8_margin", True, "give a whole number"),
         ("fp8_margin", "two", "give a whole number"),
         ("fp8_margin", -1, "it must not be negative"),
-        ("deterministic_mode", 1, "give true or false"),
+        ("first_last_layers_bf16", 1, "give true or false"),
         ("cp_comm_type", "a2a+p2p", "choose one of p2p, all_gather, a2a"),
     ]:
         with pytest.raises(ValueError, match=rf"^--mcore\.{name} {value}: {wrong}".replace("+", r"\+")):
@@ -137,7 +137,7 @@ def test_every_need_is_of_some_field():
     [
         (Layout(pp=2), {"deallocate_pipeline_outputs": True, "batch_p2p_sync": False}),
         (Layout(pp=2, vpp=2), {"overlap_p2p_comm_warmup_flush": True}),
-        (Layout(tp=2, sp=True), {"clone_scatter_output_in_embedding": False, "deterministic_mode": True}),
+        (Layout(tp=2, sp=True), {"clone_scatter_output_in_embedding": False}),
     ],
 )
 def test_served_fields_of_the_schedule_change_no_number(pool, tmp_path, layout, extra):

@@ -102,6 +102,8 @@ def test_experts_are_split_over_expert_parallel_ranks_and_their_optimizer_over_t
     assert stage.optimizer == pytest.approx(12 * (model.dense / 32 + model.experts / 8 / 4), rel=1e-5)
     (split,) = plan_memory(run(ep=8, etp=2), model.description, 32)
     assert split.num_parameters == model.dense + model.experts // 16
+    # Planned where DeepEP is not.
+    assert plan_memory(run(ep=8, moe=MoeConfig(dispatcher="flex")), model.description, 32) == (stage,)
 
 
 def test_frozen_routers_have_neither_gradients_nor_an_optimizer():
