@@ -71,6 +71,21 @@ class _AddBias(torch.autograd.Function):
         return gradient, sums_by_expert(gradient, ends), None, None, None
 
 
+class _Weighted(torch.autograd.Function):
+    """rows [tokens, width] times weights [tokens] in fp32, rounded once to the rows' dtype without a copy in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        return torch.mul(rows, weights[:, None], out=torch.empty_like(rows))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor):
+        rows, weights = ctx.saved_tensors
+        weights_gradient = (gradient.to(weights.dtype) * rows).sum(-1)
+        return torch.mul(gradient, weights[:, None], out=torch.empty_like(rows)), weights_gradient
+
+
 def sums_by_expert(rows: Tensor, ends: Tensor) -> Tensor:
     """rows [tokens, width] sorted by expert, ends [experts] int32 -> [experts, width]; rows after the last are none's.
 
@@ -144,7 +159,7 @@ class GroupedExperts(MegatronModule):
         output = self.linear_fc2(unit, ends)
         # One rank adds it, but every rank holds it and must find its gradient.
         output = self.linear_fc2.add_bias(output, expert, ends, adds=self.tp_group.rank() == 0)
-        return (output * weights[:, None]).to(tokens.dtype)
+        return _Weighted.apply(output, weights)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Global tensors [experts, ...]: a rank holds its experts, and of these its part of the feed-forward size."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.layers.dispatch import find_places, from_experts, to_experts
-from models.layers.experts import ExpertLinear, GroupedExperts, _NoGradientWithoutRows, sums_by_expert
+from models.layers.experts import ExpertLinear, GroupedExperts, _NoGradientWithoutRows, _Weighted, sums_by_expert
 
 HIDDEN, EXPERTS, TOPK = 16, 8, 3
 
@@ -117,6 +118,25 @@ def test_weights_of_experts_without_rows_get_no_gradient():
     weight = torch.ones(3, 2, 2, requires_grad=True)
     _NoGradientWithoutRows.apply(weight, torch.tensor([4, 4, 6], dtype=torch.int32)).sum().backward()
     assert weight.grad[:, 0, 0].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_multiplied_in_fp32_without_a_copy(dtype):
+    """To the bit what a copy in fp32 gives, forwards and backwards."""
+    generator = torch.Generator().manual_seed(4)
+    values, gradient = (torch.randn(50, HIDDEN, generator=generator).to(dtype) for _ in range(2))
+    found, wanted, operators = [], [], Recorded()
+    for results, product in (
+        (found, _Weighted.apply),
+        (wanted, lambda rows, weights: (rows * weights[:, None]).to(rows.dtype)),
+    ):
+        rows, weights = values.clone().requires_grad_(), torch.linspace(0, 1, 50).requires_grad_()
+        with operators if results is found else contextlib.nullcontext():
+            output = product(rows, weights)
+        output.backward(gradient)
+        results += [output, rows.grad, weights.grad]
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert found[0].dtype == dtype and "_to_copy" not in {name for name, _ in operators.seen}
 
 
 class Recorded(TorchDispatchMode):
