@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -168,6 +169,13 @@ def transformer_engine_fault() -> str | None:
     if Version(str(found.__version__)) < Version(_LEAST_TE):
         return f"Transformer Engine {found.__version__} is older than {_LEAST_TE}"
     return None
+
+
+def device_versions() -> tuple[tuple[int, int], tuple[int, int]]:
+    """(compute capability, version of CUDA that torch was built for) of this rank's GPU."""
+    number = int(os.environ.get("LOCAL_RANK", "0"))  # asking for the first would occupy it for every rank
+    major, minor = (torch.version.cuda or "0.0").split(".")[:2]
+    return torch.cuda.get_device_capability(number), (int(major), int(minor))
 
 
 @contextlib.contextmanager

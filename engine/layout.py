@@ -158,22 +158,6 @@ def _widths_that_fit(hidden: int, ffn: int, etp: int, unit: int) -> str:
     return f"choose --etp among {', '.join(fitting)}"
 
 
-def check_fp8(layout: Layout, tokens: int, description: ModelDescription, recipe: str) -> None:
-    """Refuses sizes that an FP8 product cannot take. `tokens` are a microbatch's; ValueError in one sentence."""
-    unit = {"mxfp8": 32, "blockwise": 128}.get(recipe, 16)
-    local = tokens // layout.cp // (layout.tp if layout.sp else 1)
-    fields = description.transformer
-    sizes = {
-        f"the {local} tokens of a rank's microbatch": local,
-        f"the hidden size {fields['hidden_size']}": fields["hidden_size"],
-        f"the feed-forward size of a rank {fields['ffn_hidden_size'] // layout.tp}": fields["ffn_hidden_size"]
-        // layout.tp,
-    }
-    for what, size in sizes.items():
-        if size % unit:
-            raise ValueError(f"--fp8 {recipe} multiplies in units of {unit}, which does not divide {what}")
-
-
 def world_from_environment() -> tuple[int, int, int]:
     """Returns (rank, world size, local rank) as torchrun and SLURM set them; a lone process is (0, 1, 0)."""
     env = os.environ

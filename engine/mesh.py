@@ -125,6 +125,13 @@ def outcomes(work: Callable[[], Any] | None) -> list[tuple[Any, str | None]]:
     return found
 
 
+def gather_samples(own: set[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Collects samples over all ranks, which all call it, in order."""
+    gathered: list[set[tuple[int, int]]] = [set()] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, own)
+    return tuple(sorted(set().union(*gathered)))
+
+
 def destroy_mesh() -> None:
     """Forgets the groups (a process may then build another mesh) and leaves the world's group standing."""
     from megatron.core import parallel_state

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,21 +12,20 @@ from data.order import GlobalOrder
 from engine import host
 from engine.base_model import BaseModel, find_base_model, resumed_model
 from engine.changes import config_of, resume_lines
+from engine.check_model import check_machine, check_model, megatron_config, present
 from engine.check_values import check_rates, check_values
 from engine.checkpointing.directory import ResumePoint
 from engine.checkpointing.model_files import check_tokenizers
 from engine.checkpointing.resume_point import find_resume_point
-from engine.config import CheckpointConfig, MoeConfig, RunConfig
-from engine.layout import Layout, check_expert_widths, check_fp8, check_layout, check_sequence
+from engine.config import CheckpointConfig, RunConfig
 from engine.mcore_fields import check_needs
 from engine.run_data import audit, check_batch, check_data, check_held_out, open_data, open_valid
 from engine.run_folder import RunFolder
 from engine.run_status import took_effect
 from engine.signals import deadline
-from models.build import TransformerConfig, recomputed_parts, transformer_config
+from models.backend import choose_backend
+from models.build import TransformerConfig
 from models.description import ModelDescription
-from models.layer_spec import choose_backend
-from models.layers.dispatchers import fused_permutation
 
 VALID_SEQUENCES = 64  # packed sequences of one held-out batch, whatever the layout
 
@@ -80,16 +76,14 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     description = base_model.description
     pad_multiple = config.pad_multiple if resume is None else _kept_padding(resume, config.pad_documents_to, config.cp)
     check_model(config, description, world_size, pad_multiple=pad_multiple)
-    check_dispatcher(config, cuda=cuda)
+    check_machine(config, cuda=cuda)
     base_model.check()
     missing = host.transformer_engine_fault()
     backend, reason = choose_backend(config.backend, cuda=cuda, precision=config.precision, missing=missing)
     check_tokenizers(base_model.files, indexes, resized=config.override.resize_embeddings)
     check_data(indexes, description.vocab_size)
-    check_needs(config.mcore, _present(config, description, backend))
+    check_needs(config.mcore, present(config, description, backend))
     transformer = megatron_config(config, description, backend)
-    if config.log.wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError("--log.wandb needs Weights & Biases, which is not installed: pip install 'lathe[track]'")
     make_order = partial(
         GlobalOrder,
         seq_len=config.seq_len,
@@ -143,65 +137,6 @@ def _held_out_order(name: str, data: tuple[Documents, float], make_order: Callab
         return make_order([data], global_batch_size=VALID_SEQUENCES, batch_unit="sequences", shuffle=False)
     except ValueError as error:
         raise ValueError(f"--valid {name}: {error}") from None
-
-
-def check_model(config: RunConfig, description: ModelDescription, world_size: int, *, pad_multiple: int) -> None:
-    """Refuses what model, layout and sizes do not allow together; needs neither weights nor data."""
-    layout: Layout = config.layout
-    check_layout(layout, world_size, description)
-    check_experts(config.moe, description)
-    check_expert_widths(layout, description, 4 if config.precision == "fp32" else 2)
-    check_sequence(layout, config.seq_len, pad_multiple)
-    if config.precision == "fp8":
-        check_fp8(layout, config.seq_len * config.micro_batch_size, description, config.fp8)
-    if config.seq_len > description.max_position_embeddings:
-        raise ValueError(
-            f"--seq-len {config.seq_len} exceeds the model's max_position_embeddings "
-            f"{description.max_position_embeddings}; lower it or give --override.max-position-embeddings"
-        )
-
-
-def check_experts(moe: MoeConfig, description: ModelDescription) -> None:
-    """Refuses --moe flags for a model without experts."""
-    changed = [
-        f"--moe.{field.name.replace('_', '-')}"
-        for field in dataclasses.fields(MoeConfig)
-        if getattr(moe, field.name) != field.default
-    ]
-    if changed and "num_moe_experts" not in description.transformer:
-        raise ValueError(f"{', '.join(changed)}: this model has no experts; leave it out")
-
-
-def check_dispatcher(config: RunConfig, *, cuda: bool) -> None:
-    """Refuses --moe.dispatcher flex where DeepEP is not there or cannot do what is asked of it."""
-    if config.moe.dispatcher != "flex":
-        return
-    reason, ranks = None, config.ep * config.etp
-    if ranks == 1:
-        reason = "sends tokens to other ranks' experts and needs --ep or --etp above 1"
-    elif config.precision == "fp32":
-        reason = "sends bf16 alone, which --precision fp32 does not have"
-    elif config.deterministic:
-        reason = "sends tokens in no promised order, which --deterministic asks for"
-    elif not cuda:
-        reason = "is DeepEP, whose kernels need GPUs, and none is visible"
-    else:
-        reason = _why_no_deepep(ranks)
-    if reason:
-        raise ValueError(f"--moe.dispatcher flex {reason}: use --moe.dispatcher alltoall")
-
-
-def _why_no_deepep(ranks: int) -> str | None:
-    """What keeps DeepEP from serving so many ranks, or None."""
-    try:
-        buffer = importlib.import_module("deep_ep").Buffer
-    except (ImportError, OSError, AttributeError) as error:  # a library of CUDA's that is missing is an OSError
-        return f"is DeepEP, which cannot be imported ({error})"
-    try:
-        buffer.get_dispatch_config(ranks)
-    except AssertionError:
-        return f"is DeepEP, which does not know groups of --ep times --etp = {ranks} ranks"
-    return None
 
 
 def _check_router(resume: ResumePoint, frozen: bool) -> None:
@@ -259,50 +194,6 @@ def _kept_padding(resume: ResumePoint, asked: int | None, cp: int) -> int:
             f"--cp of which twice divides {kept}, or start the run with --pad-documents-to {2 * cp}"
         )
     return kept
-
-
-def _present(config: RunConfig, description: ModelDescription, backend: str) -> set[str]:
-    """What of `engine.mcore_fields.NEEDS` a run has."""
-    te, fp8, layout = backend == "te", config.precision == "fp8", config.layout
-    has = {
-        "te": te,
-        "te and cp": te and layout.cp > 1,
-        "fp8": fp8,
-        "delayed": fp8 and config.fp8 == "delayed",
-        "bf16": config.precision != "fp32",
-        "full": config.recompute == "full",
-        "batched p2p": layout.pp > 1 and layout.vpp == 1,
-        "vpp": layout.vpp > 1,
-        "sp": layout.sp,
-        "experts": "num_moe_experts" in description.transformer,
-    }
-    return {name for name, there in has.items() if there}
-
-
-def megatron_config(config: RunConfig, description: ModelDescription, backend: str = "native") -> TransformerConfig:
-    """megatron-core's config of a run; ValueError for what --mcore or the layout ask of it in vain."""
-    has_experts = "num_moe_experts" in description.transformer
-    fields: dict[str, object] = {"deterministic_mode": config.deterministic}
-    if has_experts:
-        fields["moe_token_dispatcher_type"] = config.moe.dispatcher
-        # Where tokens stay on their rank, `models.layers.dispatch` places them without it.
-        fields["moe_permute_fusion"] = config.ep * config.etp > 1 and fused_permutation()
-    if config.recompute == "selective":
-        recomputed_parts(config.recompute_modules, description, backend)
-    try:
-        return transformer_config(
-            description,
-            layout=config.layout,
-            precision=config.precision,
-            recompute=config.recompute,
-            recompute_modules=config.recompute_modules,
-            backend=backend,
-            fp8=config.fp8,
-            extra=fields | config.mcore,
-        )
-    except (AssertionError, ValueError, TypeError) as error:
-        given = " ".join(f"--mcore.{name}={value}" for name, value in config.mcore.items())
-        raise ValueError(f"megatron-core refuses {given or 'this configuration'}: {error}") from None
 
 
 def total_steps(order: GlobalOrder, steps: int | None, epochs: float | None) -> int:

@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, distributed
 
 from data.loader import Microbatch, without_padding_documents
-from engine.mesh import Mesh
+from engine.mesh import Mesh, gather_samples
 from engine.reporting.flops import doubled_pairs
 from models.build import PackedModel
 from models.layers.loss import BySource
@@ -292,10 +292,3 @@ def _bad_samples(losses: Tensor, microbatches: list[Microbatch]) -> set[tuple[in
         return set()
     pairs = zip(losses.tolist(), microbatches, strict=True)
     return {sample for loss, batch in pairs if not math.isfinite(loss) for sample in batch.sample_ids}
-
-
-def gather_samples(own: set[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Collects samples over all ranks, which all call it, in order."""
-    gathered: list[set[tuple[int, int]]] = [set()] * distributed.get_world_size()
-    distributed.all_gather_object(gathered, own)
-    return tuple(sorted(set().union(*gathered)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from dataclasses import dataclass
 
@@ -13,12 +14,15 @@ from data.loader import Loader, Microbatch
 from data.order import GlobalOrder
 from engine.base_model import weight_reader
 from engine.checkpointing import checkpoint
+from engine.checkpointing.delayed_scales import DelayedScales
+from engine.checkpointing.directory import STATE
 from engine.checkpointing.saver import Saved, Saver
 from engine.checkpointing.shards import gather_weights, own_shards
+from engine.checkpointing.store_reader import StoreReader
 from engine.first_weights import fill_weights
 from engine.guards.skips import SkippedStep, skipped_until
 from engine.guards.watchdog import HELD_OUT, Watchdog
-from engine.mesh import Mesh
+from engine.mesh import Mesh, gather_samples
 from engine.optim import Update, build_optimizer, set_steps_taken, steps_taken, update
 from engine.prepare import Prepared
 from engine.retention import retain
@@ -27,13 +31,12 @@ from engine.signals import StopRequest, largest, shielded
 from engine.step import (
     RouterStatistics,
     StepTotals,
-    gather_samples,
     run_microbatches,
     take_router_statistics,
     wrap_chunks,
 )
+from models.backend import attention_kernel, parameter_dtype
 from models.build import build_chunks
-from models.layer_spec import attention_kernel, parameter_dtype
 from models.layers.router import set_routers
 
 
@@ -82,13 +85,17 @@ class Trainer:
         )
         self.optimizer = build_optimizer(config.optim, self.chunks, mesh, bf16=config.precision != "fp32")
         shards = own_shards(self.chunks, self.optimizer, checkpoint.sharding_metadata(mesh))
-        self.saver = Saver(prepared.run, shards, mesh, asynchronous=config.checkpoint.asynchronous == "on")
+        self.scales = DelayedScales(chunks, config.layout, mesh.rank)
+        asynchronous = config.checkpoint.asynchronous == "on"
+        self.saver = Saver(prepared.run, [*shards, *self.scales.shards()], mesh, asynchronous=asynchronous)
         self.step = 0
         if prepared.resume is None:
             fill_weights(shards, self.chunks, weight_reader(prepared.base_model))
         else:
             manifest = prepared.resume.manifest
             checkpoint.load(prepared.resume, shards, self.chunks)
+            if not self.scales.load(StoreReader(prepared.resume.directory / STATE)) and mesh.is_logger:
+                print("fp8: delayed scales start anew, the checkpoint has none for this layout", file=sys.stderr)
             self.loader.load_state_dict(manifest["data"])
             self.step = prepared.resume.step
             set_steps_taken(self.optimizer, manifest.get("optimizer_step", self.step))
@@ -240,6 +247,7 @@ class Trainer:
             "rescue": rescue,
             "data": self.data_state,
         }
+        self.scales.note()
         self.saved_step, self.saved_at = self.step, time.monotonic()
         with shielded():
             self._completed(self.saver.start(self.step, manifest))

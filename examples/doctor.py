@@ -74,7 +74,7 @@ def device_lines(model: Path | None, precision: str) -> tuple[list[str], list[st
     from engine.host import transformer_engine_fault
 
     missing = transformer_engine_fault()
-    from models.layer_spec import choose_backend
+    from models.backend import choose_backend
 
     cuda = torch.cuda.is_available()
     lacking = []

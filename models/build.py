@@ -13,15 +13,16 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from models.backend import parameter_dtype
 from models.description import ModelDescription
-from models.layer_spec import block_spec, parameter_dtype
 from models.layers.gated import quick_gelu
 from models.layers.loss import loss_sum
 from models.layers.rope import Rope
+from models.native_spec import native_block_spec
 
 _ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu}
 # Parts that can be computed again, as megatron-core's Transformer Engine layers know them.
@@ -193,12 +194,13 @@ def build_chunks(
     stages = config.virtual_pipeline_model_parallel_size or 1
     pp_size, pp_rank = groups.pp.size(), groups.pp.rank()
     ropes = model_ropes(description)
+    block_spec = _block_spec(backend)
     chunks = []
     for stage in range(stages):
         first = pp_rank == 0 and stage == 0
         last = pp_rank == pp_size - 1 and stage == stages - 1
         layers = get_num_layers_to_build(config, stage if stages > 1 else None, pp_rank)
-        spec = block_spec(backend, layers, description, ropes, groups)
+        spec = block_spec(layers, description, ropes, groups)
         if not last:
             spec.layer_norm = None
         chunks.append(
@@ -219,6 +221,15 @@ def build_chunks(
             if hasattr(module, "fuse_wgrad_accumulation"):  # Transformer Engine's: added to main_grad by the product
                 module.fuse_wgrad_accumulation = True
     return chunks
+
+
+def _block_spec(backend: str) -> Callable[..., TransformerBlockSubmodules]:
+    """What describes the layers of a stage; Transformer Engine's are imported where they are asked for."""
+    if backend == "native":
+        return native_block_spec
+    from models.te_spec import te_block_spec
+
+    return te_block_spec
 
 
 def sharded_tensors(chunk: PackedModel, metadata: dict) -> Iterator[ShardedTensor]:

@@ -20,18 +20,20 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from models.backend import is_plain_causal
 from models.description import ModelDescription
-from models.layer_spec import PackedLayer, is_plain_causal, qk_norms
 from models.layers.attention import PackedAttention
+from models.layers.mlp import GatedMLP
 from models.layers.rope import Rope
 from models.layers.router import PackedMoELayer, PackedRouter
 from models.layers.te_layers import RotaryTEAttention, TEExperts, TEPostNormLinear
+from models.native_spec import PackedLayer, qk_norms
 
 
 def te_block_spec(
@@ -68,14 +70,15 @@ def te_layer_spec(description: ModelDescription, ropes: tuple[Rope, ...], groups
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=TENorm if experts else IdentityOp,
-            mlp=_experts(groups) if experts else _dense(column, row),
+            mlp=_experts(groups) if experts else _dense(column, row, groups),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def _dense(column: type, row: type) -> ModuleSpec:
-    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
+def _dense(column: type, row: type, groups: Any) -> ModuleSpec:
+    linears = MLPSubmodules(linear_fc1=column, linear_fc2=row)
+    return ModuleSpec(module=GatedMLP, submodules=linears, params={"tp_group": groups.tp})
 
 
 def _experts(groups: Any) -> ModuleSpec:

@@ -87,7 +87,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     store = StoreReader(path / STATE)
     expected = {rule.key: rule.shape for rule in description.rules}
-    present = {key for key in set(store.keys()) if not key.startswith("optimizer.")}
+    present = {key for key in set(store.keys()) if not key.startswith(("optimizer.", "fp8."))}
     for verb, keys in (("lacks", expected.keys() - present), ("has unknown", present - expected.keys())):
         if keys:
             names = ", ".join(sorted(keys)[:5])

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from engine import host
+from engine.check_model import check_model, megatron_config
 from engine.check_values import check_values
 from engine.config import RunConfig
 from engine.mesh import build_mesh
 from engine.optim import build_optimizer
-from engine.prepare import check_model, megatron_config
 from engine.rehearsal.fake_world import fake_world
 from engine.step import wrap_chunks
 from models.build import build_chunks

@@ -258,7 +258,7 @@ def pack_documents(
 
     cu_seqlens: int [documents + 1], padded boundaries over the whole microbatch, each document a multiple
     of 2*cp; real_lengths: int [documents], 0 for a document of padding only; kernel: which attention will
-    read it, as `models.layer_spec.attention_kernel` says.
+    read it, as `models.backend.attention_kernel` says.
     """
     cp_size, cp_rank = (cp_group.size(), cp_group.rank()) if cp_group is not None else (1, 0)
     local = zigzag_indices(cu_seqlens, cp_size, cp_rank)

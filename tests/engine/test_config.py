@@ -9,16 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from engine.check_model import check_experts
 from engine.check_values import check_values
 from engine.cli import dump_run, parse_run
 from engine.config import CheckpointConfig, LogConfig, OptimConfig, RunConfig
 from engine.layout import Layout, check_layout, check_sequence
-from engine.prepare import check_experts, find_start, total_steps
+from engine.prepare import find_start, total_steps
 from engine.run_folder import RunFolder
 from engine.schedule import learning_rate
 from examples.demo.builtin import parse_over_demo
+from models.backend import choose_backend
 from models.hf_config import describe
-from models.layer_spec import choose_backend
 from tests.support.tiny import save_model
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from engine import cuda_setup, mesh
+from engine.check_model import megatron_config
 from engine.config import OptimConfig, RunConfig
 from engine.cuda_setup import check, choose, wanted
 from engine.layout import Layout
-from engine.prepare import megatron_config
 from models.hf_config import describe
 from tests.support.tiny import conversations, save_model
 from tests.support.training import train

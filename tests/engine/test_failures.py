@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.index import write_index
+from engine.check_model import check_model
 from engine.checkpointing import saver
 from engine.checkpointing.resume_point import find_resume_point
 from engine.cli import parse_run
-from engine.prepare import check_model, prepare_run
+from engine.prepare import prepare_run
 from engine.train import train
 from models.hf_config import describe
 from tests.support.tiny import VOCABULARY, conversations, make_inputs, save_model

@@ -14,7 +14,7 @@ from engine.garbage import EVERY, collect, collected_by_hand
 from engine.layout import Layout
 from engine.optim import build_optimizer, update
 from engine.step import run_microbatches, wrap_chunks
-from models.layer_spec import attention_kernel
+from models.backend import attention_kernel
 from tests.engine.test_failures import arguments, outcome
 from tests.support.tiny import VOCABULARY, conversations, make_inputs, save_model
 from tests.support.training import make_loader, start

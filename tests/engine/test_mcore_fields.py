@@ -10,11 +10,11 @@ import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from engine import mcore_fields
+from engine.check_model import present
 from engine.cli import check_mcore, flag_name, parse_run
 from engine.config import RunConfig
 from engine.layout import Layout
 from engine.mcore_fields import FIELDS, NEEDS, SERVED, SET_BY_FLAG, check_needs, refusal
-from engine.prepare import _present
 from models.hf_config import describe
 from tests.support.parity import INDEX, OPTIM
 from tests.support.tiny import MODELS, save_model
@@ -124,8 +124,8 @@ def test_a_field_that_nothing_in_the_run_reads_is_refused(descriptions, needs, c
     name, value = next((name, one) for name, one in SERVED.items() if one.needs == needs)
     plain = RunConfig(precision="fp32")
     with pytest.raises(ValueError, match=f"^--mcore.{name} has an effect with .* alone: leave it out, or give that"):
-        check_needs({name: value}, _present(plain, descriptions["llama"], "native"))
-    check_needs({name: value}, _present(replace(plain, **changes), descriptions[model], backend))
+        check_needs({name: value}, present(plain, descriptions["llama"], "native"))
+    check_needs({name: value}, present(replace(plain, **changes), descriptions[model], backend))
 
 
 def test_every_need_is_of_some_field():

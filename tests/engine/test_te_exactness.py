@@ -6,6 +6,8 @@ is torch's. See `tests/support/stand_in/README.md`.
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -37,6 +39,14 @@ def stand_in():
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
     return References(tmp_path_factory.mktemp("models"))
+
+
+def fp8_inputs(folder, name: str):
+    """A model whose widths FP8 takes, and documents."""
+    make_inputs(folder, name, 30)
+    shutil.rmtree(folder / "model")
+    save_model(name, folder / "model", layers=2, **gpu.SHAPES[name])
+    return folder
 
 
 def te(pool, ranks, *arguments, precision="fp32", recompute="none", extra=None):
@@ -72,13 +82,29 @@ def test_keys_and_shapes_are_those_of_native_layers(stand_in, references, name):
 def test_what_one_backend_saves_the_other_continues(stand_in, tmp_path, name):
     """Two ranks, small buckets; te's steps 1 to 3 and native's 4 to 6 are native's 1 to 6, and the other way round."""
     inputs = make_inputs(tmp_path, name, 30)
-    whole = stand_in.run(resumed_by, 2, inputs, tmp_path / "whole", ("native", "native"))[0]
+    fp32 = ("--precision", "fp32")
+    whole = stand_in.run(resumed_by, 2, inputs, tmp_path / "whole", ("native",), *fp32)[0]
     for order in (("te", "native"), ("native", "te")):
-        found = stand_in.run(resumed_by, 2, inputs, tmp_path / "-".join(order), order)[0]
+        found = stand_in.run(resumed_by, 2, inputs, tmp_path / "-".join(order), order, *fp32)[0]
         assert [line["step"] for line in found] == list(range(1, 7))
         for key in ("loss", "grad_norm"):
             ours, theirs = ([line[key] for line in lines] for lines in (found, whole))
             np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layout"), [("delayed", ()), ("tensorwise", ("--tp", "2")), ("delayed", ("--ep", "2"))]
+)
+def test_fp8_resumes_bit_for_bit(stand_in, tmp_path, recipe, layout):
+    """The delayed recipe's scales, which come from earlier steps, go on as they were."""
+    inputs = fp8_inputs(tmp_path, "qwen3_moe" if "--ep" in layout else "qwen3_tied")
+    flags = ("--precision", "fp8", "--fp8", recipe, "--seq-len", "256", *layout)
+    whole, cut = (
+        stand_in.run(resumed_by, 2, inputs, tmp_path / str(len(backends)), backends, *flags)[0]
+        for backends in (("te",), ("te", "te"))
+    )
+    for key in ("step", "loss", "grad_norm", "lr"):
+        assert [line[key] for line in cut] == [line[key] for line in whole]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

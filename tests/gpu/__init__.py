@@ -61,10 +61,10 @@ def build(
     from engine.checkpointing.checkpoint import sharding_metadata
     from engine.layout import Layout
     from engine.mesh import build_mesh
+    from models.backend import attention_kernel
     from models.build import build_chunks, load_weights, transformer_config
     from models.conversion.hf_reader import HFReader
     from models.hf_config import describe
-    from models.layer_spec import attention_kernel
     from models.model_directory import read_shard
 
     description, layout = describe(folder), Layout()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
+from torch import distributed
 
 from data.loader import Microbatch
 from engine.cli import parse_run
 from engine.layout import Layout
+from engine.mesh import destroy_mesh
 from engine.prepare import prepare_run
 from engine.step import run_microbatches, wrap_chunks
 from engine.train import train
@@ -25,14 +28,17 @@ def described(folder: Path, backend: str) -> dict[str, tuple[tuple[int, ...], st
     return {piece.key: (tuple(piece.global_shape), str(piece.dtype)) for piece in pieces}
 
 
-def resumed_by(inputs: Path, output: Path, backends: tuple[str, str]) -> list[dict]:
-    """Six steps of a run whose first three one backend trains and the others the other; the lines of its metrics."""
-    for steps, backend in zip((3, 6), backends, strict=True):
+def resumed_by(inputs: Path, output: Path, backends: Sequence[str], *flags: str) -> list[dict]:
+    """Six steps of a run, cut where another backend takes over; the lines of its metrics."""
+    for number, backend in enumerate(backends, 1):
         paths = ["--model", inputs / "model", "--data", inputs / "data", "--output", output]
-        shape = f"--seq-len 96 --global-batch-size 8 --precision fp32 --steps {steps} --optim.lr 1e-3"
+        shape = f"--seq-len 96 --global-batch-size 8 --steps {6 * number // len(backends)} --optim.lr 1e-3"
         more = "--optim.schedule constant --checkpoint.every 3 --overlap on --bucket-size 2000"
-        config = parse_run([*map(str, paths), *shape.split(), *more.split()])
-        train(dataclasses.replace(prepare_run(config, world_size=2, cuda=False), backend=backend))
+        config = parse_run([*map(str, paths), *shape.split(), *more.split(), *flags])
+        with pytest.MonkeyPatch.context() as patch:  # no GPU is visible
+            patch.setattr("engine.prepare.choose_backend", lambda *_, backend=backend, **__: (backend, "asked for"))
+            train(prepare_run(config, world_size=distributed.get_world_size(), cuda=False))
+        destroy_mesh()
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -17,10 +17,10 @@ from engine.layout import Layout, check_layout
 from engine.mesh import build_mesh
 from engine.optim import build_optimizer, update
 from engine.step import run_microbatches, take_router_statistics, to_device, wrap_chunks
+from models.backend import attention_kernel
 from models.build import build_chunks, load_weights, sharded_tensors, transformer_config
 from models.conversion.hf_reader import HFReader
 from models.hf_config import describe
-from models.layer_spec import attention_kernel
 from models.layers.packed_documents import zigzag_indices
 from models.layers.router import set_routers
 from models.model_directory import read_shard

@@ -11,9 +11,9 @@ import pytest
 import torch
 from megatron.core.transformer.moe import moe_utils
 
+from engine.check_model import check_dispatcher
 from engine.config import MoeConfig, OptimConfig, RunConfig
 from engine.layout import Layout
-from engine.prepare import check_dispatcher
 from models.layers.dispatchers import PackedAlltoAll, _PackedDeepEP, fused_permutation
 from tests.support import deep_ep
 from tests.support.parity import EXPERT_LAYOUTS

@@ -59,6 +59,9 @@ def fp8_autocast(
         yield
     finally:
         manager.recipe, manager.group = before
+        if enabled and manager.recipe is None and torch.is_grad_enabled():
+            for scale in manager.delayed:
+                scale.update(fp8_group)
 
 
 def fp8_model_init(

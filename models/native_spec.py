@@ -1,7 +1,7 @@
-"""Which layers a model is built from: Transformer Engine's, or native torch within megatron-core's own frame.
+"""Native layers: megatron-core's parallel linears with our attention, norms and experts, in its own frame.
 
-Both give checkpoints with the same keys and shapes: a norm before a linear layer is named as Transformer
-Engine's fused layer names it.
+Checkpoints have the keys and shapes of those that Transformer Engine's layers give (`models.te_spec`): a norm before a
+linear layer is named as its fused layer names it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -30,41 +29,6 @@ from models.layers.norm import FP32GainRMSNorm, PostNormLinear, ProjectionNorm, 
 from models.layers.recompute import marked_are_not_kept, parts_of
 from models.layers.rope import Rope
 from models.layers.router import PackedMoELayer, PackedRouter
-
-
-def choose_backend(asked: str, *, cuda: bool, precision: str, missing: str | None) -> tuple[str, str]:
-    """Returns (backend, why) for --backend auto|te|native; ValueError where the choice cannot run.
-
-    missing: what keeps Transformer Engine from being used on this machine, or None.
-    """
-    native = _why_native(cuda, precision, missing)
-    if asked == "te" and native:
-        raise ValueError(f"--backend te cannot run here because {native}; use --backend native")
-    if precision == "fp8" and (asked == "native" or native):
-        reason = f" ({native})" if native else ""
-        raise ValueError(f"--precision fp8 needs --backend te on a GPU with Transformer Engine installed{reason}")
-    if asked == "native":
-        return "native", "asked for"
-    if native:
-        return "native", native
-    return "te", "asked for" if asked == "te" else "a GPU and Transformer Engine are there"
-
-
-def _why_native(cuda: bool, precision: str, missing: str | None) -> str | None:
-    """What keeps Transformer Engine's layers from being used, or None."""
-    if not cuda:
-        return "no GPU is visible"
-    if missing is not None:
-        return missing
-    if precision == "fp32":
-        return "Transformer Engine's attention has no fp32"
-    return None
-
-
-def is_plain_causal(description: ModelDescription) -> bool:
-    """Whether attention is causal and nothing else in every layer: neither windows nor sinks."""
-    fields = description.transformer
-    return fields.get("softmax_type", "vanilla") == "vanilla" and "window_size" not in fields
 
 
 class PackedLayer(TransformerLayer):
@@ -140,25 +104,9 @@ def qk_norms(description: ModelDescription, groups: Any, *, of_head: type) -> tu
     return query, key
 
 
-def block_spec(
-    backend: str, layers: int, description: ModelDescription, ropes: tuple[Rope, ...], groups: Any
+def native_block_spec(
+    layers: int, description: ModelDescription, ropes: tuple[Rope, ...], groups: Any
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage and the final norm."""
-    if backend == "native":
-        spec = native_layer_spec(description, ropes, groups)
-        return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=_norm(description))
-    from models.te_spec import te_block_spec
-
-    return te_block_spec(layers, description, ropes, groups)
-
-
-def attention_kernel(backend: str, device: torch.device, dtype: torch.dtype, description: ModelDescription) -> str:
-    """Which attention reads a microbatch: "te", "varlen" (flash, on CUDA, not for fp32) or "padded"."""
-    if backend == "te" and is_plain_causal(description):
-        return "te"
-    return "varlen" if device.type == "cuda" and dtype != torch.float32 else "padded"
-
-
-def parameter_dtype(precision: str) -> torch.dtype:
-    """The dtype of weights and activations for --precision fp32|bf16|fp8."""
-    return torch.float32 if precision == "fp32" else torch.bfloat16
+    spec = native_layer_spec(description, ropes, groups)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=_norm(description))

@@ -1,0 +1,126 @@
+"""What model, layout, precision and experts allow together, and megatron-core's config of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+
+from engine.config import MoeConfig, RunConfig
+from engine.fp8 import check_fp8, check_fp8_device
+from engine.host import device_versions
+from engine.layout import Layout, check_expert_widths, check_layout, check_sequence
+from models.build import TransformerConfig, recomputed_parts, transformer_config
+from models.description import ModelDescription
+from models.layers.dispatchers import fused_permutation
+
+
+def check_model(config: RunConfig, description: ModelDescription, world_size: int, *, pad_multiple: int) -> None:
+    """Refuses what model, layout and sizes do not allow together; needs neither weights nor data."""
+    layout: Layout = config.layout
+    check_layout(layout, world_size, description)
+    check_experts(config.moe, description)
+    check_expert_widths(layout, description, 4 if config.precision == "fp32" else 2)
+    check_sequence(layout, config.seq_len, pad_multiple)
+    if config.precision == "fp8":
+        check_fp8(config.fp8, layout, config.seq_len * config.micro_batch_size, description)
+    if config.seq_len > description.max_position_embeddings:
+        raise ValueError(
+            f"--seq-len {config.seq_len} exceeds the model's max_position_embeddings "
+            f"{description.max_position_embeddings}; lower it or give --override.max-position-embeddings"
+        )
+
+
+def check_experts(moe: MoeConfig, description: ModelDescription) -> None:
+    """Refuses --moe flags for a model without experts."""
+    changed = [
+        f"--moe.{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(MoeConfig)
+        if getattr(moe, field.name) != field.default
+    ]
+    if changed and "num_moe_experts" not in description.transformer:
+        raise ValueError(f"{', '.join(changed)}: this model has no experts; leave it out")
+
+
+def check_machine(config: RunConfig, *, cuda: bool) -> None:
+    """Refuses what this machine cannot do."""
+    check_dispatcher(config, cuda=cuda)
+    if config.precision == "fp8" and cuda:
+        check_fp8_device(config.fp8, *device_versions())
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--log.wandb needs Weights & Biases, which is not installed: pip install 'lathe[track]'")
+
+
+def check_dispatcher(config: RunConfig, *, cuda: bool) -> None:
+    """Refuses --moe.dispatcher flex where DeepEP is not there or cannot do what is asked of it."""
+    if config.moe.dispatcher != "flex":
+        return
+    reason, ranks = None, config.ep * config.etp
+    if ranks == 1:
+        reason = "sends tokens to other ranks' experts and needs --ep or --etp above 1"
+    elif config.precision == "fp32":
+        reason = "sends bf16 alone, which --precision fp32 does not have"
+    elif config.deterministic:
+        reason = "sends tokens in no promised order, which --deterministic asks for"
+    elif not cuda:
+        reason = "is DeepEP, whose kernels need GPUs, and none is visible"
+    else:
+        reason = _why_no_deepep(ranks)
+    if reason:
+        raise ValueError(f"--moe.dispatcher flex {reason}: use --moe.dispatcher alltoall")
+
+
+def _why_no_deepep(ranks: int) -> str | None:
+    """What keeps DeepEP from serving so many ranks, or None."""
+    try:
+        buffer = importlib.import_module("deep_ep").Buffer
+    except (ImportError, OSError, AttributeError) as error:  # a library of CUDA's that is missing is an OSError
+        return f"is DeepEP, which cannot be imported ({error})"
+    try:
+        buffer.get_dispatch_config(ranks)
+    except AssertionError:
+        return f"is DeepEP, which does not know groups of --ep times --etp = {ranks} ranks"
+    return None
+
+
+def present(config: RunConfig, description: ModelDescription, backend: str) -> set[str]:
+    """What of `engine.mcore_fields.NEEDS` a run has."""
+    te, fp8, layout = backend == "te", config.precision == "fp8", config.layout
+    has = {
+        "te": te,
+        "te and cp": te and layout.cp > 1,
+        "fp8": fp8,
+        "delayed": fp8 and config.fp8 == "delayed",
+        "bf16": config.precision != "fp32",
+        "full": config.recompute == "full",
+        "batched p2p": layout.pp > 1 and layout.vpp == 1,
+        "vpp": layout.vpp > 1,
+        "sp": layout.sp,
+        "experts": "num_moe_experts" in description.transformer,
+    }
+    return {name for name, there in has.items() if there}
+
+
+def megatron_config(config: RunConfig, description: ModelDescription, backend: str = "native") -> TransformerConfig:
+    """megatron-core's config of a run; ValueError for what --mcore or the layout ask of it in vain."""
+    has_experts = "num_moe_experts" in description.transformer
+    fields: dict[str, object] = {"deterministic_mode": config.deterministic}
+    if has_experts:
+        fields["moe_token_dispatcher_type"] = config.moe.dispatcher
+        # Where tokens stay on their rank, `models.layers.dispatch` places them without it.
+        fields["moe_permute_fusion"] = config.ep * config.etp > 1 and fused_permutation()
+    if config.recompute == "selective":
+        recomputed_parts(config.recompute_modules, description, backend)
+    try:
+        return transformer_config(
+            description,
+            layout=config.layout,
+            precision=config.precision,
+            recompute=config.recompute,
+            recompute_modules=config.recompute_modules,
+            backend=backend,
+            fp8=config.fp8,
+            extra=fields | config.mcore,
+        )
+    except (AssertionError, ValueError, TypeError) as error:
+        given = " ".join(f"--mcore.{name}={value}" for name, value in config.mcore.items())
+        raise ValueError(f"megatron-core refuses {given or 'this configuration'}: {error}") from None
