@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import numpy as np
 import pytest
-import torch
 
+from engine import host
+from engine.fp8 import RECIPES
 from tests import gpu
 
-NO_TE = importlib.util.find_spec("transformer_engine") is None
+NO_TE = host.transformer_engine_fault() is not None
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(gpu.NO_GPU, reason="no CUDA device is visible"),
     pytest.mark.skipif(NO_TE, reason="Transformer Engine is not installed"),
 ]
 
-MODELS = ("llama", "llama_tied", "qwen2_tied", "qwen2_untied", "qwen3_tied")
-RECIPES = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}  # least capability
+EXPERTS = ("gpt_oss", "qwen3_moe")
+MODELS = (
+    "llama",
+    *EXPERTS,
+    "olmo2",
+    "olmo3",
+    "qwen2_tied",
+    "qwen2_untied",
+    "qwen3_tied",
+    "qwen3_windows",
+    "llama_tied",
+)
 CURVE_STEPS = 50
 
 
 def needs(recipe: str) -> None:
     """Skips a recipe that this GPU has no instructions for."""
-    if torch.cuda.get_device_capability() < RECIPES[recipe]:
-        pytest.skip(f"{recipe} needs compute capability {RECIPES[recipe]}")
+    if lack := RECIPES[recipe].lacks(*host.device_versions()):
+        pytest.skip(f"{recipe} {lack}")
 
 
 def check_curve(folder, precision: str, *, loss: float, gradient: float, **settings) -> None:
@@ -43,7 +52,8 @@ def check_curve(folder, precision: str, *, loss: float, gradient: float, **setti
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bf16_curve_follows_fp32(folders, name):
-    check_curve(folders(name), "bf16", loss=2e-2, gradient=0.1)
+    # A router's choice between close experts turns on digits that bf16 has not, and so do its gradients.
+    check_curve(folders(name), "bf16", loss=2e-2, gradient=0.5 if name in EXPERTS else 0.1)
 
 
 @pytest.mark.parametrize("recompute", ["mlp", "full"])
@@ -51,11 +61,12 @@ def test_bf16_recomputation(folders, recompute):
     check_curve(folders("llama"), "bf16", loss=2e-2, gradient=0.1, recompute=recompute)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "qwen3_moe", "olmo2"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_fp8_curve_follows_fp32(folders, recipe):
+def test_fp8_curve_follows_fp32(folders, recipe, name):
     needs(recipe)
     # Three bits of mantissa: a gradient's direction is what has to hold.
-    check_curve(folders("llama"), "fp8", loss=5e-2, gradient=0.5, fp8=recipe)
+    check_curve(folders(name), "fp8", loss=5e-2, gradient=0.9 if name in EXPERTS else 0.5, fp8=recipe)
 
 
 def test_other_documents_do_not_notice(folders):

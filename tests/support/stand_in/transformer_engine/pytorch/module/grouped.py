@@ -77,7 +77,9 @@ class GroupedLinear(TransformerEngineBaseModule):
         return (output, biases) if self.return_bias else output
 
 
-class _Padding(torch.nn.Module):
+class Fp8Padding(torch.nn.Module):
+    """Zero rows below each expert's."""
+
     def __init__(self, num_gemms: int, align_size: int | None = None):
         super().__init__()
         self.num_gemms, self.align_size = num_gemms, align_size
@@ -88,10 +90,6 @@ class _Padding(torch.nn.Module):
             self.align_size = 32 if FP8GlobalStateManager.get_fp8_recipe().mxfp8() else 16
         return [-(-rows // self.align_size) * self.align_size for rows in m_splits]
 
-
-class Fp8Padding(_Padding):
-    """Zero rows below each expert's."""
-
     def forward(self, inp: Tensor, m_splits: list[int]) -> tuple[Tensor, list[int]]:
         wanted = self.padded(m_splits)
         parts = zip(torch.split(inp, m_splits), wanted, strict=True)
@@ -99,9 +97,9 @@ class Fp8Padding(_Padding):
         return torch.cat(rows), wanted
 
 
-class Fp8Unpadding(_Padding):
+class Fp8Unpadding(Fp8Padding):
     """The way back."""
 
-    def forward(self, inp: Tensor, m_splits: list[int]) -> Tensor:
+    def forward(self, inp: Tensor, m_splits: list[int]) -> Tensor:  # type: ignore[override]
         parts = zip(torch.split(inp, self.padded(m_splits)), m_splits, strict=True)
         return torch.cat([part[:count] for part, count in parts])
