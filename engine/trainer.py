@@ -35,7 +35,7 @@ from engine.step import (
     take_router_statistics,
     wrap_chunks,
 )
-from models.backend import attention_kernel, parameter_dtype
+from models.backend import activate_flash_attention_3, attention_kernel, parameter_dtype
 from models.build import build_chunks
 from models.layers.router import set_routers
 
@@ -71,9 +71,9 @@ class Trainer:
         self.loader = self._make_loader(prepared.order)
         self.sources = told_apart(self.loader)
         self.valid_loaders = {name: self._make_loader(order) for name, order in prepared.valid_orders.items()}
-        self.kernel = attention_kernel(
-            prepared.backend, mesh.device, parameter_dtype(config.precision), prepared.base_model.description
-        )
+        self.kernel = attention_kernel(prepared.backend, mesh.device, parameter_dtype(config.precision), description)
+        if self.kernel == "varlen" and activate_flash_attention_3(config.deterministic) and mesh.is_logger:
+            print("attention: FlashAttention 3, which is installed")
         chunks = build_chunks(description, prepared.transformer, backend=prepared.backend, groups=mesh.groups)
         set_routers(chunks, aux_loss=config.moe.aux_loss, frozen=config.moe.freeze_router)
         self.chunks = wrap_chunks(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
+from torch.nn import attention
 
 from models.description import ModelDescription
 
@@ -47,6 +50,24 @@ def attention_kernel(backend: str, device: torch.device, dtype: torch.dtype, des
     if backend == "te" and is_plain_causal(description):
         return "te"
     return "varlen" if device.type == "cuda" and dtype != torch.float32 else "padded"
+
+
+def activate_flash_attention_3(deterministic: bool) -> bool:
+    """Puts FlashAttention 3 behind torch's variable-length kernel, and says whether it stands there.
+
+    On Hopper alone, where torch (2.10 and later) offers it and its package is installed; not where runs must repeat bit
+    for bit, which was not looked into.
+    """
+    if deterministic or torch.cuda.get_device_capability()[0] != 9:
+        return False
+    offered: list[str] = getattr(attention, "list_flash_attention_impls", list)()
+    if "FA3" not in offered or importlib.util.find_spec("flash_attn_interface") is None:
+        return False
+    try:
+        attention.activate_flash_attention_impl("FA3")
+    except (ImportError, OSError, RuntimeError):  # built for another torch, or without a backward pass
+        return False
+    return True
 
 
 def parameter_dtype(precision: str) -> torch.dtype:

@@ -86,6 +86,19 @@ class _Weighted(torch.autograd.Function):
         return torch.mul(gradient, weights[:, None], out=torch.empty_like(rows)), weights_gradient
 
 
+def experts_of_rows(count: int, ends: Tensor) -> Tensor:
+    """int32 [count]: the expert of each row, where experts' rows end at `ends`; the last expert for rows behind."""
+    places = torch.arange(count, device=ends.device, dtype=torch.int32)
+    return torch.bucketize(places, ends, right=True, out_int32=True).clamp_max(len(ends) - 1)
+
+
+def add_weighted_bias(rows: Tensor, bias: Tensor, weights: Tensor, ends: Tensor, *, adds: bool = True) -> Tensor:
+    """rows [tokens, width] with their bias [experts, width] times weights [tokens]; `adds` as in `add_bias`."""
+    nothing = rows.new_zeros((1, 1)).expand_as(rows)
+    own = _AddBias.apply(nothing, bias, experts_of_rows(len(rows), ends), ends, adds)
+    return rows + _Weighted.apply(own, weights)
+
+
 def sums_by_expert(rows: Tensor, ends: Tensor) -> Tensor:
     """rows [tokens, width] sorted by expert, ends [experts] int32 -> [experts, width]; rows after the last are none's.
 
@@ -148,8 +161,7 @@ class GroupedExperts(MegatronModule):
 
     def _compute(self, tokens: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> Tensor:
         ends = tokens_per_expert.to(tokens.device, non_blocking=True).cumsum(0).to(torch.int32)
-        places = torch.arange(len(tokens), device=tokens.device, dtype=torch.int32)
-        expert = torch.bucketize(places, ends, right=True, out_int32=True).clamp_max(len(ends) - 1)
+        expert = experts_of_rows(len(tokens), ends)
         hidden = self.linear_fc1.add_bias(self.linear_fc1(tokens, ends), expert, ends)
         config = self.config
         limit, offset = config.activation_func_clamp_value, config.glu_linear_offset

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests import gpu
+
+# The most telling first, so that little time on a GPU shows most: what reaches every run, then whole runs.
+ORDER = ("test_experts", "test_fused", "test_attention", "test_native", "test_te")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts tests of files in `ORDER`, and slow ones behind all others; the rest of a session keeps its order."""
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        name = item.path.stem
+        return item.get_closest_marker("slow") is not None, ORDER.index(name) if name in ORDER else len(ORDER)
+
+    here = [number for number, item in enumerate(items) if item.path.parent == Path(__file__).parent]
+    for number, item in zip(here, sorted((items[number] for number in here), key=place), strict=True):
+        items[number] = item
 
 
 @pytest.fixture(scope="module")

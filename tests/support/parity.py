@@ -1,6 +1,6 @@
 """The parity matrix: every family under every layout against the plain Hugging Face model, in fp32.
 
-    python -m tests.support.parity [--families llama ...] [--layouts dp1 ...]
+    python -m tests.support.parity [--families llama ...] [--layouts dp1 ...] [--backend te]
 
 trains each tiny model four steps under each layout and prints, as a Markdown table, the worst relative error of the
 losses and, below it, the worst relative L2 error of any parameter's first gradient. The tests measure the same cells.
@@ -123,16 +123,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--layouts", nargs="+", default=[*LAYOUTS, *EXPERT_LAYOUTS])
+    parser.add_argument("--backend", choices=("native", "te"), default="native", help="te: over a stand-in on the host")
     chosen = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    te = chosen.backend == "te"
     cells: dict[tuple[str, str], Errors] = {}
-    with tempfile.TemporaryDirectory() as root, contextlib.closing(Pool()) as pool:
+    with tempfile.TemporaryDirectory() as root, contextlib.closing(Pool(stand_in=te)) as pool:
         references = References(Path(root))
         for name in chosen.families:
             for layout, (ranks, degrees) in layouts_of(name).items():
                 if layout in chosen.layouts:
                     folder, wanted = references.get(name, {})
-                    found = pool.run(train, ranks, folder, degrees, INDEX, STEPS, OPTIM, {})[0]
+                    options = ("fp32", "none", None, None, chosen.backend)
+                    found = pool.run(train, ranks, folder, degrees, INDEX, STEPS, OPTIM, {}, *options)[0]
                     cells[name, layout] = errors(found, wanted)
                     print(name, layout, cells[name, layout], flush=True)
     print("\nworst error of a loss / of a parameter's gradient\n")

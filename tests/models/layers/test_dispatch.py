@@ -158,7 +158,10 @@ def layer_on_meta(operators: Recorded) -> tuple[torch.Tensor, GroupedExperts]:
     unit = {"activation_func": F.silu, "activation_func_clamp_value": 7.0, "glu_linear_offset": 1.0}
     experts = GroupedExperts.__new__(GroupedExperts)
     torch.nn.Module.__init__(experts)
-    experts.config, experts.tp_group = SimpleNamespace(**unit), SimpleNamespace(rank=lambda: 0)
+    experts.config, experts.tp_group = (
+        SimpleNamespace(**unit, recompute_granularity=None),
+        SimpleNamespace(rank=lambda: 0),
+    )
     experts.linear_fc1 = expert_linear(HIDDEN, 48, EXPERTS, **shape)
     experts.linear_fc2 = expert_linear(24, HIDDEN, EXPERTS, **shape)
     chosen = torch.ones(12, EXPERTS, dtype=torch.bool, device="meta")
