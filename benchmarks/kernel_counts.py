@@ -181,7 +181,7 @@ def count_step(name: str, layers: int, tokens: int, *, parts: bool) -> Counter:
             packed.supervised = torch.zeros(tokens, dtype=torch.long)
             each = torch.zeros(len(lengths))
             packed.routed = RoutedTokens(
-                real=packed.positions >= 0, document=packed.positions, lengths=each, supervised=each
+                real=packed.positions >= 0, document=packed.positions, lengths=each, supervised=each, real_tokens=tokens
             )
             inputs = torch.zeros((1, tokens), dtype=torch.long)
             with counter:

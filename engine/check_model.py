@@ -107,7 +107,9 @@ def megatron_config(config: RunConfig, description: ModelDescription, backend: s
     if has_experts:
         fields["moe_token_dispatcher_type"] = config.moe.dispatcher
         # Where tokens stay on their rank, `models.layers.dispatch` places them without it.
-        fields["moe_permute_fusion"] = config.ep * config.etp > 1 and fused_permutation()
+        fields["moe_permute_fusion"] = (
+            config.ep * config.etp > 1 and config.moe.dispatcher != "allgather" and fused_permutation()
+        )
     if config.recompute == "selective":
         recomputed_parts(config.recompute_modules, description, backend)
     try:

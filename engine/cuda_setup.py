@@ -7,6 +7,7 @@ imported, for the driver, the allocator and NCCL read it once.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from engine.layout import Layout
 
 RECORDED_COLLECTIVES = 2000  # of each rank, by NCCL's flight recorder
+_SWITCHES = {"NVLS", "NVLSTREE"}  # of NCCL's algorithms, by their names in capitals
 _WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS sums in one order; torch refuses others
 _set: dict[str, str] = {}  # by this process
 
@@ -47,7 +49,7 @@ def wanted(layout: Layout, *, deterministic: bool, dumps: Path) -> list[Setting]
     if deterministic:
         settings += [
             Setting("CUBLAS_WORKSPACE_CONFIG", _WORKSPACES[0]),
-            Setting("NCCL_ALGO", "^NVLS"),  # switches add in the order in which parts arrive
+            Setting("NCCL_ALGO", "^NVLS,NVLSTree"),  # switches add in the order in which parts arrive
             Setting("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0"),
         ]
     return settings
@@ -76,11 +78,12 @@ def check(environment: Mapping[str, str], *, deterministic: bool) -> None:
             f"{environment['NVTE_ALLOW_NONDETERMINISTIC_ALGO']}, with which Transformer Engine's attention does not "
             "repeat its sums; unset it or set 0"
         )
-    algorithms = environment.get("NCCL_ALGO", "^NVLS")
-    if "NVLS" in algorithms.upper() and not algorithms.startswith("^"):
+    algorithms = environment.get("NCCL_ALGO", "^NVLS,NVLSTree")
+    named = set(re.split(r"[^A-Z]+", algorithms.upper())) & _SWITCHES
+    if named != (_SWITCHES if algorithms.startswith("^") else set()):
         raise ValueError(
             f"--deterministic: NCCL_ALGO is {algorithms}, with which switches add in the order in which parts arrive; "
-            "unset it or set ^NVLS"
+            "unset it or set ^NVLS,NVLSTree"
         )
 
 

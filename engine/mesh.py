@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,12 +64,31 @@ def world_options(device: torch.device, timeout_minutes: int) -> dict[str, Any]:
 
     On CUDA it is NCCL alone, also for the few objects that ranks tell each other: gloo would connect every rank of
     every group with every other, and pass a number around all of them one by one after each step. Given its device, a
-    rank's communicator is there at once, those of smaller groups are split off it, and no rank guesses a device.
+    rank's communicator is there at once, and no rank guesses a device.
     """
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if device.type == "cpu":
         return {"backend": "gloo", "timeout": timeout}
     return {"backend": "nccl", "timeout": timeout, "device_id": device}
+
+
+@contextlib.contextmanager
+def _made_by_their_members() -> Iterator[None]:
+    """Lets the ranks of a group alone make its communicator, when they first use it.
+
+    Where the world is bound to a device, torch splits every group off the world instead, and each of thousands of
+    groups then waits for all ranks, one after another (torch 2.13, `distributed_c10d._new_process_group_helper`).
+    """
+    world = distributed.group.WORLD
+    bound = getattr(world, "bound_device_id", None)
+    if bound is None:
+        yield
+        return
+    world.bound_device_id = None
+    try:
+        yield
+    finally:
+        world.bound_device_id = bound
 
 
 def build_mesh(layout: Layout, *, timeout_minutes: int = 30) -> Mesh:
@@ -80,16 +100,17 @@ def build_mesh(layout: Layout, *, timeout_minutes: int = 30) -> Mesh:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     rank, world_size, device = join_world(timeout_minutes=timeout_minutes)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
-        create_gloo_process_groups=False,
-        distributed_timeout_minutes=timeout_minutes,
-    )
+    with _made_by_their_members():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=timeout_minutes,
+        )
     # Nothing is drawn at random in training, but sequence parallelism forks these generators.
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -146,7 +146,8 @@ class Watchdog:
 def write_collectives(file: TextIO) -> None:
     """Writes the last collectives of this rank, by torch's flight recorder; with NCCL written, not yet run."""
     c10d = sys.modules.get("torch._C._distributed_c10d")
-    trace = getattr(c10d, "_dump_fr_trace_json", None)
+    # NCCL's has a record of its own; where torch was built without it there is gloo's alone.
+    trace = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(c10d, "_dump_fr_trace_json", None)
     if trace is None:
         return
     entries = json.loads(trace(True, False)).get("entries", [])

@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from models.layers.fused import fused
 from models.layers.gated import gated_unit
 from models.layers.recompute import again, parts_of
 
@@ -71,19 +72,29 @@ class _AddBias(torch.autograd.Function):
         return gradient, sums_by_expert(gradient, ends), None, None, None
 
 
+@fused()
+def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
+    return (rows * weights[:, None]).to(rows.dtype)
+
+
+@fused()
+def _weighted_gradients(gradient: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of rows and weights."""
+    wide = gradient.to(weights.dtype)
+    return (wide * weights[:, None]).to(rows.dtype), (wide * rows).sum(-1)
+
+
 class _Weighted(torch.autograd.Function):
-    """rows [tokens, width] times weights [tokens] in fp32, rounded once to the rows' dtype without a copy in fp32."""
+    """rows [tokens, width] times weights [tokens] in fp32, rounded once to the rows' dtype."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights)
-        return torch.mul(rows, weights[:, None], out=torch.empty_like(rows))
+        return _weighted(rows, weights)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor):
-        rows, weights = ctx.saved_tensors
-        weights_gradient = (gradient.to(weights.dtype) * rows).sum(-1)
-        return torch.mul(gradient, weights[:, None], out=torch.empty_like(rows)), weights_gradient
+        return _weighted_gradients(gradient, *ctx.saved_tensors)
 
 
 def experts_of_rows(count: int, ends: Tensor) -> Tensor:

@@ -96,7 +96,11 @@ class PackedMoELayer(MoELayer):
         weights, chosen = self.router(states, padding_mask)
         if self.all_experts_here:
             return self._forward_here(states, weights, chosen, padding_mask), None
-        self.token_dispatcher.real_tokens = padding_mask.real_tokens
+        real_tokens = padding_mask.real_tokens
+        if real_tokens == 0 and self.config.moe_permute_fusion:
+            # The kernels hand back what they are given where that is no row at all: one of padding goes, at weight 0.
+            chosen, real_tokens = _with_one_token(chosen, self.config.moe_router_topk), 1
+        self.token_dispatcher.real_tokens = real_tokens
         dispatched, weights = self.preprocess(states, weights, chosen)
         dispatched, weights = self.dispatch(dispatched, weights)
         output, _ = self.routed_experts_compute(dispatched, weights)
@@ -110,6 +114,12 @@ class PackedMoELayer(MoELayer):
         rows, weights = to_experts(states.flatten(0, 1), weights, places)
         outputs, _ = self.experts(rows, places.tokens_per_expert, weights)
         return from_experts(outputs, places).view_as(states)
+
+
+def _with_one_token(chosen: Tensor, topk: int) -> Tensor:
+    """chosen [tokens, experts], where the first token goes to the first experts."""
+    places = torch.arange(chosen.numel(), device=chosen.device).view_as(chosen)
+    return chosen | (places < topk)
 
 
 def set_routers(chunks: list, *, aux_loss: float, frozen: bool) -> None:
