@@ -47,7 +47,7 @@ setup(
         "math-verify>=0.8",
     ],
     extras_require={
-        "te": ["transformer-engine[pytorch]>=2.9,<2.13"],
+        "te": ["transformer-engine[pytorch]>=2.10,<2.13"],
         "eval": ["vllm"],
         "track": ["wandb>=0.20"],
         "bench": ["trl==1.16.*", "accelerate>=1.10", "liger-kernel>=0.5"],

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 KINDS = ("matrix products", "attention", "norms", "rotary", "gated unit", "residuals", "experts", "weight gradients",
          "loss", "other")  # fmt: skip
-FUSED_KINDS = {"norm": "norms", "rope": "rotary", "gated": "gated unit", "loss": "loss"}
+FUSED_KINDS = {"norm": "norms", "rope": "rotary", "gated": "gated unit", "loss": "loss", "experts": "experts"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided"}
 PICKED = {"embedding", "index_select", "gather", "index"}  # read no more of the first input than they write

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 
 from engine.config import MoeConfig, RunConfig
-from engine.fp8 import check_fp8, check_fp8_device
+from engine.fp8 import check_fp8
 from engine.host import device_versions
 from engine.layout import Layout, check_expert_widths, check_layout, check_sequence
 from models.build import TransformerConfig, recomputed_parts, transformer_config
@@ -14,7 +14,9 @@ from models.description import ModelDescription
 from models.layers.dispatchers import fused_permutation
 
 
-def check_model(config: RunConfig, description: ModelDescription, world_size: int, *, pad_multiple: int) -> None:
+def check_model(
+    config: RunConfig, description: ModelDescription, world_size: int, *, pad_multiple: int, cuda: bool = False
+) -> None:
     """Refuses what model, layout and sizes do not allow together; needs neither weights nor data."""
     layout: Layout = config.layout
     check_layout(layout, world_size, description)
@@ -22,7 +24,8 @@ def check_model(config: RunConfig, description: ModelDescription, world_size: in
     check_expert_widths(layout, description, 4 if config.precision == "fp32" else 2)
     check_sequence(layout, config.seq_len, pad_multiple)
     if config.precision == "fp8":
-        check_fp8(config.fp8, layout, config.seq_len * config.micro_batch_size, description)
+        tokens = config.seq_len * config.micro_batch_size
+        check_fp8(config.fp8, layout, tokens, description, device_versions() if cuda else None)
     if config.seq_len > description.max_position_embeddings:
         raise ValueError(
             f"--seq-len {config.seq_len} exceeds the model's max_position_embeddings "
@@ -44,8 +47,6 @@ def check_experts(moe: MoeConfig, description: ModelDescription) -> None:
 def check_machine(config: RunConfig, *, cuda: bool) -> None:
     """Refuses what this machine cannot do."""
     check_dispatcher(config, cuda=cuda)
-    if config.precision == "fp8" and cuda:
-        check_fp8_device(config.fp8, *device_versions())
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--log.wandb needs Weights & Biases, which is not installed: pip install 'lathe[track]'")
 

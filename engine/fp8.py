@@ -8,6 +8,7 @@ from engine.layout import Layout
 from models.description import ModelDescription
 
 NO_LIMIT = (99, 0)
+Machine = tuple[tuple[int, int], tuple[int, int]]  # compute capability, CUDA's version
 
 
 @dataclass(frozen=True)
@@ -38,25 +39,29 @@ RECIPES = {
 }
 
 
-def check_fp8_device(name: str, capability: tuple[int, int], cuda: tuple[int, int]) -> None:
-    """Refuses a recipe that a GPU of this compute capability cannot run; ValueError that names those that can."""
-    if lack := RECIPES[name].lacks(capability, cuda):
-        able = [f"--fp8 {other}" for other, recipe in RECIPES.items() if not recipe.lacks(capability, cuda)]
-        raise ValueError(f"--fp8 {name} {lack}; {_offer(able)}")
+def check_fp8(
+    name: str, layout: Layout, tokens: int, description: ModelDescription, machine: Machine | None = None
+) -> None:
+    """Refuses a recipe that sizes or a GPU do not allow; ValueError that names those that work there.
 
-
-def check_fp8(name: str, layout: Layout, tokens: int, description: ModelDescription) -> None:
-    """Refuses sizes that an FP8 product cannot take, naming recipes that can; `tokens` are a microbatch's."""
+    tokens: a microbatch's. machine: (compute capability, CUDA's version), None where no GPU is to be asked.
+    """
     sizes = _sizes(layout, tokens, description)
-    unit = RECIPES[name].unit
-    wrong = next((what for what, size in sizes.items() if size % unit), None)
+    lack = _lack(name, sizes, machine)
+    if lack is None:
+        return
+    able = [f"--fp8 {other}" for other in RECIPES if _lack(other, sizes, machine) is None]
+    offer = f"{' or '.join(able)} {'works' if machine else 'fits'} here" if able else "use --precision bf16"
+    raise ValueError(f"--fp8 {name} {lack}; {offer}")
+
+
+def _lack(name: str, sizes: dict[str, int], machine: Machine | None) -> str | None:
+    """What keeps a recipe from being used, or None."""
+    recipe = RECIPES[name]
+    wrong = next((what for what, size in sizes.items() if size % recipe.unit), None)
     if wrong is not None:
-        able = [
-            f"--fp8 {other}"
-            for other, recipe in RECIPES.items()
-            if not any(size % recipe.unit for size in sizes.values())
-        ]
-        raise ValueError(f"--fp8 {name} multiplies in units of {unit}, which does not divide {wrong}; {_offer(able)}")
+        return f"takes products in units of {recipe.unit}, which does not divide {wrong}"
+    return recipe.lacks(*machine) if machine else None
 
 
 def _sizes(layout: Layout, tokens: int, description: ModelDescription) -> dict[str, int]:
@@ -78,7 +83,3 @@ def _sizes(layout: Layout, tokens: int, description: ModelDescription) -> dict[s
 
 def _dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
-
-
-def _offer(able: list[str]) -> str:
-    return f"{' or '.join(able)} works here" if able else "use --precision bf16"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -16,6 +15,8 @@ from functools import cache
 import torch
 from packaging.version import Version
 from torch.overrides import TorchFunctionMode
+
+from engine.layout import world_from_environment
 
 _TE, _LEAST_TE = "transformer_engine", "2.10"
 _place = torch.device("cpu")  # where "cuda" goes
@@ -173,7 +174,7 @@ def transformer_engine_fault() -> str | None:
 
 def device_versions() -> tuple[tuple[int, int], tuple[int, int]]:
     """(compute capability, version of CUDA that torch was built for) of this rank's GPU."""
-    number = int(os.environ.get("LOCAL_RANK", "0"))  # asking for the first would occupy it for every rank
+    number = world_from_environment()[2]  # asking for the first would occupy it for every rank
     major, minor = (torch.version.cuda or "0.0").split(".")[:2]
     return torch.cuda.get_device_capability(number), (int(major), int(minor))
 
@@ -212,3 +213,6 @@ def enable() -> bool:
         _enabled = _HostMode()
         _enabled.__enter__()
     return True
+
+
+transformer_engine_fault()  # whoever imports this file imports megatron-core next

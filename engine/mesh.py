@@ -79,8 +79,8 @@ def _made_by_their_members() -> Iterator[None]:
     Where the world is bound to a device, torch splits every group off the world instead, and each of thousands of
     groups then waits for all ranks, one after another (torch 2.13, `distributed_c10d._new_process_group_helper`).
     """
-    world = distributed.group.WORLD
-    bound = getattr(world, "bound_device_id", None)
+    world: Any = distributed.group.WORLD
+    bound = world.bound_device_id
     if bound is None:
         yield
         return

@@ -75,7 +75,7 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     base_model = _base_model(config, resume, data_vocab_size)
     description = base_model.description
     pad_multiple = config.pad_multiple if resume is None else _kept_padding(resume, config.pad_documents_to, config.cp)
-    check_model(config, description, world_size, pad_multiple=pad_multiple)
+    check_model(config, description, world_size, pad_multiple=pad_multiple, cuda=cuda)
     check_machine(config, cuda=cuda)
     base_model.check()
     missing = host.transformer_engine_fault()

@@ -85,7 +85,7 @@ class Trainer:
         )
         self.optimizer = build_optimizer(config.optim, self.chunks, mesh, bf16=config.precision != "fp32")
         shards = own_shards(self.chunks, self.optimizer, checkpoint.sharding_metadata(mesh))
-        self.scales = DelayedScales(chunks, config.layout, mesh.rank)
+        self.scales = DelayedScales(chunks, mesh)
         asynchronous = config.checkpoint.asynchronous == "on"
         self.saver = Saver(prepared.run, [*shards, *self.scales.shards()], mesh, asynchronous=asynchronous)
         self.step = 0
@@ -94,8 +94,9 @@ class Trainer:
         else:
             manifest = prepared.resume.manifest
             checkpoint.load(prepared.resume, shards, self.chunks)
-            if not self.scales.load(StoreReader(prepared.resume.directory / STATE)) and mesh.is_logger:
-                print("fp8: delayed scales start anew, the checkpoint has none for this layout", file=sys.stderr)
+            anew = self.scales.load(StoreReader(prepared.resume.directory / STATE))
+            if anew and mesh.dp_rank == mesh.tp_rank == mesh.cp_rank == 0:
+                print(f"fp8: delayed scales of {anew} modules start anew, the checkpoint has none", file=sys.stderr)
             self.loader.load_state_dict(manifest["data"])
             self.step = prepared.resume.step
             set_steps_taken(self.optimizer, manifest.get("optimizer_step", self.step))
@@ -190,7 +191,8 @@ class Trainer:
             chunk.eval()
         for name, loader in self.valid_loaders.items():
             sources = told_apart(loader)
-            sums = self._held_out_sums(loader, len(sources), watchdog, stop, starting)
+            with self.scales.untouched():
+                sums = self._held_out_sums(loader, len(sources), watchdog, stop, starting)
             if sums is None:
                 break
             whole += sums[0]

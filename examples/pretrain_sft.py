@@ -82,9 +82,6 @@ def prepare(arguments: list[str], rank: int, world_size: int) -> Prepared | int:
     # What is mistyped has been said: torch and megatron-core take seconds to import.
     import torch
 
-    from engine.host import transformer_engine_fault
-
-    transformer_engine_fault()  # before megatron-core, which a broken one would end
     from engine.prepare import prepare_run
 
     try:

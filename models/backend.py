@@ -35,7 +35,7 @@ def _why_native(cuda: bool, precision: str, missing: str | None) -> str | None:
     if missing is not None:
         return missing
     if precision == "fp32":
-        return "Transformer Engine's attention has no fp32"
+        return "Transformer Engine's layers are taken in bf16 and fp8 alone"
     return None
 
 

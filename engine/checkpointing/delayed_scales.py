@@ -1,67 +1,99 @@
 """What FP8's delayed recipe carries from step to step: scales, and the largest numbers that they come from.
 
-Transformer Engine keeps them in its modules. They are saved as one vector a rank, for that rank of the same layout:
-under another layout, as after another precision, they start anew, and the steps that follow choose them again.
+Transformer Engine keeps them in its modules, the same on all ranks of a pipeline stage: largest numbers are taken over
+all of them. A checkpoint has a vector for each module, by the name that the module has in the whole model, so that
+another layout finds them too. Modules of which it has none, as of experts under another --ep, start anew.
 """
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from engine.checkpointing.directory import FP8
 from engine.checkpointing.shards import Shard
 from engine.checkpointing.store_reader import StoreReader
-from engine.layout import Layout
+from engine.mesh import Mesh
 
-PREFIX = "fp8."  # of such keys of a checkpoint
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
 class DelayedScales:
-    """This rank's scales; none where the run has another precision or recipe."""
+    """The scales of this rank's modules; none where the run has another precision or recipe."""
 
-    def __init__(self, chunks: Sequence[Any], layout: Layout, rank: int):
-        self._kept = list(_kept(chunks))
-        count = sum(tensor.numel() for tensor in self._kept)
-        self._vector = torch.zeros(count, device=self._kept[0].device if self._kept else None)
-        degrees = "-".join(f"{name}{getattr(layout, name)}" for name in ("tp", "cp", "pp", "vpp", "ep", "etp"))
-        self._key = f"{PREFIX}delayed_scales.{degrees}.rank_{rank}"
+    def __init__(self, chunks: Sequence[Any], mesh: Mesh):
+        self._kept = {f"{FP8}{name}": kept for chunk in chunks for name, kept in _kept(chunk)}
+        self._vectors = {key: _joined(kept) for key, kept in self._kept.items()}
+        self._writes = mesh.dp_rank == mesh.tp_rank == mesh.cp_rank == 0
 
     def shards(self) -> list[Shard]:
         """What to save of them; `note` brings it up to date."""
-        if not self._kept:
-            return []
-        return [Shard(key=self._key, shape=tuple(self._vector.shape), offsets=(0,), weight=self._vector)]
+        return [
+            Shard(key=key, shape=tuple(vector.shape), offsets=(0,), weight=vector, written=self._writes)
+            for key, vector in self._vectors.items()
+        ]
 
     def note(self) -> None:
         """Takes what the modules hold into what is saved."""
-        if self._kept:
-            torch.cat([tensor.flatten() for tensor in self._kept], out=self._vector)
+        for key, kept in self._kept.items():
+            self._vectors[key].copy_(_joined(kept))
 
-    def load(self, store: StoreReader) -> bool:
-        """Gives the modules what was saved for them; False where there is nothing of this layout."""
-        if self._key not in store or store.shape(self._key) != tuple(self._vector.shape):
-            return not self._kept
-        parts = store.read(self._key).to(self._vector.device).split([tensor.numel() for tensor in self._kept])
-        for tensor, part in zip(self._kept, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
-        return True
+    def load(self, store: StoreReader) -> int:
+        """Gives the modules what was saved for them; returns how many start anew."""
+        missing = 0
+        for key, vector in self._vectors.items():
+            if key in store and store.shape(key) == tuple(vector.shape):
+                _put_back(self._kept[key], store.read(key).to(vector.device))
+            else:
+                missing += 1
+        return missing
+
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Leaves the scales as they are, whatever passes are made inside: those without gradients note numbers, too."""
+        before = {key: _joined(kept) for key, kept in self._kept.items()}
+        try:
+            yield
+        finally:
+            for key, kept in self._kept.items():
+                _put_back(kept, before[key])
 
 
-def _kept(chunks: Sequence[Any]) -> Iterator[Tensor]:
-    """The modules' tensors, made where the first step has not made them yet."""
-    for chunk in chunks:
-        config = chunk.config
-        if config.fp8_recipe != "delayed" or not config.fp8:
-            continue
-        from megatron.core.fp8_utils import get_fp8_context
+def _joined(kept: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in kept])
 
-        with get_fp8_context(config):
-            for module in chunk.modules():
-                if hasattr(module, "fuse_wgrad_accumulation"):  # Transformer Engine's, that multiply
-                    module.init_fp8_metadata(num_gemms=getattr(module, "num_gemms", 1))
-                    for direction in ("scaling_fwd", "scaling_bwd"):
-                        state = module.fp8_meta[direction]
-                        yield from (state.scale, state.amax_history)
+
+def _put_back(kept: Sequence[Tensor], vector: Tensor) -> None:
+    parts = vector.split([tensor.numel() for tensor in kept])
+    for tensor, part in zip(kept, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def _kept(chunk: Any) -> Iterator[tuple[str, list[Tensor]]]:
+    """Names in the whole model and tensors, made where the first step has not made them yet."""
+    config = chunk.config
+    if not config.fp8 or config.fp8_recipe != "delayed":
+        return
+    from megatron.core.fp8_utils import get_fp8_context
+
+    with get_fp8_context(config):
+        for name, module in chunk.named_modules():
+            if not hasattr(module, "fuse_wgrad_accumulation"):  # what Transformer Engine multiplies with has it
+                continue
+            module.init_fp8_metadata(num_gemms=getattr(module, "num_gemms", 1))
+            states = (module.fp8_meta["scaling_fwd"], module.fp8_meta["scaling_bwd"])
+            yield _name(chunk, name), [tensor for state in states for tensor in (state.scale, state.amax_history)]
+
+
+def _name(chunk: Any, name: str) -> str:
+    """A module's name with its layer's number in the whole model instead of that in the stage."""
+    found = _LAYER.match(name)
+    if found is None:
+        return name
+    layer = chunk.decoder.layers[int(found[1])].layer_number - 1
+    return f"decoder.layers.{layer}.{name[found.end() :]}"

@@ -25,6 +25,7 @@ FORMAT = 1
 STATE = "state"
 HF = "hf"
 DATA_FILES = "*.distcp"
+FP8 = "fp8."  # keys of what FP8 carries from step to step, beside those of the model and of the optimizer
 METADATA = ".metadata"  # of `state`: which piece of which tensor lies where
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpointing.directory import HF, STATE, read_manifest
+from engine.checkpointing.directory import FP8, HF, STATE, read_manifest
 from engine.checkpointing.export_sums import write_small_sums, write_weight_sums
 from engine.checkpointing.store_reader import Scratch, StoreReader, box_of, master_key
 from engine.checkpointing.workers import Advance, Bar, no_bar, run_workers, share_of
@@ -87,7 +87,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     store = StoreReader(path / STATE)
     expected = {rule.key: rule.shape for rule in description.rules}
-    present = {key for key in set(store.keys()) if not key.startswith(("optimizer.", "fp8."))}
+    present = {key for key in set(store.keys()) if not key.startswith(("optimizer.", FP8))}
     for verb, keys in (("lacks", expected.keys() - present), ("has unknown", present - expected.keys())):
         if keys:
             names = ", ".join(sorted(keys)[:5])

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 
 from data.checksums import sums_of
-from engine.checkpointing.directory import HF, METADATA, STATE, read_manifest, sync_tree, write_manifest
+from engine.checkpointing.directory import FP8, HF, METADATA, STATE, read_manifest, sync_tree, write_manifest
 from engine.checkpointing.image import Image, pieces_of
 from engine.checkpointing.image_writer import ImageWriter
 from engine.checkpointing.shards import Shard
@@ -176,7 +176,12 @@ class Saver:
     @torch.no_grad()
     def _check_finite(self, step: int) -> None:
         """FloatingPointError on every rank where a number of any is not finite."""
-        tensors = [(key, tensor) for shard in self._shards for key, tensor in shard.tensors() if tensor.numel()]
+        tensors = [
+            (key, tensor)
+            for shard in self._shards
+            for key, tensor in shard.tensors()
+            if tensor.numel() and not key.startswith(FP8)
+        ]
         extremes = [torch.stack(torch.aminmax(tensor)).float() for _, tensor in tensors]
         fine = torch.stack(extremes).isfinite().all(dim=1).tolist() if extremes else []
         bad = sorted({key for (key, _), good in zip(tensors, fine, strict=True) if not good})[:3]

@@ -73,28 +73,33 @@ class _AddBias(torch.autograd.Function):
 
 
 @fused()
-def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
+def _product(rows: Tensor, weights: Tensor) -> Tensor:
     return (rows * weights[:, None]).to(rows.dtype)
 
 
 @fused()
-def _weighted_gradients(gradient: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _product_gradients(gradient: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of rows and weights."""
     wide = gradient.to(weights.dtype)
     return (wide * weights[:, None]).to(rows.dtype), (wide * rows).sum(-1)
 
 
 class _Weighted(torch.autograd.Function):
-    """rows [tokens, width] times weights [tokens] in fp32, rounded once to the rows' dtype."""
+    """See `weighted`."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights)
-        return _weighted(rows, weights)
+        return _product(rows, weights)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor):
-        return _weighted_gradients(gradient, *ctx.saved_tensors)
+        return _product_gradients(gradient, *ctx.saved_tensors)
+
+
+def weighted(rows: Tensor, weights: Tensor) -> Tensor:
+    """rows [tokens, width] times weights [tokens] in fp32, rounded once to the rows' dtype."""
+    return _Weighted.apply(rows, weights)
 
 
 def experts_of_rows(count: int, ends: Tensor) -> Tensor:
@@ -107,7 +112,7 @@ def add_weighted_bias(rows: Tensor, bias: Tensor, weights: Tensor, ends: Tensor,
     """rows [tokens, width] with their bias [experts, width] times weights [tokens]; `adds` as in `add_bias`."""
     nothing = rows.new_zeros((1, 1)).expand_as(rows)
     own = _AddBias.apply(nothing, bias, experts_of_rows(len(rows), ends), ends, adds)
-    return rows + _Weighted.apply(own, weights)
+    return rows + weighted(own, weights)
 
 
 def sums_by_expert(rows: Tensor, ends: Tensor) -> Tensor:
@@ -182,7 +187,7 @@ class GroupedExperts(MegatronModule):
         output = self.linear_fc2(unit, ends)
         # One rank adds it, but every rank holds it and must find its gradient.
         output = self.linear_fc2.add_bias(output, expert, ends, adds=self.tp_group.rank() == 0)
-        return _Weighted.apply(output, weights)
+        return weighted(output, weights)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Global tensors [experts, ...]: a rank holds its experts, and of these its part of the feed-forward size."""

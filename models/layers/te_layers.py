@@ -9,12 +9,14 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm, TERowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from torch import Tensor
 from torch.nn import Parameter
 
-from models.layers.experts import add_weighted_bias
+from models.layers.experts import add_weighted_bias, weighted
+from models.layers.gated import gated_unit
 from models.layers.rope import Rope, rotate
 
 
@@ -66,16 +68,37 @@ class TEExperts(TEGroupedMLP):
                 if name.startswith("bias"):
                     set_tensor_model_parallel_attributes(parameter, True, 0, 1)
 
-    def _apply_bias(self, states, biases, tokens_per_expert, weights):
-        """Adds each expert's bias times its tokens' weights; of an expert's ranks, whose sum counts, on the first.
+    def forward(self, tokens: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> tuple[Tensor, None]:
+        """tokens [tokens, hidden] sorted by expert, tokens_per_expert [experts], weights [tokens]; as `GroupedExperts`.
 
-        All experts at once, where megatron-core's own takes one after the other.
+        Like megatron-core's own, but for the gated unit and the biases: these are Lathe's, a kernel each.
         """
-        if biases is None:
-            return states
-        ends = torch.tensor(tokens_per_expert, device=states.device).cumsum(0).to(torch.int32)
-        adds = self.tp_group.rank() == 0
-        return add_weighted_bias(states, torch.stack(tuple(biases)), weights.flatten(), ends, adds=adds)
+        counts = tokens_per_expert.tolist()  # Transformer Engine wants them on the host: a layer waits here
+        rows, given = tokens, counts
+        if self.config.fp8:
+            rows, counts = self.quantization_padding(tokens, given)
+            weights, _ = self.quantization_padding(weights[:, None], given)
+            weights = weights.flatten()
+        hidden, _ = self.linear_fc1(rows, counts)
+        unit = self._recomputed_unit if self.activation_recompute else self._unit
+        output, biases = self.linear_fc2(unit(hidden, weights), counts)
+        if self.activation_recompute:
+            self.activation_checkpoint.discard_output_and_register_recompute(output)
+        if biases is not None:
+            ends = torch.tensor(counts, device=output.device).cumsum(0).to(torch.int32)
+            # One rank of an expert's adds them, but every rank holds them and must find their gradients.
+            adds = self.tp_group.rank() == 0
+            output = add_weighted_bias(output, torch.stack(tuple(biases)), weights, ends, adds=adds)
+        return (self.quantization_unpadding(output, given) if self.config.fp8 else output), None
+
+    def _unit(self, hidden: Tensor, weights: Tensor) -> Tensor:
+        config = self.config
+        limit, offset = config.activation_func_clamp_value, config.glu_linear_offset
+        return weighted(gated_unit(hidden, config.activation_func, limit, offset), weights)
+
+    def _recomputed_unit(self, hidden: Tensor, weights: Tensor) -> Tensor:
+        self.activation_checkpoint = CheckpointWithoutOutput()
+        return self.activation_checkpoint.checkpoint(self._unit, hidden, weights)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Slices of global tensors [experts, ...]: each expert's own, and of it this rank's feed-forward part."""

@@ -60,7 +60,7 @@ def test_the_parts_of_fused_functions_are_counted_when_asked_for(counts):
     assert {kind: found.layer[kind].kernels for kind in ("norms", "rotary", "gated unit")} == {
         "norms": 42,
         "rotary": 14,
-        "gated unit": 9,
+        "gated unit": 7,
     }
     assert found.layer["norms"].bytes / TOKENS / (2 * HIDDEN) == pytest.approx(122, abs=0.1)
 
@@ -73,6 +73,9 @@ def test_layers_with_experts_fuse_the_same(counts):
         "gated unit": 2,
     }
     assert found.layer["gated unit"].bytes / TOKENS == 16 * 2880 * 4
+    # The router, the rows that go to experts and come back, biases and weights of choices.
+    experts = found.layer["experts"]
+    assert (experts.kernels, round(experts.bytes / TOKENS)) == (96, 1_021_241)
 
 
 def test_views_cost_nothing_and_what_is_written_is_counted(counts):

@@ -60,7 +60,7 @@ def tensors_in_cycles(folder, steps: int) -> list[str]:
     wrapped = wrap_chunks(part.chunks, part.mesh)
     optimizer = build_optimizer(OptimConfig(lr=1e-3, schedule="constant"), wrapped, part.mesh, bf16=False)
     loader = make_loader(conversations(30), part.mesh, {})
-    kernel = attention_kernel("native", part.mesh.device, part.config.params_dtype)
+    kernel = attention_kernel("native", part.mesh.device, part.config.params_dtype, part.description)
     garbage: list[str] = []
     for step in range(steps):
         gc.collect()

@@ -122,7 +122,7 @@ def test_an_interrupt_reaches_the_run_and_ends_the_sweep(inputs, tmp_path):
 
 
 @pytest.mark.parametrize(("sent", "heard"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGTERM")])
-def test_what_ends_a_sweep_is_passed_on_to_the_run(tmp_path, sent, heard):
+def test_what_ends_a_sweep_is_passed_on_to_the_run(tmp_path, monkeypatch, sent, heard):
     """The training script has a session of its own: what is not passed on would leave it running."""
     script = (
         "import os, pathlib, signal, sys, time\n"
@@ -130,6 +130,8 @@ def test_what_ends_a_sweep_is_passed_on_to_the_run(tmp_path, sent, heard):
         f"os.kill(os.getppid(), signal.{sent})\n"
         "time.sleep(60)\n"
     )
+    # A test run in the background may have been started to ignore it.
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
     with pytest.raises(KeyboardInterrupt):
         lr_sweep.run_to_the_end([sys.executable, "-c", script, str(tmp_path / "note")])
     assert (tmp_path / "note").read_text() == "heard"

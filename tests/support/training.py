@@ -52,7 +52,12 @@ def start(
     mesh = build_mesh(layout)
     extra = {"moe_token_dispatcher_type": moe.dispatcher} | (fields or {})
     parts = () if recompute in ("none", "full", "selective") else tuple(recompute.split())
-    settings = {"recompute": "selective" if parts else recompute, "recompute_modules": parts, "extra": extra}
+    settings = {
+        "recompute": "selective" if parts else recompute,
+        "recompute_modules": parts,
+        "extra": extra,
+        "backend": backend,
+    }
     config = transformer_config(description, layout=layout, precision=precision, **settings)
     chunks = build_chunks(description, config, backend=backend, groups=mesh.groups)
     set_routers(chunks, aux_loss=moe.aux_loss, frozen=moe.freeze_router)

@@ -80,8 +80,8 @@ CHOSEN = SPARSE["num_experts_per_tok"]
         (DENSE, "mlp", 2 * 5 * FFN),
         (EXPERTS, "norm", 2 * 2 * HIDDEN),
         (EXPERTS, "activation", 2 * CHOSEN * SPARSE["intermediate_size"]),
-        # Everything inside, two indexes of biases for each expert too, beside the tokens that go there.
-        (EXPERTS, "experts", CHOSEN * (6 * SPARSE["intermediate_size"] + 2 * HIDDEN + 2 * 8)),
+        # Everything inside, beside the tokens that go there.
+        (EXPERTS, "experts", CHOSEN * (6 * SPARSE["intermediate_size"] + 2 * HIDDEN)),
         (EXPERTS, "selective", 2 * 2 * HIDDEN + 2 * CHOSEN * SPARSE["intermediate_size"]),
     ],
 )

@@ -75,21 +75,24 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states: Tensor, weight: Parameter, quantizers, fused: bool) -> Tensor:
-        ctx.weight, ctx.quantizers, ctx.fused = weight, quantizers, fused
+        ctx.quantizers, ctx.fused = quantizers, fused
+        ctx.main_grad = lambda: weight.main_grad  # as the real one, which sees what is saved without its attributes
         read, used = (states, weight) if quantizers is None else (quantizers[0](states), quantizers[1](weight))
-        ctx.save_for_backward(read, used)
+        ctx.save_for_backward(read, used, weight)
         return read @ used.t()
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        read, used = ctx.saved_tensors
+        read, used, weight = ctx.saved_tensors
         if ctx.quantizers is not None:
             gradient = ctx.quantizers[2](gradient)
         own = gradient.t() @ read
         if ctx.fused:
-            ctx.weight.main_grad.add_(own)
-            ctx.weight.grad_added_to_main_grad = True
-            own = torch.zeros_like(own)
+            ctx.main_grad().add_(own)
+            if not hasattr(weight, "grad_added_to_main_grad"):
+                return gradient @ used, None, None, None
+            weight.grad_added_to_main_grad = True
+            own = torch.full_like(own, torch.nan)  # of the real one nobody knows what is in it
         return gradient @ used, own, None, None
 
 
