@@ -36,7 +36,7 @@ class PackedLayer(TransformerLayer):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.recomputed = parts_of(self.config)
+        self.recomputed = {"norm", "activation"} & set(parts_of(self.config))  # what native modules mark
         for norm in (self.input_layernorm, self.pre_mlp_layernorm):
             if isinstance(norm, RMSNorm):
                 norm.recompute = "norm" in self.recomputed

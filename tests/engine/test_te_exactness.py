@@ -11,9 +11,11 @@ import shutil
 import numpy as np
 import pytest
 
+from engine.checkpointing.directory import FP8, STATE
+from engine.checkpointing.store_reader import StoreReader
 from tests import gpu
 from tests.support.parity import INDEX, LAYOUTS, OPTIM, STEPS, References, errors, layouts_of
-from tests.support.te import described, nothing_but_padding, resumed_by
+from tests.support.te import described, nothing_but_padding, resumed_by, scales_of
 from tests.support.tiny import conversations, make_inputs, reference, save_model
 from tests.support.training import step_batches, train
 from tests.support.world import Pool
@@ -106,6 +108,21 @@ def test_fp8_resumes_bit_for_bit(stand_in, tmp_path, recipe, layout):
     )
     for key in ("step", "loss", "grad_norm", "lr"):
         assert [line[key] for line in cut] == [line[key] for line in whole]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "layout"), [(4, ("--pp", "2")), (2, ("--tp", "2")), (1, ())])
+def test_delayed_scales_are_found_by_any_layout(stand_in, tmp_path, ranks, layout):
+    """Saved by two stages; each rank takes up those of the layers that it has then."""
+    inputs = fp8_inputs(tmp_path, "qwen3_tied")
+    shape = ("--seq-len", "256", "--precision", "fp8", "--fp8", "delayed", "--pp", "2")
+    stand_in.run(resumed_by, 2, inputs, tmp_path / "run", ("te",), *shape)
+    store = StoreReader(tmp_path / "run" / "checkpoints" / "step_000006" / STATE)
+    saved = {key: store.read(key).tolist() for key in store.keys() if key.startswith(FP8)}  # noqa: SIM118
+    assert len(saved) == 2 * 4 and len({tuple(one) for one in saved.values()}) == len(saved)
+    found = stand_in.run(scales_of, ranks, inputs, tmp_path / "run", "--seq-len", "256", *layout)
+    assert {key for rank in found for key in rank} == saved.keys()
+    assert all(rank[key] == saved[key] for rank in found for key in rank)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

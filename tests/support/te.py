@@ -13,10 +13,11 @@ from torch import distributed
 from data.loader import Microbatch
 from engine.cli import parse_run
 from engine.layout import Layout
-from engine.mesh import destroy_mesh
+from engine.mesh import build_mesh, destroy_mesh
 from engine.prepare import prepare_run
 from engine.step import run_microbatches, wrap_chunks
 from engine.train import train
+from engine.trainer import Trainer
 from models.build import sharded_tensors
 from tests.support.training import SMALL_BUCKETS, start
 
@@ -40,6 +41,22 @@ def resumed_by(inputs: Path, output: Path, backends: Sequence[str], *flags: str)
             train(prepare_run(config, world_size=distributed.get_world_size(), cuda=False))
         destroy_mesh()
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def scales_of(inputs: Path, output: Path, *flags: str) -> dict[str, list[float]]:
+    """This rank's delayed scales once it has taken up a run again, by their keys."""
+    paths = ["--model", inputs / "model", "--data", inputs / "data", "--output", output]
+    shape = "--global-batch-size 8 --steps 7 --optim.lr 1e-3 --optim.schedule constant --precision fp8 --fp8 delayed"
+    config = parse_run([*map(str, paths), *shape.split(), *flags])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.prepare.choose_backend", lambda *_, **__: ("te", "asked for"))
+        prepared = prepare_run(config, world_size=distributed.get_world_size(), cuda=False)
+    trainer = Trainer(prepared, build_mesh(config.layout))
+    trainer.scales.note()
+    found = {shard.key: shard.weight.tolist() for shard in trainer.scales.shards()}
+    trainer.saver.close()
+    destroy_mesh()
+    return found
 
 
 def nothing_but_padding(folder: Path, tokens: int = 96) -> float:

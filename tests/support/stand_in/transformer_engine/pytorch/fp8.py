@@ -26,7 +26,9 @@ class FP8GlobalStateManager:
 
     recipe: Recipe | None = None
     group: Any = None
-    delayed: ClassVar[list[DelayedScale]] = []
+    forward: ClassVar[list[DelayedScale]] = []
+    backward: ClassVar[list[DelayedScale]] = []
+    first = False  # whether the next product is the first of a pass, whose backward is the last
 
     @classmethod
     def is_fp8_enabled(cls) -> bool:
@@ -36,6 +38,13 @@ class FP8GlobalStateManager:
     def get_fp8_recipe(cls) -> Recipe:
         assert cls.recipe is not None
         return cls.recipe
+
+    @classmethod
+    def take_first(cls) -> bool:
+        """True once a pass that has gradients."""
+        first = cls.first and torch.is_grad_enabled()
+        cls.first = cls.first and not first
+        return first
 
     @classmethod
     def with_fp8_parameters(cls) -> bool:
@@ -54,13 +63,14 @@ def fp8_autocast(
     assert not calibrating and not _graph
     manager = FP8GlobalStateManager
     before = manager.recipe, manager.group
+    manager.first = manager.first or (enabled and manager.recipe is None)
     manager.recipe, manager.group = (fp8_recipe if enabled else None), fp8_group
     try:
         yield
     finally:
         manager.recipe, manager.group = before
         if enabled and manager.recipe is None and torch.is_grad_enabled():
-            for scale in manager.delayed:
+            for scale in manager.forward:
                 scale.update(fp8_group)
 
 

@@ -42,7 +42,8 @@ class TransformerEngineBaseModule(torch.nn.Module):
         if isinstance(recipe, DelayedScaling) and "scaling_fwd" not in self.fp8_meta:
             self.fp8_meta["scaling_fwd"] = DelayedScale(3 * num_gemms, recipe, torch.float8_e4m3fn)
             self.fp8_meta["scaling_bwd"] = DelayedScale(2 * num_gemms, recipe, torch.float8_e5m2)
-            FP8GlobalStateManager.delayed += [self.fp8_meta["scaling_fwd"], self.fp8_meta["scaling_bwd"]]
+            FP8GlobalStateManager.forward.append(self.fp8_meta["scaling_fwd"])
+            FP8GlobalStateManager.backward.append(self.fp8_meta["scaling_bwd"])
 
     def quantizers(self, number: int = 0) -> tuple[Callable, Callable, Callable] | None:
         """Of product `number`: what rounds its input, its weight and its gradient; None where FP8 is off."""
@@ -76,6 +77,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states: Tensor, weight: Parameter, quantizers, fused: bool) -> Tensor:
         ctx.quantizers, ctx.fused = quantizers, fused
+        ctx.last = quantizers is not None and FP8GlobalStateManager.take_first()
+        ctx.group = FP8GlobalStateManager.group
         ctx.main_grad = lambda: weight.main_grad  # as the real one, which sees what is saved without its attributes
         read, used = (states, weight) if quantizers is None else (quantizers[0](states), quantizers[1](weight))
         ctx.save_for_backward(read, used, weight)
@@ -87,6 +90,9 @@ class _Product(torch.autograd.Function):
         if ctx.quantizers is not None:
             gradient = ctx.quantizers[2](gradient)
         own = gradient.t() @ read
+        if ctx.last:
+            for scale in FP8GlobalStateManager.backward:
+                scale.update(ctx.group)
         if ctx.fused:
             ctx.main_grad().add_(own)
             if not hasattr(weight, "grad_added_to_main_grad"):
