@@ -75,6 +75,7 @@ def device_lines(model: Path | None, precision: str) -> tuple[list[str], list[st
 
     missing = transformer_engine_fault()
     from models.backend import choose_backend
+    from models.layers.fused import compiler_fault
 
     cuda = torch.cuda.is_available()
     lacking = []
@@ -83,6 +84,8 @@ def device_lines(model: Path | None, precision: str) -> tuple[list[str], list[st
 
         lines = [f"GPU {number}: {torch.cuda.get_device_name(number)}" for number in range(torch.cuda.device_count())]
         lines.append(f"NCCL {'.'.join(map(str, nccl.version()))}")
+        if fault := compiler_fault():
+            lacking.append(fault)
     else:
         lines = ["no GPU is visible: ranks compute on the CPU, over gloo"]
         if Path("/dev/nvidiactl").exists():

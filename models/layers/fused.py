@@ -7,9 +7,14 @@ what runs on CUDA.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,6 +81,26 @@ class Fused:
         operator.register_fake(self.eager)
         FUSED[self.name] = self
         return operator
+
+
+def compiler_fault() -> str | None:
+    """What keeps the functions from being compiled for CUDA, in a sentence, or None.
+
+    Triton (3.7) builds its launchers with CC, gcc or clang and Python's headers, when the first kernel is called.
+    """
+    needed = "on a GPU the first step compiles kernels with Triton"
+    if importlib.util.find_spec("triton") is None:
+        return f"{needed}, which is not installed: install torch for CUDA, which brings it"
+    given = os.environ.get("CC")
+    if given is not None and shutil.which(given) is None:
+        return f"{needed} and the C compiler that CC names, and {given!r} is none: set CC to one or unset it"
+    if given is None and not (shutil.which("gcc") or shutil.which("clang")):
+        return f"{needed} and a C compiler, and neither gcc nor clang is on PATH: install gcc, or name a compiler by CC"
+    headers = sysconfig.get_path("include", "posix_prefix")
+    elsewhere = os.environ.get("CPATH") or os.environ.get("C_INCLUDE_PATH")
+    if not elsewhere and not Path(headers, "Python.h").is_file():
+        return f"{needed} and Python's headers, which {headers} lacks: install them (python3-dev or python3-devel)"
+    return None
 
 
 FUSED: dict[str, Fused] = {}  # by the name of the operator, once it was called

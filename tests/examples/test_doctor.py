@@ -41,6 +41,18 @@ def test_a_model_that_cannot_run_here(capsys, monkeypatch, tmp_path):
     assert "nowhere" in capsys.readouterr().out
 
 
+def test_a_gpu_without_a_compiler(capsys, monkeypatch, tmp_path):
+    """The first step compiles its kernels, long after weights are loaded."""
+    monkeypatch.setattr(agreement, "complaints", lambda run, ranks: [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 29))
+    for fault, status in (("a compiler", 1), (None, 0)):
+        monkeypatch.setattr("models.layers.fused.compiler_fault", lambda fault=fault: fault)
+        assert doctor.main(["--output", str(tmp_path)]) == status
+        assert ("lacking: a compiler\n1 to mend\n" in capsys.readouterr().out) is (status == 1)
+
+
 def test_a_library_that_does_not_import(capsys, monkeypatch):
     def broken(model, precision):
         raise ImportError("libcudart.so.12: cannot open shared object file")

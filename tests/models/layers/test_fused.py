@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import sysconfig
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -9,6 +14,7 @@ from torch._inductor import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.layers import gated, loss, norm, rope
+from models.layers.fused import compiler_fault
 
 WIDTH, HEADS, VOCABULARY = 64, 3, 131
 # Of each function: how many kernels the host's compiler makes of it, which fuses sums less than CUDA's; None where
@@ -123,3 +129,37 @@ def test_on_the_host_its_parts_run():
     with Names() as seen:
         norm._squares(states)
     assert seen.names == ["aten::pow", "aten::sum"]
+
+
+@pytest.fixture
+def complete(monkeypatch, tmp_path):
+    """A machine on which everything can be compiled; returns the folder of its compilers."""
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    sys.modules["triton"].__spec__ = ModuleSpec("triton", None)
+    (tmp_path / "gcc").touch(mode=0o755)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name, scheme=None: str(tmp_path))
+    return tmp_path
+
+
+def test_what_keeps_cuda_from_compiling_is_said(complete, monkeypatch):
+    assert compiler_fault() is None
+    (complete / "Python.h").unlink()
+    assert compiler_fault().endswith(
+        f"Python's headers, which {complete} lacks: install them (python3-dev or python3-devel)"
+    )
+    monkeypatch.setenv("CPATH", "/elsewhere")
+    assert compiler_fault() is None
+    (complete / "gcc").rename(complete / "clang")
+    assert compiler_fault() is None
+    (complete / "clang").rename(complete / "other")
+    assert "a C compiler, and neither gcc nor clang is on PATH: install gcc" in compiler_fault()
+    monkeypatch.setenv("CC", "other")
+    assert compiler_fault() is None
+    monkeypatch.setenv("CC", "another")
+    assert "the C compiler that CC names, and 'another' is none" in compiler_fault()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "Triton, which is not installed: install torch for CUDA" in compiler_fault()
