@@ -28,10 +28,12 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # on a bare machine Lathe is not installed
 
+from gpu_profile import lathe_trainer, matrix_tflops, steps_of, write_data, write_model  # sets torch's environment
+
+# isort: split
 import numpy as np
 import torch
 import tyro
-from gpu_profile import lathe_trainer, matrix_tflops, steps_of, write_data, write_model
 from gpu_shapes import SHAPES, layers_that_fit, memory_needed
 
 # name -> (who trains, settings)
@@ -280,12 +282,10 @@ def main(options: Options) -> int:
     if not torch.cuda.is_available():
         print("error: no CUDA device is visible, and one is what this script measures", file=sys.stderr)
         return 2
-    unknown = [name for name in (*options.models, *options.only) if name not in (*SHAPES, *CONTENDERS)]
-    if unknown:
+    if unknown := [name for name in (*options.models, *options.only) if name not in (*SHAPES, *CONTENDERS)]:
         print(f"error: {unknown[0]} is none of {', '.join((*SHAPES, *CONTENDERS))}", file=sys.stderr)
         return 2
-    missing = [name for name in options.only if not available(name)]
-    if missing:
+    if missing := [name for name in options.only if not available(name)]:
         print(f"left out, not installed: {', '.join(missing)}", flush=True)
     options.results.parent.mkdir(parents=True, exist_ok=True)
     for model in options.models:

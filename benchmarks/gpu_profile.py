@@ -17,6 +17,11 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # on a bare machine Lathe is not installed
 
+from engine import cuda_setup
+from engine.layout import Layout
+
+cuda_setup.apply(Layout(), deterministic=False, dumps=Path(tempfile.gettempdir()) / "collectives_rank_")
+
 import numpy as np
 import torch
 import tyro
@@ -100,6 +105,7 @@ def lathe_trainer(model: Path, data: Path, *, seq_len: int, bins: int, **setting
         optim=OptimConfig(lr=1e-5, schedule="constant"),
         **settings,
     )
+    cuda_setup.switch(deterministic=False)
     return Trainer(prepare_run(config, world_size=1, cuda=torch.cuda.is_available()), build_mesh(config.layout))
 
 

@@ -9,12 +9,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-from tests.support.world import Pool
-
 
 @pytest.fixture(scope="session")
 def pool():
     """Processes for distributed cases, started at the first use and shared by the whole session."""
+    from tests.support.world import Pool  # imports torch, before which tests/gpu sets the environment
+
     shared = Pool()
     yield shared
     shared.close()

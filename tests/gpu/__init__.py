@@ -12,10 +12,19 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from engine import cuda_setup
+from engine.layout import Layout
+
+GIVEN = dict(os.environ)
+if "torch" not in sys.modules:  # a session of other tests is left alone, and so are the processes that it starts
+    dumps = Path(tempfile.gettempdir()) / "collectives_rank_"
+    cuda_setup.apply(Layout(), deterministic=False, dumps=dumps)
 
 import numpy as np
 import torch
@@ -36,12 +45,13 @@ NO_GPU = not torch.cuda.is_available()
 
 
 @contextlib.contextmanager
-def one_rank() -> Iterator[None]:
-    """A world of this process alone; forgotten afterwards, with the memory it held."""
+def one_rank(*, deterministic: bool = False) -> Iterator[None]:
+    """A world of this process alone, switched as a run is; forgotten afterwards, with the memory it held."""
     from torch import distributed
 
     from engine.mesh import destroy_mesh, world_options
 
+    cuda_setup.switch(deterministic=deterministic)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.cuda.set_device(0)
     store = distributed.HashStore()
@@ -55,11 +65,16 @@ def one_rank() -> Iterator[None]:
 
 
 def build(
-    folder: Path, backend: str, precision: str, *, fp8: str = "tensorwise", recompute: str = "none"
+    folder: Path,
+    backend: str,
+    precision: str,
+    *,
+    fp8: str = "tensorwise",
+    recompute: str = "none",
+    deterministic: bool = False,
 ) -> SimpleNamespace:
     """Builds and loads the model of a Hugging Face directory on this GPU; call it inside `one_rank`."""
     from engine.checkpointing.checkpoint import sharding_metadata
-    from engine.layout import Layout
     from engine.mesh import build_mesh
     from models.backend import attention_kernel
     from models.build import build_chunks, load_weights, transformer_config
@@ -71,6 +86,7 @@ def build(
     mesh = build_mesh(layout)
     parts = () if recompute in ("none", "full", "selective") else tuple(recompute.split())
     settings = {"recompute": "selective" if parts else recompute, "recompute_modules": parts, "fp8": fp8}
+    settings["extra"] = {"deterministic_mode": deterministic}
     config = transformer_config(description, layout=layout, precision=precision, backend=backend, **settings)
     chunks = build_chunks(description, config, backend=backend, groups=mesh.groups)
     metadata, reader = sharding_metadata(mesh), HFReader(folder)
@@ -92,9 +108,9 @@ def train(folder: Path, backend: str, precision: str, index, steps: int, optim, 
     from tests.support.training import full_gradients, make_loader
 
     losses, norms, held, gradients = [], [], [], None
-    with one_rank():
+    with one_rank(deterministic=settings.get("deterministic", False)):
         part = build(folder, backend, precision, **settings)
-        wrapped = wrap_chunks(part.chunks, part.mesh)
+        wrapped = wrap_chunks(part.chunks, part.mesh, gradients=optim.gradients)
         optimizer = build_optimizer(optim, wrapped, part.mesh, bf16=part.bf16)
         loader = make_loader(index, part.mesh, OPTIONS | (options or {}))
         for _ in range(steps):
@@ -201,8 +217,8 @@ def pretrain(inputs: Path, output: Path, *flags: str, on_host: bool = False) -> 
     paths = ["--data", inputs / "data", "--output", output]
     shape = "--seq-len 256 --global-batch-size 4 --steps 6 --pad-documents-to 2 --checkpoint.every 3"
     rates = "--optim.lr 1e-3 --optim.schedule linear --optim.warmup-steps 2 --optim.weight-decay 0.1"
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {name: value for name, value in GIVEN.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), GIVEN.get("PYTHONPATH", "")])
     if on_host:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [*map(str, script + paths), *shape.split(), *rates.split(), *flags]
