@@ -9,7 +9,16 @@ import pytest
 from tests import gpu
 
 # The most telling first, so that little time on a GPU shows most: what reaches every run, then whole runs.
-ORDER = ("test_experts", "test_fused", "test_attention", "test_native", "test_te")
+ORDER = (
+    "test_experts",
+    "test_fused",
+    "test_attention",
+    "test_permutation",
+    "test_native",
+    "test_te",
+    "test_deterministic",
+    "test_gradients",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
