@@ -25,8 +25,8 @@ from models.layers.rope import Rope
 from models.native_spec import native_block_spec
 
 _ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu}
-# Parts that can be computed again, as megatron-core's Transformer Engine layers know them.
-_TE_PARTS = {"norm": "layernorm", "activation": "moe_act", "mlp": "mlp"}
+# Parts of experts' layers on Transformer Engine, as megatron-core, which computes them again, names them.
+_TE_EXPERTS = {"norm": "layernorm", "activation": "moe_act"}
 SHARDING_METADATA = {
     # Layers are named one by one, whatever stage they live on: keys do not depend on the layout.
     "non_homogeneous_layers": True,
@@ -84,7 +84,9 @@ _ALWAYS = {
 }
 
 
-def recomputed_parts(asked: Sequence[str], description: ModelDescription, backend: str) -> tuple[str, ...]:
+def recomputed_parts(
+    asked: Sequence[str], description: ModelDescription, backend: str, precision: str = "bf16"
+) -> tuple[str, ...]:
     """The parts that --recompute selective computes again: those asked for, or what costs next to nothing.
 
     ValueError for parts that these layers do not have, or could not compute again by themselves.
@@ -97,8 +99,10 @@ def recomputed_parts(asked: Sequence[str], description: ModelDescription, backen
         "experts": None if experts else "this model has no experts; give mlp",
     }
     if te and not experts:
-        fused = "Transformer Engine computes it as one with a product; give mlp, or --recompute full"
-        why_not |= {"norm": fused, "activation": fused}
+        fused = "Transformer Engine computes norms as one with the products behind them; give mlp, or --recompute full"
+        why_not["norm"] = why_not["norm"] or fused
+        if precision == "fp8":
+            why_not["activation"] = "the product behind it keeps its output in FP8, not as it came; give mlp"
     elif te:
         why_not["experts"] = "Transformer Engine's experts compute their activation alone again; give activation"
     for part in asked:
@@ -107,7 +111,7 @@ def recomputed_parts(asked: Sequence[str], description: ModelDescription, backen
     found = tuple(asked) or tuple(part for part in ("norm", "activation") if why_not[part] is None)
     if not found:
         raise ValueError(
-            "--recompute selective finds nothing in Transformer Engine's layers without experts that costs little to "
+            "--recompute selective finds nothing under --precision fp8 in layers without experts that costs little to "
             "compute again: give --recompute-modules mlp, --recompute full or --recompute none"
         )
     return found
@@ -158,15 +162,18 @@ def transformer_config(
         fields["moe_router_dtype"] = "fp32"  # logits of close experts differ in digits that bf16 has not
     if precision == "fp8":
         fields |= {"fp8": "hybrid", "fp8_recipe": fp8}
-    recomputed = recomputed_parts(recompute_modules, description, backend) if recompute == "selective" else ()
+    recomputed: tuple[str, ...] = ()
+    if recompute == "selective":
+        recomputed = recomputed_parts(recompute_modules, description, backend, precision)
+    theirs = backend == "te" and "num_moe_experts" in fields  # whether megatron-core computes parts again
     if recompute == "full":
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recomputed:
-        modules = [_TE_PARTS[part] for part in recomputed] if backend == "te" else []
+        modules = [_TE_EXPERTS[part] for part in recomputed] if theirs else []
         fields |= {"recompute_granularity": "selective", "recompute_modules": modules}
         fields["moe_grouped_gemm"] = "num_moe_experts" in fields  # asked of those whose activation is recomputed
     config = TransformerConfig(**(fields | (extra or {})))
-    if recomputed and backend != "te":  # by names that megatron-core's own check would refuse
+    if recomputed and not theirs:  # by names that megatron-core's own check would refuse
         config.recompute_modules = list(recomputed)
     return config
 

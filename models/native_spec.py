@@ -26,7 +26,7 @@ from models.layers.attention import PackedAttention
 from models.layers.experts import GroupedExperts
 from models.layers.mlp import GatedMLP
 from models.layers.norm import FP32GainRMSNorm, PostNormLinear, ProjectionNorm, RMSNorm
-from models.layers.recompute import marked_are_not_kept, parts_of
+from models.layers.recompute import MARKED, marked_are_not_kept, parts_of
 from models.layers.rope import Rope
 from models.layers.router import PackedMoELayer, PackedRouter
 
@@ -36,15 +36,16 @@ class PackedLayer(TransformerLayer):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.recomputed = {"norm", "activation"} & set(parts_of(self.config))  # what native modules mark
+        recomputed = parts_of(self.config)
+        self.marks = any(part in recomputed for part in MARKED)
         for norm in (self.input_layernorm, self.pre_mlp_layernorm):
             if isinstance(norm, RMSNorm):
-                norm.recompute = "norm" in self.recomputed
+                norm.recompute = "norm" in recomputed
 
     def forward(self, *args, **kwargs):
         if self.is_moe_layer:
             kwargs["padding_mask"] = kwargs["packed_seq_params"].routed
-        with marked_are_not_kept() if self.recomputed else nullcontext():
+        with marked_are_not_kept() if self.marks else nullcontext():
             return super().forward(*args, **kwargs)
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+MARKED = ("norm", "activation")  # parts whose outputs modules mark by `again`
+
 
 class _Recipe(NamedTuple):
     """How to get a tensor, or a view of it, once more."""
@@ -26,7 +28,10 @@ class _Recipe(NamedTuple):
 
 
 def parts_of(config: Any) -> tuple[str, ...]:
-    """The parts that layers built from megatron-core's config compute again, as `models.build` names them."""
+    """The parts that layers of megatron-core's config compute again, by the names that `models.build` put there.
+
+    They are Lathe's own where Lathe's layers do it, and megatron-core's in experts' layers on Transformer Engine.
+    """
     return tuple(config.recompute_modules) if config.recompute_granularity == "selective" else ()
 
 

@@ -14,6 +14,7 @@ import pytest
 from engine.checkpointing.directory import FP8, STATE
 from engine.checkpointing.store_reader import StoreReader
 from tests import gpu
+from tests.support.kept import SIZES, has_hooks, kept_bytes
 from tests.support.parity import INDEX, LAYOUTS, OPTIM, STEPS, References, errors, layouts_of
 from tests.support.te import described, nothing_but_padding, resumed_by, scales_of
 from tests.support.tiny import conversations, make_inputs, reference, save_model
@@ -65,12 +66,41 @@ def test_layout_matches_plain_model(stand_in, references, name, layout):
     assert seen.loss < 1e-5 and seen.source < 1e-5 and seen.norm < 1e-4 and seen.gradient < 1e-4, seen
 
 
-@pytest.mark.parametrize("recompute", ["selective", pytest.param("full", marks=pytest.mark.slow)])
-def test_recomputation_changes_nothing(stand_in, references, recompute):
-    folder, wanted = references.get("qwen3_moe", {})
-    ranks, degrees = layouts_of("qwen3_moe")["ep2 tp2"]
+@pytest.mark.parametrize(
+    ("name", "layout", "recompute"),
+    [
+        ("qwen3_moe", "ep2 tp2", "selective"),
+        ("llama", "tp2", "selective"),
+        ("olmo2", "dp1", "activation mlp"),
+        pytest.param("qwen3_moe", "ep2 tp2", "full", marks=pytest.mark.slow),
+    ],
+)
+def test_recomputation_changes_nothing(stand_in, references, name, layout, recompute):
+    folder, wanted = references.get(name, {})
+    ranks, degrees = layouts_of(name)[layout]
     seen = errors(te(stand_in, ranks, folder, degrees, INDEX, STEPS, OPTIM, {}, recompute=recompute), wanted)
     assert seen.loss < 1e-5 and seen.gradient < 1e-4, seen
+
+
+@pytest.mark.parametrize("name", ["qwen3_windows", "olmo3"])  # whose attention is Lathe's own, as the count needs it
+def test_a_dense_layer_keeps_no_activation_that_is_computed_again(stand_in, tmp_path, name):
+    """In bytes a token and layer: the product's input, and what the host's unfused activation keeps in two tensors."""
+    folders = [save_model(name, tmp_path / f"{layers}", layers=layers, **SIZES) for layers in (4, 8)]
+    few, many, less_few, less_many = (
+        stand_in.run(kept_bytes, 1, folder, recompute, "te")[0]
+        for recompute in ("none", "selective")
+        for folder in folders
+    )
+    assert ((many - few) - (less_many - less_few)) / 4 == 2 * 3 * SIZES["intermediate_size"]
+
+
+def test_hooks_stand_around_layers_that_mark_something_alone(stand_in, references):
+    """megatron-core computes what experts' layers recompute; its own way marks nothing."""
+    found = {
+        name: stand_in.run(has_hooks, 1, references.get(name, {})[0], "selective", "te")[0]
+        for name in ("llama", "qwen3_moe")
+    }
+    assert found == {"llama": True, "qwen3_moe": False}
 
 
 @pytest.mark.parametrize("name", ["llama", "olmo2", "qwen3_tied", "gpt_oss"])

@@ -43,10 +43,15 @@ def counted(kept: dict[int, torch.Tensor]) -> Iterator[None]:
         yield
 
 
-def kept_bytes(folder: Path, recompute: str = "none") -> float:
+def has_hooks(folder: Path, parts: str, backend: str) -> bool:
+    """Whether a layer looks at every tensor that it keeps."""
+    return start(folder, Layout(), recompute=parts, backend=backend).chunks[0].decoder.layers[0].marks
+
+
+def kept_bytes(folder: Path, recompute: str = "none", backend: str = "native") -> float:
     """Bytes a token that a bf16 forward pass keeps, parameters left out, with the flash kernel written down."""
     documents = [(np.arange(64) + number, np.array([[0, 64]], np.int32)) for number in range(8)]
-    part = start(folder, Layout(), precision="bf16", recompute=recompute)
+    part = start(folder, Layout(), precision="bf16", recompute=recompute, backend=backend)
     microbatch = make_loader(MemoryIndex(documents), part.mesh, {"seq_len": 512}).next_step()[0]
     experts = part.config.num_moe_experts is not None
     batch = to_device(microbatch, part.mesh, kernel="varlen", experts=experts)

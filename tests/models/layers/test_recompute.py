@@ -10,7 +10,7 @@ from models.build import recomputed_parts, transformer_config
 from models.hf_config import describe
 from models.layers.recompute import again, marked_are_not_kept
 from tests.support.kept import EXPERTS as SPARSE
-from tests.support.kept import SIZES, kept_bytes
+from tests.support.kept import SIZES, has_hooks, kept_bytes
 from tests.support.parity import INDEX, OPTIM
 from tests.support.tiny import save_model
 from tests.support.training import train
@@ -130,7 +130,9 @@ def test_nothing_is_marked_where_no_gradient_is_asked_for():
     [
         (DENSE, "native", (), ("norm", "activation")),
         (DENSE, "native", ("mlp",), ("mlp",)),
-        (DENSE, "te", ("mlp",), ("mlp",)),
+        (DENSE, "te", (), ("activation",)),
+        (DENSE, "te", ("mlp", "activation"), ("mlp", "activation")),
+        ("olmo2", "te", (), ("activation",)),
         (EXPERTS, "native", (), ("norm", "activation")),
         (EXPERTS, "native", ("experts", "norm"), ("experts", "norm")),
         (EXPERTS, "te", (), ("norm", "activation")),
@@ -144,8 +146,8 @@ def test_parts_that_a_model_has(folders, name, backend, asked, parts):
         description, layout=Layout(), precision="bf16", recompute="selective", recompute_modules=asked, backend=backend
     )
     assert config.recompute_granularity == "selective"
-    theirs = {"norm": "layernorm", "activation": "moe_act", "mlp": "mlp"}
-    assert config.recompute_modules == [theirs[part] if backend == "te" else part for part in parts]
+    theirs = {"norm": "layernorm", "activation": "moe_act"} if (name, backend) == (EXPERTS, "te") else {}
+    assert config.recompute_modules == [theirs.get(part, part) for part in parts]
 
 
 @pytest.mark.parametrize(
@@ -157,8 +159,8 @@ def test_parts_that_a_model_has(folders, name, backend, asked, parts):
             ("experts",),
             "--recompute-modules experts has no effect: this model has no experts; give mlp",
         ),
-        (DENSE, "te", ("norm",), "--recompute-modules norm has no effect: Transformer Engine computes it as one"),
-        (DENSE, "te", (), "--recompute selective finds nothing in Transformer Engine's layers without experts"),
+        (DENSE, "te", ("norm",), "--recompute-modules norm has no effect: Transformer Engine computes norms as one"),
+        ("olmo2", "te", ("norm",), "--recompute-modules norm has no effect: this model's norms stand behind"),
         (EXPERTS, "native", ("mlp",), "--recompute-modules mlp has no effect: this model has experts"),
         (EXPERTS, "te", ("experts",), "--recompute-modules experts has no effect: Transformer Engine's experts"),
         ("olmo2", "native", ("norm",), "--recompute-modules norm has no effect: this model's norms stand behind"),
@@ -167,3 +169,17 @@ def test_parts_that_a_model_has(folders, name, backend, asked, parts):
 def test_parts_that_a_model_has_not_are_refused(folders, name, backend, asked, sentence):
     with pytest.raises(ValueError, match=f"^{sentence}"):
         recomputed_parts(asked, describe(folders[name]), backend)
+
+
+def test_activations_that_are_kept_in_fp8_are_not_computed_again(folders):
+    description = describe(folders[DENSE])
+    with pytest.raises(ValueError, match="^--recompute-modules activation has no effect: the product behind it keeps"):
+        recomputed_parts(("activation",), description, "te", "fp8")
+    with pytest.raises(ValueError, match="^--recompute selective finds nothing under --precision fp8"):
+        recomputed_parts((), description, "te", "fp8")
+    assert recomputed_parts(("activation",), describe(folders[EXPERTS]), "te", "fp8") == ("activation",)
+
+
+@pytest.mark.parametrize(("parts", "hooks"), [("norm", True), ("activation", True), ("mlp", False), ("mlp norm", True)])
+def test_hooks_stand_where_a_module_marks_something(pool, folders, parts, hooks):
+    assert pool.run(has_hooks, 1, folders[DENSE], parts, "native")[0] is hooks
