@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 
 from engine.config import MoeConfig, RunConfig
 from engine.fp8 import check_fp8
 from engine.host import device_versions
 from engine.layout import Layout, check_expert_widths, check_layout, check_sequence
+from models.backend import is_plain_causal
 from models.build import TransformerConfig, recomputed_parts, transformer_config
 from models.description import ModelDescription
 from models.layers.dispatchers import fused_permutation
@@ -86,12 +88,13 @@ def _why_no_deepep(ranks: int) -> str | None:
 def present(config: RunConfig, description: ModelDescription, backend: str) -> set[str]:
     """What of `engine.mcore_fields.NEEDS` a run has."""
     te, fp8, layout = backend == "te", config.precision == "fp8", config.layout
+    delayed = config.fp8 == "delayed"
     has = {
         "te": te,
-        "te and cp": te and layout.cp > 1,
-        "fp8": fp8,
-        "delayed": fp8 and config.fp8 == "delayed",
-        "bf16": config.precision != "fp32",
+        "te and cp": te and layout.cp > 1 and is_plain_causal(description),
+        "delayed": fp8 and delayed,
+        "not delayed": fp8 and not delayed,
+        "bf16 layers": fp8 and not delayed and config.mcore.get("first_last_layers_bf16", False) is True,
         "full": config.recompute == "full",
         "batched p2p": layout.pp > 1 and layout.vpp == 1,
         "vpp": layout.vpp > 1,
@@ -99,6 +102,31 @@ def present(config: RunConfig, description: ModelDescription, backend: str) -> s
         "experts": "num_moe_experts" in description.transformer,
     }
     return {name for name, there in has.items() if there}
+
+
+def check_settings(config: RunConfig, description: ModelDescription, backend: str) -> None:
+    """Refuses what --mcore and --recompute-modules ask of layers that cannot do it; ValueError in one sentence."""
+    fields, layout = description.transformer, config.layout
+    if config.recompute == "selective":
+        recomputed_parts(config.recompute_modules, description, backend, config.precision)
+    at_once = config.mcore.get("recompute_num_layers", 1)
+    assert isinstance(at_once, int)
+    if config.mcore.get("recompute_method", "uniform") == "uniform":
+        stages = layout.stages or (fields["num_layers"] // layout.pp // layout.vpp,)
+        common = math.gcd(*stages)
+        if common % at_once:  # megatron-core 0.16.1 asks for layers past the last
+            choices = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+            raise ValueError(
+                f"--mcore.recompute_num_layers {at_once} does not divide the layers of each pipeline stage "
+                f"({', '.join(map(str, stages))}): choose among {choices}, or give --mcore.recompute_method block"
+            )
+    if config.mcore.get("cp_comm_type") == "a2a":
+        heads, groups = (fields[name] // layout.tp for name in ("num_attention_heads", "num_query_groups"))
+        if heads % layout.cp or groups % layout.cp:
+            raise ValueError(
+                f"--mcore.cp_comm_type a2a shares out the {heads} attention heads and {groups} key-value heads of a "
+                f"tensor-parallel rank, and --cp {layout.cp} does not divide both: give p2p"
+            )
 
 
 def megatron_config(config: RunConfig, description: ModelDescription, backend: str = "native") -> TransformerConfig:
@@ -111,8 +139,7 @@ def megatron_config(config: RunConfig, description: ModelDescription, backend: s
         fields["moe_permute_fusion"] = (
             config.ep * config.etp > 1 and config.moe.dispatcher != "allgather" and fused_permutation()
         )
-    if config.recompute == "selective":
-        recomputed_parts(config.recompute_modules, description, backend)
+    check_settings(config, description, backend)
     try:
         return transformer_config(
             description,

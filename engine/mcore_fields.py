@@ -18,6 +18,7 @@ class Served:
 
     takes: type | tuple[str, ...]
     needs: str | None = None
+    least: int = 0  # of whole numbers
 
     def refusal(self, value: Any) -> str | None:
         """Why the value cannot be meant, or None. PyYAML reads `true` and `1`, and keeps the two apart."""
@@ -25,16 +26,17 @@ class Served:
             return None if value in self.takes else f"choose one of {', '.join(self.takes)}"
         if type(value) is not self.takes:
             return "give true or false" if self.takes is bool else "give a whole number"
-        return "it must not be negative" if type(value) is int and value < 0 else None
+        return f"it must be at least {self.least}" if type(value) is int and value < self.least else None
 
 
 # What a run must have for a field to be read, and how it is asked for.
 NEEDS = {
     "te": "--backend te",
-    "te and cp": "--backend te and --cp above 1",
-    "fp8": "--precision fp8",
+    # Where attention has windows or sinks, Lathe's own brings tokens to other ranks.
+    "te and cp": "--backend te, --cp above 1 and a model without windows and sinks",
     "delayed": "--precision fp8 --fp8 delayed",
-    "bf16": "--precision bf16 or fp8",
+    "not delayed": "--precision fp8 and another recipe than --fp8 delayed",
+    "bf16 layers": "--precision fp8 and --mcore.first_last_layers_bf16 true",
     "full": "--recompute full",
     "batched p2p": "--pp above 1 without --vpp",
     "vpp": "--vpp above 1",
@@ -43,22 +45,22 @@ NEEDS = {
 }
 
 SERVED = {
-    "disable_bf16_reduced_precision_matmul": Served(bool, "bf16"),
     "batch_p2p_sync": Served(bool, "batched p2p"),
     # Interleaved stages send their outputs while they go on: what is freed meanwhile arrives wrong.
     "deallocate_pipeline_outputs": Served(bool, "batched p2p"),
     "overlap_p2p_comm_warmup_flush": Served(bool, "vpp"),
     "clone_scatter_output_in_embedding": Served(bool, "sp"),
     "recompute_method": Served(("uniform", "block"), "full"),
-    "recompute_num_layers": Served(int, "full"),
+    "recompute_num_layers": Served(int, "full", least=1),
     "moe_router_dtype": Served(("fp32", "fp64"), "experts"),
-    "cp_comm_type": Served(("p2p", "all_gather", "a2a"), "te and cp"),
+    # Transformer Engine 2.12 gathers keys and values of no packed documents, so all_gather cannot run.
+    "cp_comm_type": Served(("p2p", "a2a"), "te and cp"),
     "disable_parameter_transpose_cache": Served(bool, "te"),
-    "first_last_layers_bf16": Served(bool, "fp8"),
-    "num_layers_at_start_in_bf16": Served(int, "fp8"),
-    "num_layers_at_end_in_bf16": Served(int, "fp8"),
+    "first_last_layers_bf16": Served(bool, "not delayed"),
+    "num_layers_at_start_in_bf16": Served(int, "bf16 layers"),
+    "num_layers_at_end_in_bf16": Served(int, "bf16 layers"),
     "fp8_margin": Served(int, "delayed"),
-    "fp8_amax_history_len": Served(int, "delayed"),
+    "fp8_amax_history_len": Served(int, "delayed", least=1),
     "fp8_amax_compute_algo": Served(("most_recent", "max"), "delayed"),
     "fp8_wgrad": Served(bool, "delayed"),
 }
@@ -106,7 +108,7 @@ _REFUSED = {
     "is set by Lathe itself, whose losses and schedules rest on it, and cannot be given by hand": """
         calculate_per_token_loss hidden_dropout attention_dropout finalize_model_grads_func grad_scale_func
         no_sync_func grad_sync_func param_sync_func variable_seq_lengths bias_dropout_fusion bias_activation_fusion
-        gradient_accumulation_fusion apply_rope_fusion moe_grouped_gemm""",
+        gradient_accumulation_fusion apply_rope_fusion moe_grouped_gemm disable_bf16_reduced_precision_matmul""",
     "changes how weights are drawn, and Lathe loads them": """
         perform_initialization use_cpu_initialization init_model_with_meta_device init_method
         output_layer_init_method embedding_init_method init_method_std embedding_init_method_std""",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from engine import mcore_fields
-from engine.check_model import present
+from engine.check_model import check_settings, present
 from engine.cli import check_mcore, flag_name, parse_run
 from engine.config import RunConfig
 from engine.layout import Layout
@@ -38,7 +39,8 @@ def test_flags_that_refusals_name_exist():
     known = {f"--{flag_name(name)}" for name in RunConfig.__dataclass_fields__} | {"--moe.dispatcher", "--moe.aux-loss"}
     assert set(SET_BY_FLAG.values()) <= known
     words = [word.strip(";:,") for sentence in (*mcore_fields._REFUSED, *NEEDS.values()) for word in sentence.split()]
-    assert {word for word in words if word.startswith("--")} - {"--mcore"} <= known
+    fields_named = {f"--mcore.{name}" for name in SERVED}
+    assert {word for word in words if word.startswith("--")} - {"--mcore"} <= known | fields_named
 
 
 def test_no_served_field_takes_a_number_with_a_fraction():
@@ -55,9 +57,12 @@ def test_whole_numbers_and_truth_values_are_told_apart():
     for name, value, wrong in [
         ("fp8_margin", True, "give a whole number"),
         ("fp8_margin", "two", "give a whole number"),
-        ("fp8_margin", -1, "it must not be negative"),
+        ("fp8_margin", -1, "it must be at least 0"),
+        ("recompute_num_layers", 0, "it must be at least 1"),
+        ("fp8_amax_history_len", 0, "it must be at least 1"),
         ("first_last_layers_bf16", 1, "give true or false"),
-        ("cp_comm_type", "a2a+p2p", "choose one of p2p, all_gather, a2a"),
+        ("cp_comm_type", "all_gather", "choose one of p2p, a2a"),
+        ("cp_comm_type", "a2a+p2p", "choose one of p2p, a2a"),
     ]:
         with pytest.raises(ValueError, match=rf"^--mcore\.{name} {value}: {wrong}".replace("+", r"\+")):
             check_mcore(name, value)
@@ -110,9 +115,9 @@ def descriptions(tmp_path_factory):
     [
         ("te", {}, "llama", "te"),
         ("te and cp", {"cp": 2}, "llama", "te"),
-        ("fp8", {"precision": "fp8"}, "llama", "te"),
+        ("not delayed", {"precision": "fp8"}, "llama", "te"),
+        ("bf16 layers", {"precision": "fp8", "mcore": {"first_last_layers_bf16": True}}, "llama", "te"),
         ("delayed", {"precision": "fp8", "fp8": "delayed"}, "llama", "te"),
-        ("bf16", {"precision": "bf16"}, "llama", "native"),
         ("full", {"recompute": "full"}, "llama", "native"),
         ("batched p2p", {"pp": 2}, "llama", "native"),
         ("vpp", {"pp": 2, "vpp": 2}, "llama", "native"),
@@ -126,6 +131,55 @@ def test_a_field_that_nothing_in_the_run_reads_is_refused(descriptions, needs, c
     with pytest.raises(ValueError, match=f"^--mcore.{name} has an effect with .* alone: leave it out, or give that"):
         check_needs({name: value}, present(plain, descriptions["llama"], "native"))
     check_needs({name: value}, present(replace(plain, **changes), descriptions[model], backend))
+
+
+@pytest.mark.parametrize(
+    ("field", "changes", "model"),
+    [
+        ("cp_comm_type", {"cp": 2}, "gpt_oss"),  # windows and sinks: Lathe's own attention
+        ("first_last_layers_bf16", {"precision": "fp8", "fp8": "delayed"}, "llama"),
+        ("num_layers_at_end_in_bf16", {"precision": "fp8", "mcore": {"first_last_layers_bf16": False}}, "llama"),
+        ("fp8_margin", {"precision": "fp8"}, "llama"),
+    ],
+)
+def test_what_comes_near_a_need_is_not_taken_for_it(descriptions, field, changes, model):
+    with pytest.raises(ValueError, match=f"^--mcore.{field} has an effect with"):
+        check_needs({field: 1}, present(RunConfig(**changes), descriptions[model], "te"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "mcore", "sentence"),
+    [
+        ({}, {"recompute_num_layers": 3}, r"recompute_num_layers 3 does not divide .*\(4\): choose among 1, 2, 4"),
+        ({"pp": 2, "vpp": 2}, {"recompute_num_layers": 2}, r"recompute_num_layers 2 .*\(1\): choose among 1, or give"),
+        (
+            {"pp": 2, "pp_layout": "3,1"},
+            {"recompute_num_layers": 3},
+            r"recompute_num_layers 3 .*\(3, 1\): choose among 1,",
+        ),
+        ({"tp": 2, "cp": 4}, {"cp_comm_type": "a2a"}, r"cp_comm_type a2a .* 4 attention heads and 2 key-value heads"),
+    ],
+)
+def test_numbers_that_the_layers_cannot_be_split_by_are_refused(descriptions, changes, mcore, sentence):
+    with pytest.raises(ValueError, match=rf"^--mcore\.{sentence}"):
+        check_settings(RunConfig(**changes, mcore=mcore), descriptions["llama"], "te")
+
+
+def test_numbers_that_the_layers_can_be_split_by_pass(descriptions):
+    for changes, mcore in [
+        ({"pp": 2}, {"recompute_num_layers": 2}),
+        ({"pp": 2, "pp_layout": "1,3"}, {"recompute_num_layers": 3, "recompute_method": "block"}),
+        ({"cp": 4}, {"cp_comm_type": "a2a"}),
+    ]:
+        check_settings(RunConfig(**changes, mcore=mcore), descriptions["llama"], "te")
+
+
+def test_the_page_lists_the_fields_that_are_served():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    table = page.split("the fields that it serves:\n\n")[1].split("\n\n")[0]
+    assert sorted(name for line in table.splitlines()[2:] for name in line.split("|")[1].split("`")[1::2]) == sorted(
+        SERVED
+    )
 
 
 def test_every_need_is_of_some_field():
