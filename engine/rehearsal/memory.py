@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from engine import host
-from engine.check_model import check_model, megatron_config
+from engine.check_model import check_model, check_settings, megatron_config, present
 from engine.check_values import check_values
 from engine.config import RunConfig
+from engine.mcore_fields import check_needs
 from engine.mesh import build_mesh
 from engine.optim import build_optimizer
 from engine.rehearsal.fake_world import fake_world
 from engine.step import wrap_chunks
+from models.backend import choose_backend
 from models.build import build_chunks
 from models.description import ModelDescription
 from models.layers.router import set_routers
@@ -42,10 +44,17 @@ class StageMemory:
 
 
 def check_plan(config: RunConfig, description: ModelDescription, world_size: int) -> None:
-    """Every check of a run that needs neither data nor weights; raises ValueError in one sentence."""
+    """Every check of Lathe's own that needs neither data, weights nor the run's machines; ValueError in one sentence.
+
+    Those may have Transformer Engine. Under --backend auto they may not, so what one of both backends serves passes.
+    """
     assert config.model is not None
     check_values(dataclasses.replace(config, data=config.data or ("DATA",)))
     check_model(config, description, world_size, pad_multiple=config.pad_multiple)
+    backend, _ = choose_backend(config.backend, cuda=True, precision=config.precision, missing=None)
+    check_needs(config.mcore, present(config, description, backend))
+    either = config.backend == "auto" and config.precision != "fp8"
+    check_settings(config, description, "native" if either else backend)  # the native layers' parts are the most
 
 
 def plan_memory(config: RunConfig, description: ModelDescription, world_size: int) -> tuple[StageMemory, ...]:
@@ -65,9 +74,9 @@ def _stage_memory(
     config: RunConfig, description: ModelDescription, stage: int, rank: int, world_size: int
 ) -> StageMemory:
     narrow = config.precision != "fp32"
-    # Dispatchers hold nothing, and some cannot be built here.
+    # Dispatchers hold nothing, and some cannot be built here; nor does any field of --mcore change what is counted.
     moe = dataclasses.replace(config.moe, dispatcher="alltoall")
-    native = dataclasses.replace(config, precision="bf16" if narrow else "fp32", moe=moe)
+    native = dataclasses.replace(config, precision="bf16" if narrow else "fp32", moe=moe, recompute="none", mcore={})
     host.enable()
     with fake_world(rank, world_size):
         mesh = build_mesh(config.layout)

@@ -161,11 +161,32 @@ def test_nothing_is_allocated_on_the_meta_device():
         ({"seq_len": 262144}, 1, "--seq-len 262144 exceeds the model's max_position_embeddings 131072"),
         ({"ep": 2}, 2, "this model has no experts"),
         ({"moe": MoeConfig(freeze_router=True)}, 1, "--moe.freeze-router: this model has no experts"),
+        ({"backend": "te", "precision": "fp32"}, 1, "--backend te cannot run here"),
+        ({"mcore": {"fp8_margin": 1}}, 1, "--mcore.fp8_margin has an effect with --precision fp8 --fp8 delayed alone"),
+        ({"recompute": "selective", "recompute_modules": ("experts",)}, 1, "--recompute-modules experts has no effect"),
+        (
+            {"recompute": "selective", "recompute_modules": ("norm",), "backend": "te"},
+            1,
+            "--recompute-modules norm has no effect: Transformer Engine",
+        ),
+        (
+            {"recompute": "full", "mcore": {"recompute_num_layers": 3}, "pp": 2},
+            2,
+            r"--mcore.recompute_num_layers 3 does not divide the layers of each pipeline stage \(8\)",
+        ),
     ],
 )
 def test_what_cannot_run_cannot_be_planned(options, ranks, message):
     with pytest.raises(ValueError, match=message):
         plan_memory(run(**options), describe(CONFIGS["Llama-3.2-1B"]), ranks)
+
+
+def test_what_one_of_both_backends_serves_can_be_planned():
+    """Under --backend auto: whether Transformer Engine is there only the run will see."""
+    description = describe(CONFIGS["Llama-3.2-1B"])
+    plain = plan_memory(run(), description, 1)
+    norms = {"recompute": "selective", "recompute_modules": ("norm",)}
+    assert plan_memory(run(**norms, mcore={"disable_parameter_transpose_cache": True}), description, 1) == plain
 
 
 def test_the_table_needs_a_config_alone(tmp_path, capsys):
