@@ -14,6 +14,7 @@ from models.backend import is_plain_causal
 from models.build import TransformerConfig, recomputed_parts, transformer_config
 from models.description import ModelDescription
 from models.layers.dispatchers import fused_permutation
+from models.layers.fused import compiler_fault
 
 
 def check_model(
@@ -49,6 +50,8 @@ def check_experts(moe: MoeConfig, description: ModelDescription) -> None:
 def check_machine(config: RunConfig, *, cuda: bool) -> None:
     """Refuses what this machine cannot do."""
     check_dispatcher(config, cuda=cuda)
+    if cuda and (fault := compiler_fault()):
+        raise ValueError(fault)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--log.wandb needs Weights & Biases, which is not installed: pip install 'lathe[track]'")
 

@@ -62,7 +62,6 @@ SERVED = {
     "fp8_margin": Served(int, "delayed"),
     "fp8_amax_history_len": Served(int, "delayed", least=1),
     "fp8_amax_compute_algo": Served(("most_recent", "max"), "delayed"),
-    "fp8_wgrad": Served(bool, "delayed"),
 }
 
 # By the flag that sets them.
@@ -153,7 +152,7 @@ _REFUSED = {
     "would compute attention in FP8, which was not tried on packed documents": """
         fp8_dot_product_attention fp8_multi_head_attention""",
     "asks for ranks' scales to be reduced over other groups than Lathe's": "tp_only_amax_red",
-    "is ignored by Transformer Engine since 1.8": "fp8_interval",
+    "is ignored by Transformer Engine, fp8_interval since 1.8": "fp8_interval fp8_wgrad",
     "is ignored by megatron-core 0.16.1": "async_tensor_model_parallel_allreduce",
     "speaks of timers and logs that Lathe does not keep; see metrics.jsonl": """
         timers barrier_with_L1_time config_logger_dir test_mode""",

@@ -21,6 +21,7 @@ from models.backend import parameter_dtype
 from models.description import ModelDescription
 from models.layers.gated import quick_gelu
 from models.layers.loss import loss_sum
+from models.layers.recompute import MARKED, parts_of
 from models.layers.rope import Rope
 from models.native_spec import native_block_spec
 
@@ -224,9 +225,11 @@ def build_chunks(
                 true_vocab_size=description.vocab_size,
             )
         )
+        # Saved-tensor hooks hand Transformer Engine weights without the mark that says that it has added to main_grad.
+        fused = not set(MARKED) & set(parts_of(config))
         for module in chunks[-1].modules():
             if hasattr(module, "fuse_wgrad_accumulation"):  # Transformer Engine's: added to main_grad by the product
-                module.fuse_wgrad_accumulation = True
+                module.fuse_wgrad_accumulation = fused
     return chunks
 
 
