@@ -21,13 +21,12 @@ from models.backend import parameter_dtype
 from models.description import ModelDescription
 from models.layers.gated import quick_gelu
 from models.layers.loss import loss_sum
-from models.layers.recompute import MARKED, parts_of
 from models.layers.rope import Rope
 from models.native_spec import native_block_spec
 
 _ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu}
-# Parts of experts' layers on Transformer Engine, as megatron-core, which computes them again, names them.
-_TE_EXPERTS = {"norm": "layernorm", "activation": "moe_act"}
+# Parts that can be computed again, as megatron-core's Transformer Engine layers know them.
+_TE_PARTS = {"norm": "layernorm", "activation": "moe_act", "mlp": "mlp"}
 SHARDING_METADATA = {
     # Layers are named one by one, whatever stage they live on: keys do not depend on the layout.
     "non_homogeneous_layers": True,
@@ -166,16 +165,17 @@ def transformer_config(
     recomputed: tuple[str, ...] = ()
     if recompute == "selective":
         recomputed = recomputed_parts(recompute_modules, description, backend, precision)
-    theirs = backend == "te" and "num_moe_experts" in fields  # whether megatron-core computes parts again
     if recompute == "full":
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recomputed:
-        modules = [_TE_EXPERTS[part] for part in recomputed] if theirs else []
-        fields |= {"recompute_granularity": "selective", "recompute_modules": modules}
+        modules = [_TE_PARTS[part] for part in recomputed] if backend == "te" else list(recomputed)
+        # Without experts megatron-core's own check would refuse the names; what it cannot do then, Lathe does.
+        theirs = backend == "te" and "num_moe_experts" in fields
+        fields |= {"recompute_granularity": "selective", "recompute_modules": modules if theirs else []}
         fields["moe_grouped_gemm"] = "num_moe_experts" in fields  # asked of those whose activation is recomputed
     config = TransformerConfig(**(fields | (extra or {})))
-    if recomputed and not theirs:  # by names that megatron-core's own check would refuse
-        config.recompute_modules = list(recomputed)
+    if recomputed:
+        config.recompute_modules = modules
     return config
 
 
@@ -225,11 +225,9 @@ def build_chunks(
                 true_vocab_size=description.vocab_size,
             )
         )
-        # Saved-tensor hooks hand Transformer Engine weights without the mark that says that it has added to main_grad.
-        fused = not set(MARKED) & set(parts_of(config))
         for module in chunks[-1].modules():
             if hasattr(module, "fuse_wgrad_accumulation"):  # Transformer Engine's: added to main_grad by the product
-                module.fuse_wgrad_accumulation = fused
+                module.fuse_wgrad_accumulation = True
     return chunks
 
 

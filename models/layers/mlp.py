@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
@@ -21,12 +22,19 @@ class GatedMLP(MLP):
 
     def forward(self, hidden_states: Tensor, per_token_scale=None, **options) -> tuple[Tensor, Tensor | None]:
         """hidden_states [tokens, batch, hidden]; returns the output and a bias that is still to be added, or None."""
-        recomputed = "activation" in parts_of(self.config)
+        parts = parts_of(self.config)
+        recomputed = "activation" in parts or "moe_act" in parts
         if per_token_scale is not None or (hidden_states.is_cpu and not recomputed):
             return super().forward(hidden_states, per_token_scale, **options)
         hidden, bias = self.linear_fc1(hidden_states)
         if bias is not None:
             hidden = hidden + bias
+        if "moe_act" in parts:
+            # Hooks around Transformer Engine's layers would take its marks from a weight that it saves (2.12).
+            held = CheckpointWithoutOutput()
+            output, bias = self.linear_fc2(held.checkpoint(self._activation, hidden))
+            held.discard_output_and_register_recompute(output)
+            return output, bias
         activated = self._activation(hidden)
         if recomputed:
             activated = again(activated, partial(self._activation, hidden.detach()))

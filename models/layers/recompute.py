@@ -30,7 +30,7 @@ class _Recipe(NamedTuple):
 def parts_of(config: Any) -> tuple[str, ...]:
     """The parts that layers of megatron-core's config compute again, by the names that `models.build` put there.
 
-    They are Lathe's own where Lathe's layers do it, and megatron-core's in experts' layers on Transformer Engine.
+    On Transformer Engine's layers they have megatron-core's names.
     """
     return tuple(config.recompute_modules) if config.recompute_granularity == "selective" else ()
 

@@ -146,7 +146,7 @@ def test_parts_that_a_model_has(folders, name, backend, asked, parts):
         description, layout=Layout(), precision="bf16", recompute="selective", recompute_modules=asked, backend=backend
     )
     assert config.recompute_granularity == "selective"
-    theirs = {"norm": "layernorm", "activation": "moe_act"} if (name, backend) == (EXPERTS, "te") else {}
+    theirs = {"norm": "layernorm", "activation": "moe_act"} if backend == "te" else {}
     assert config.recompute_modules == [theirs.get(part, part) for part in parts]
 
 
