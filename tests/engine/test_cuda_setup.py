@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_deterministic_sets_what_repeats_sums():
     more = {name: value for name, value in chosen(deterministic=True).items() if name not in chosen()}
     assert more == {
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "NCCL_ALGO": "^NVLS",
+        "NCCL_ALGO": "^NVLS,NVLSTree",
         "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
     }
 
@@ -74,10 +75,11 @@ def test_deterministic_sets_what_repeats_sums():
         ("CUBLAS_WORKSPACE_CONFIG", ":1024:1", ":16:8"),
         ("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1", "0"),
         ("NCCL_ALGO", "NVLS,Ring", "Ring"),
+        ("NCCL_ALGO", "^Tree", "^NVLS,NVLSTree"),
     ],
 )
 def test_what_cannot_repeat_sums_is_refused(name, wrong, right):
-    with pytest.raises(ValueError, match=f"--deterministic: {name} is {wrong}"):
+    with pytest.raises(ValueError, match=re.escape(f"--deterministic: {name} is {wrong}")):
         check({name: wrong}, deterministic=True)
     check({name: right}, deterministic=True)
     check({name: wrong}, deterministic=False)
@@ -116,7 +118,7 @@ def test_the_script_sets_the_environment_before_torch_is_there(tmp_path):
     command = [sys.executable, "-c", probe, "--tp", "2", "--deterministic", "--output", str(tmp_path / "run")]
     done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120)
     seen = json.loads(done.stdout.splitlines()[-1])
-    assert seen["CUDA_DEVICE_MAX_CONNECTIONS"] == "1" and seen["NCCL_ALGO"] == "^NVLS"
+    assert seen["CUDA_DEVICE_MAX_CONNECTIONS"] == "1" and seen["NCCL_ALGO"] == "^NVLS,NVLSTree"
     assert seen["TORCH_FR_DUMP_TEMP_FILE"] == str(tmp_path / "run" / "collectives_rank_")
     refused = subprocess.run(command, env=clean | {"NCCL_ALGO": "NVLS"}, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 2 and "--deterministic: NCCL_ALGO is NVLS" in refused.stderr

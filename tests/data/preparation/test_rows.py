@@ -133,9 +133,9 @@ def test_any_rows_come_back_from_every_kind_of_text(rows, step):
         folder, scratch = Path(place, "data"), Path(place, "scratch")
         folder.mkdir()
         write_all_kinds(folder, rows)
+        if len(rows) == 1:  # one object alone may be rows under `data`, or columns, also of different lengths
+            (folder / "lines.json").unlink()
         for file in open_source(str(folder), scratch=scratch):
-            if file.name.endswith("lines.json") and len(rows) == 1:
-                continue  # one object alone may be rows under `data`, or columns
             assert read([file]) == read([file], (step, 1 + step % 7)) == rows, file.name
 
 
