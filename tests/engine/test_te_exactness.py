@@ -167,7 +167,7 @@ def test_delayed_scales_are_found_by_any_layout(stand_in, tmp_path, ranks, layou
 )
 def test_fp8_follows_fp32(stand_in, tmp_path, name, layout, recipe):
     """Emulated: numbers rounded to FP8 with the recipe's scales, each expert's rows padded for it."""
-    steps, options, index = 6, {"seq_len": 256}, conversations(40)
+    steps, options, index = 4, {"seq_len": 256}, conversations(40)
     folder = save_model(name, tmp_path / name, layers=2, **gpu.SHAPES.get(name, gpu.SHAPE))
     wanted = reference(folder, index, step_batches(index, steps, options), OPTIM)
     ranks, degrees = (LAYOUTS | layouts_of(name))[layout]
