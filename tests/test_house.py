@@ -42,7 +42,8 @@ WALLS = (
     ),
     Wall(
         files="models/*",
-        order="build te_spec native_spec backend model_directory hf_config description families/ layers/ conversion/",
+        order="build te_spec native_spec frame backend model_directory hf_config description families/ layers/ "
+        "conversion/",
         why="inside models/ imports point down the list",
     ),
     Wall(
