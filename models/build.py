@@ -79,6 +79,7 @@ _ALWAYS = {
     "gradient_accumulation_fusion": False,
     "apply_rope_fusion": False,
     "bias_dropout_fusion": False,
+    "bias_activation_fusion": False,  # on CUDA the gated unit is Lathe's
     "masked_softmax_fusion": False,
     "persist_layer_norm": False,
 }
@@ -152,8 +153,6 @@ def transformer_config(
         # With two stages the batched form matches a rank's messages up wrongly: both neighbours are one rank.
         "batch_p2p_comm": layout.vpp == 1,
         "overlap_p2p_comm": layout.vpp > 1,
-        # Compiled for CUDA alone, and for the one activation that megatron-core knows by its function.
-        "bias_activation_fusion": torch.cuda.is_available() and fields["activation_func"] is F.silu,
     }
     if layout.stages:
         parts = ["t" * count for count in layout.stages]

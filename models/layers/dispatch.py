@@ -3,9 +3,9 @@
 What a layer of experts waits for, by how its tokens travel (megatron-core 0.16.1):
 
 - Where all experts are here (ep and etp 1), native ones for nothing; Transformer Engine's want their row counts on the
-  host, and so wait once a layer. How many rows the experts get is known on the host before the
-  step: each real token has `topk` of them. So rows are placed by counting, and a token's outputs are added up by
-  reading them, in fp32 and in one order, where megatron-core adds them one by one in the weights' dtype by atomics.
+  host, and so wait once a layer. How many rows the experts get together is known on the host before the step: each real
+  token has `topk` of them. So rows are placed by counting, and a token's outputs are added up by reading them, in fp32
+  and in one order, where megatron-core adds them one by one in the weights' dtype by atomics.
 - By `alltoall`, once a layer: the sizes of the messages are counts that the device has made, and NCCL wants them on the
   host. Without fused permutation (Transformer Engine's, `moe_permute_fusion`) four boolean selections and the chunks'
   sizes wait as well.

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from models.layers.fused import fused
-from models.layers.gated import gated_unit
+from models.layers.gated import unit_of
 from models.layers.recompute import again, parts_of
 
 _ONES = 8  # columns of a product with ones: a row of them has the 16 bytes that the grouped product asks of bf16
@@ -49,8 +49,8 @@ class ExpertLinear(torch.nn.Module):
             weight = _NoGradientWithoutRows.apply(weight, ends)
         return torch._grouped_mm(tokens, weight.transpose(1, 2), offs=ends)
 
-    def add_bias(self, rows: Tensor, expert: Tensor, ends: Tensor, *, adds: bool = True) -> Tensor:
-        """rows [tokens, out] with the bias of their expert [tokens]; adds: False leaves it to another rank."""
+    def add_bias(self, rows: Tensor, expert: Tensor | None, ends: Tensor, *, adds: bool = True) -> Tensor:
+        """rows [tokens, out] with the bias, if any, of their expert [tokens]; adds: False leaves it to another rank."""
         return rows if self.bias is None else _AddBias.apply(rows, self.bias, expert, ends, adds)
 
 
@@ -177,13 +177,11 @@ class GroupedExperts(MegatronModule):
 
     def _compute(self, tokens: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> Tensor:
         ends = tokens_per_expert.to(tokens.device, non_blocking=True).cumsum(0).to(torch.int32)
-        expert = experts_of_rows(len(tokens), ends)
+        expert = None if self.linear_fc1.bias is None else experts_of_rows(len(tokens), ends)
         hidden = self.linear_fc1.add_bias(self.linear_fc1(tokens, ends), expert, ends)
-        config = self.config
-        limit, offset = config.activation_func_clamp_value, config.glu_linear_offset
-        unit = gated_unit(hidden, config.activation_func, limit, offset)
-        if "activation" in parts_of(config):
-            again(unit, partial(gated_unit, hidden.detach(), config.activation_func, limit, offset))
+        unit = unit_of(self.config, hidden)
+        if "activation" in parts_of(self.config):
+            again(unit, partial(unit_of, self.config, hidden.detach()))
         output = self.linear_fc2(unit, ends)
         # One rank adds it, but every rank holds it and must find its gradient.
         output = self.linear_fc2.add_bias(output, expert, ends, adds=self.tp_group.rank() == 0)

@@ -63,6 +63,12 @@ def _clamped(hidden: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
     return (gate, up) if limit is None else (gate.clamp(max=limit), up.clamp(-limit, limit))
 
 
+def unit_of(config: Any, hidden: Tensor) -> Tensor:
+    """The gated unit that megatron-core's config of a model describes; see `gated_unit`."""
+    limit, offset = config.activation_func_clamp_value, config.glu_linear_offset
+    return gated_unit(hidden, config.activation_func, limit, offset)
+
+
 def gated_unit(hidden: Tensor, activation: Callable[..., Tensor], limit: float | None, offset: float) -> Tensor:
     """activation(gate) * (up + offset) of hidden [..., 2 * width], gates before ups; returns [..., width].
 

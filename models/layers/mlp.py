@@ -8,7 +8,7 @@ from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
-from models.layers.gated import gated_unit
+from models.layers.gated import unit_of
 from models.layers.recompute import again, parts_of
 
 
@@ -32,16 +32,10 @@ class GatedMLP(MLP):
         if "moe_act" in parts:
             # Hooks around Transformer Engine's layers would take its marks from a weight that it saves (2.12).
             held = CheckpointWithoutOutput()
-            output, bias = self.linear_fc2(held.checkpoint(self._activation, hidden))
+            output, bias = self.linear_fc2(held.checkpoint(partial(unit_of, self.config), hidden))
             held.discard_output_and_register_recompute(output)
             return output, bias
-        activated = self._activation(hidden)
+        activated = unit_of(self.config, hidden)
         if recomputed:
-            activated = again(activated, partial(self._activation, hidden.detach()))
+            activated = again(activated, partial(unit_of, self.config, hidden.detach()))
         return self.linear_fc2(activated)
-
-    def _activation(self, hidden: Tensor) -> Tensor:
-        """Of [..., 2 * width], gates before ups; keeps nothing but its input for the backward pass."""
-        config = self.config
-        limit, offset = config.activation_func_clamp_value, config.glu_linear_offset
-        return gated_unit(hidden, config.activation_func, limit, offset)

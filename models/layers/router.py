@@ -87,9 +87,8 @@ class PackedMoELayer(MoELayer):
 
     @property
     def all_experts_here(self) -> bool:
-        """Whether tokens need no communication; with a capacity megatron-core drops some, nobody knows how many."""
-        alone = self.token_dispatcher.ep_size * self.token_dispatcher.tp_size == 1
-        return alone and self.config.moe_expert_capacity_factor is None
+        """Whether tokens need no communication."""
+        return self.token_dispatcher.ep_size * self.token_dispatcher.tp_size == 1
 
     def forward(self, states: Tensor, padding_mask: RoutedTokens):
         """states [tokens, 1, hidden]. The second argument bears the name by which a layer hands it over."""

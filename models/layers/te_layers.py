@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from models.layers.experts import add_weighted_bias, weighted
-from models.layers.gated import gated_unit
+from models.layers.gated import unit_of
 from models.layers.rope import Rope, rotate
 
 
@@ -92,9 +92,7 @@ class TEExperts(TEGroupedMLP):
         return (self.quantization_unpadding(output, given) if self.config.fp8 else output), None
 
     def _unit(self, hidden: Tensor, weights: Tensor) -> Tensor:
-        config = self.config
-        limit, offset = config.activation_func_clamp_value, config.glu_linear_offset
-        return weighted(gated_unit(hidden, config.activation_func, limit, offset), weights)
+        return weighted(unit_of(self.config, hidden), weights)
 
     def _recomputed_unit(self, hidden: Tensor, weights: Tensor) -> Tensor:
         self.activation_checkpoint = CheckpointWithoutOutput()
