@@ -66,9 +66,9 @@ def size(tensor: Tensor) -> int:
 class Counter(TorchDispatchMode):
     """Adds up what each operator needs, by kind and by name."""
 
-    def __init__(self, *, parts: bool, routed: int = 0):
+    def __init__(self, *, parts: bool):
         super().__init__()
-        self.parts, self.routed = parts, routed
+        self.parts = parts
         self.kinds: Tally = defaultdict(Work)
         self.operators: Tally = defaultdict(Work)
         self.inside: str | None = None  # the fused function whose parts are counted
@@ -79,8 +79,7 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         space, name = function._schema.name.split("::")
         if space != "lathe":
-            result = self.from_data(name, args, kwargs)
-            result = function(*args, **kwargs) if result is None else result
+            result = function(*args, **kwargs)
             self.count(function, name, args, kwargs, result)
             return result
         if self.parts:
@@ -96,14 +95,6 @@ class Counter(TorchDispatchMode):
         work.bytes += 8 * FUSED[name].scratch * args[0].numel()
         self.add(FUSED_KINDS[name.split("_")[0]], name, work)
         return result
-
-    def from_data(self, name: str, args: tuple, kwargs: dict) -> Tensor | None:
-        """What an operator returns whose result depends on data, which no tensor here has: tokens spread evenly."""
-        if name == "masked_select":
-            return args[0].new_empty(self.routed)
-        if "to" in name.split("_") and torch.device(kwargs.get("device") or "meta").type == "cpu":
-            return torch.full(args[0].shape, self.routed // args[0].numel(), dtype=args[0].dtype, device="cpu")
-        return None
 
     def count(self, function, name: str, args: tuple, kwargs: dict, result: Any) -> None:
         inputs, outputs = tensors([args, kwargs]), tensors(result)
@@ -168,7 +159,7 @@ def count_step(name: str, layers: int, tokens: int, *, parts: bool) -> Counter:
     description = describe_shape(name, layers)
     lengths = np.full(8, tokens // 8)
     bounds = np.concatenate(([0], np.cumsum(lengths)))
-    counter = Counter(parts=parts, routed=tokens * SHAPES[name].get("num_experts_per_tok", 0))
+    counter = Counter(parts=parts)
     with fake_world(0, 1):
         mesh = build_mesh(Layout())
         with host.on_meta():
