@@ -15,7 +15,8 @@ from pathlib import Path
 from engine.layout import Layout
 
 RECORDED_COLLECTIVES = 2000  # of each rank, by NCCL's flight recorder
-_SWITCHES = {"NVLS", "NVLSTREE"}  # of NCCL's algorithms, by their names in capitals
+# NCCL's algorithms in which switches add, in the order in which parts arrive: their names in capitals, and all others.
+_SWITCHES, _NO_SWITCHES = {"NVLS", "NVLSTREE"}, "^NVLS,NVLSTree"
 _WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS sums in one order; torch refuses others
 _set: dict[str, str] = {}  # by this process
 
@@ -49,7 +50,7 @@ def wanted(layout: Layout, *, deterministic: bool, dumps: Path) -> list[Setting]
     if deterministic:
         settings += [
             Setting("CUBLAS_WORKSPACE_CONFIG", _WORKSPACES[0]),
-            Setting("NCCL_ALGO", "^NVLS,NVLSTree"),  # switches add in the order in which parts arrive
+            Setting("NCCL_ALGO", _NO_SWITCHES),
             Setting("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0"),
         ]
     return settings
@@ -78,12 +79,12 @@ def check(environment: Mapping[str, str], *, deterministic: bool) -> None:
             f"{environment['NVTE_ALLOW_NONDETERMINISTIC_ALGO']}, with which Transformer Engine's attention does not "
             "repeat its sums; unset it or set 0"
         )
-    algorithms = environment.get("NCCL_ALGO", "^NVLS,NVLSTree")
+    algorithms = environment.get("NCCL_ALGO", _NO_SWITCHES)
     named = set(re.split(r"[^A-Z]+", algorithms.upper())) & _SWITCHES
     if named != (_SWITCHES if algorithms.startswith("^") else set()):
         raise ValueError(
             f"--deterministic: NCCL_ALGO is {algorithms}, with which switches add in the order in which parts arrive; "
-            "unset it or set ^NVLS,NVLSTree"
+            f"unset it or set {_NO_SWITCHES}"
         )
 
 

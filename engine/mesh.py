@@ -37,9 +37,14 @@ class Mesh:
         return self.pp_rank == self.layout.pp - 1
 
     @property
+    def is_first_of_stage(self) -> bool:
+        """Whether this rank speaks for its pipeline stage."""
+        return self.dp_rank == self.tp_rank == self.cp_rank == 0
+
+    @property
     def is_logger(self) -> bool:
         """Whether this rank writes what the run prints and logs: the first of the last stage, who knows losses."""
-        return self.is_last_stage and self.dp_rank == self.tp_rank == self.cp_rank == 0
+        return self.is_last_stage and self.is_first_of_stage
 
 
 def join_world(*, timeout_minutes: int = 30) -> tuple[int, int, torch.device]:

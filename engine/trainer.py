@@ -15,10 +15,8 @@ from data.order import GlobalOrder
 from engine.base_model import weight_reader
 from engine.checkpointing import checkpoint
 from engine.checkpointing.delayed_scales import DelayedScales
-from engine.checkpointing.directory import STATE
 from engine.checkpointing.saver import Saved, Saver
 from engine.checkpointing.shards import gather_weights, own_shards
-from engine.checkpointing.store_reader import StoreReader
 from engine.first_weights import fill_weights
 from engine.guards.skips import SkippedStep, skipped_until
 from engine.guards.watchdog import HELD_OUT, Watchdog
@@ -94,8 +92,8 @@ class Trainer:
         else:
             manifest = prepared.resume.manifest
             checkpoint.load(prepared.resume, shards, self.chunks)
-            anew = self.scales.load(StoreReader(prepared.resume.directory / STATE))
-            if anew and mesh.dp_rank == mesh.tp_rank == mesh.cp_rank == 0:
+            anew = self.scales.load(prepared.resume.directory)
+            if anew and mesh.is_first_of_stage:
                 print(f"fp8: delayed scales of {anew} modules start anew, the checkpoint has none", file=sys.stderr)
             self.loader.load_state_dict(manifest["data"])
             self.step = prepared.resume.step

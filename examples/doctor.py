@@ -72,8 +72,6 @@ def device_lines(model: Path | None, precision: str) -> tuple[list[str], list[st
     import torch
 
     from engine.host import transformer_engine_fault
-
-    missing = transformer_engine_fault()
     from models.backend import choose_backend
     from models.layers.fused import compiler_fault
 
@@ -90,7 +88,7 @@ def device_lines(model: Path | None, precision: str) -> tuple[list[str], list[st
         lines = ["no GPU is visible: ranks compute on the CPU, over gloo"]
         if Path("/dev/nvidiactl").exists():
             lacking.append(f"a driver is there, but torch {torch.__version__} sees no GPU: install torch for its CUDA")
-    chosen, reason = choose_backend("auto", cuda=cuda, precision=precision, missing=missing)
+    chosen, reason = choose_backend("auto", cuda=cuda, precision=precision, missing=transformer_engine_fault())
     lines.append(f"--backend auto chooses {chosen} in {precision}, because: {reason}")
     if model is not None:
         from models.hf_config import describe

@@ -29,13 +29,13 @@ from engine.check_values import check_values
 from engine.config import RunConfig
 from engine.reporting.metrics import read_metrics
 from engine.run_folder import FAILED, RunFolder, replace_text
+from engine.signals import SIGNALS
 from examples.demo.builtin import parse_over_demo
 from examples.made_of import differences
 from examples.sweep_settings import longer, made_of, own_length
 
 SCRIPT = Path(__file__).with_name("pretrain_sft.py")
-# What ends a run after a save: SLURM's --signal and preemption send the last two.
-HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+HEARD = (*SIGNALS, signal.SIGHUP)  # what ends a run after a save, and the end of a terminal
 LAST = 0.1  # the share of steps, at the end, over which the training loss is taken
 
 

@@ -14,7 +14,14 @@ from examples.made_of import named, weights_fingerprint
 
 # Beside the layout, what leaves the course of a run as it is but for rounding, and its rate, which the sweep is about.
 SAME_COURSE = (
-    *("output", "optim.lr", "max-dropped", "backend", "recompute", "recompute-modules", "overlap", "bucket-size"),
+    "output",
+    "optim.lr",
+    "max-dropped",
+    "backend",
+    "recompute",
+    "recompute-modules",
+    "overlap",
+    "bucket-size",
 )
 
 

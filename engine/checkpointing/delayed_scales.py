@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.checkpointing.directory import FP8
+from engine.checkpointing.directory import FP8, STATE
 from engine.checkpointing.shards import Shard
 from engine.checkpointing.store_reader import StoreReader
 from engine.mesh import Mesh
@@ -29,7 +30,7 @@ class DelayedScales:
     def __init__(self, chunks: Sequence[Any], mesh: Mesh):
         self._kept = {f"{FP8}{name}": kept for chunk in chunks for name, kept in _kept(chunk)}
         self._vectors = {key: _joined(kept) for key, kept in self._kept.items()}
-        self._writes = mesh.dp_rank == mesh.tp_rank == mesh.cp_rank == 0
+        self._writes = mesh.is_first_of_stage
 
     def shards(self) -> list[Shard]:
         """What to save of them; `note` brings it up to date."""
@@ -43,9 +44,11 @@ class DelayedScales:
         for key, kept in self._kept.items():
             self._vectors[key].copy_(_joined(kept))
 
-    def load(self, store: StoreReader) -> int:
+    def load(self, checkpoint: Path) -> int:
         """Gives the modules what was saved for them; returns how many start anew."""
-        missing = 0
+        if not self._vectors:  # a store is not opened for nothing: of a large run its index alone takes a second
+            return 0
+        store, missing = StoreReader(checkpoint / STATE), 0
         for key, vector in self._vectors.items():
             if key in store and store.shape(key) == tuple(vector.shape):
                 _put_back(self._kept[key], store.read(key).to(vector.device))

@@ -14,7 +14,7 @@ from data.loader import Microbatch
 from engine.cli import parse_run
 from engine.layout import Layout
 from engine.mesh import build_mesh, destroy_mesh
-from engine.prepare import prepare_run
+from engine.prepare import Prepared, prepare_run
 from engine.step import run_microbatches, wrap_chunks
 from engine.train import train
 from engine.trainer import Trainer
@@ -29,29 +29,30 @@ def described(folder: Path, backend: str) -> dict[str, tuple[tuple[int, ...], st
     return {piece.key: (tuple(piece.global_shape), str(piece.dtype)) for piece in pieces}
 
 
+def prepared_by(backend: str, inputs: Path, output: Path, *flags: str) -> Prepared:
+    """A run on the ranks of this world whose layers are the backend's, though no GPU is visible."""
+    paths = ["--model", inputs / "model", "--data", inputs / "data", "--output", output]
+    shape = "--global-batch-size 8 --optim.lr 1e-3 --optim.schedule constant"
+    config = parse_run([*map(str, paths), *shape.split(), *flags])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.prepare.choose_backend", lambda *_, **__: (backend, "asked for"))
+        return prepare_run(config, world_size=distributed.get_world_size(), cuda=False)
+
+
 def resumed_by(inputs: Path, output: Path, backends: Sequence[str], *flags: str) -> list[dict]:
     """Six steps of a run, cut where another backend takes over; the lines of its metrics."""
     for number, backend in enumerate(backends, 1):
-        paths = ["--model", inputs / "model", "--data", inputs / "data", "--output", output]
-        shape = f"--seq-len 96 --global-batch-size 8 --steps {6 * number // len(backends)} --optim.lr 1e-3"
-        more = "--optim.schedule constant --checkpoint.every 3 --overlap on --bucket-size 2000"
-        config = parse_run([*map(str, paths), *shape.split(), *more.split(), *flags])
-        with pytest.MonkeyPatch.context() as patch:  # no GPU is visible
-            patch.setattr("engine.prepare.choose_backend", lambda *_, backend=backend, **__: (backend, "asked for"))
-            train(prepare_run(config, world_size=distributed.get_world_size(), cuda=False))
+        shape = f"--seq-len 96 --steps {6 * number // len(backends)}"
+        more = "--checkpoint.every 3 --overlap on --bucket-size 2000"
+        train(prepared_by(backend, inputs, output, *shape.split(), *more.split(), *flags))
         destroy_mesh()
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def scales_of(inputs: Path, output: Path, *flags: str) -> dict[str, list[float]]:
     """This rank's delayed scales once it has taken up a run again, by their keys."""
-    paths = ["--model", inputs / "model", "--data", inputs / "data", "--output", output]
-    shape = "--global-batch-size 8 --steps 7 --optim.lr 1e-3 --optim.schedule constant --precision fp8 --fp8 delayed"
-    config = parse_run([*map(str, paths), *shape.split(), *flags])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.prepare.choose_backend", lambda *_, **__: ("te", "asked for"))
-        prepared = prepare_run(config, world_size=distributed.get_world_size(), cuda=False)
-    trainer = Trainer(prepared, build_mesh(config.layout))
+    prepared = prepared_by("te", inputs, output, *["--steps", "7", "--precision", "fp8", "--fp8", "delayed"], *flags)
+    trainer = Trainer(prepared, build_mesh(prepared.config.layout))
     trainer.scales.note()
     found = {shard.key: shard.weight.tolist() for shard in trainer.scales.shards()}
     trainer.saver.close()
