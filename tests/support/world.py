@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import queue
 import sys
 import tempfile
 import traceback
@@ -47,6 +48,8 @@ def _serve(number: int, requests, results) -> None:
             parallel_state.destroy_model_parallel()
             if distributed.is_initialized():
                 distributed.destroy_process_group()
+            if te := sys.modules.get("transformer_engine.pytorch.fp8"):
+                te.FP8GlobalStateManager.reset()  # the next world's ranks have had other models before
             gc.collect()  # models hold their groups in cycles, and each group holds threads and sockets
 
 
@@ -85,7 +88,10 @@ class Pool:
                 requests.put((function, ranks, os.path.join(folder, "store"), args))
             answers = {}
             while len(answers) < ranks:
-                number, fine, value = self._results.get(timeout=self._timeout)
+                try:
+                    number, fine, value = self._results.get(timeout=self._timeout)
+                except queue.Empty:
+                    number, fine, value = min({*range(ranks)} - answers.keys()), False, f"silent for {self._timeout} s"
                 if not fine:
                     self._failed = True
                     self.close()

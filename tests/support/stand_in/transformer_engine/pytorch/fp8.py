@@ -31,6 +31,12 @@ class FP8GlobalStateManager:
     first = False  # whether the next product is the first of a pass, whose backward is the last
 
     @classmethod
+    def reset(cls) -> None:
+        """Forgets the modules so far, which another rank need not have."""
+        cls.forward.clear()
+        cls.backward.clear()
+
+    @classmethod
     def is_fp8_enabled(cls) -> bool:
         return cls.recipe is not None
 
