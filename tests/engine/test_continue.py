@@ -18,6 +18,7 @@ from engine.prepare import prepare_run
 from engine.run_folder import RunFolder
 from tests.engine.checkpointing.test_resume import metrics
 from tests.engine.test_failures import arguments, outcome, refusal
+from tests.support.marks import slow
 from tests.support.tiny import VOCABULARY, conversations, make_inputs
 
 SAVE = ("--checkpoint.every", "1")
@@ -153,7 +154,7 @@ def stop_at_second_step(arguments: list[str]) -> str:
         training.update = update
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [slow(1), 2])
 def test_a_bad_gradient_names_all_samples_and_saves_the_step_before(pool, inputs, ranks):
     whole, output = inputs / "whole", inputs / "run"
     assert pool.run(outcome, ranks, arguments(inputs, whole, "--steps", "2")) == [""] * ranks

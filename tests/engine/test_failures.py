@@ -21,6 +21,7 @@ from engine.cli import parse_run
 from engine.prepare import prepare_run
 from engine.train import train
 from models.hf_config import describe
+from tests.support.marks import slow
 from tests.support.tiny import VOCABULARY, conversations, make_inputs, save_model
 
 SHAPE = ["--seq-len", "96", "--global-batch-size", "4", "--steps", "2", "--precision", "fp32", "--optim.lr", "1e-3"]
@@ -178,7 +179,7 @@ def test_loss_that_is_not_finite_stops_before_the_update(pool, inputs, tmp_path)
         assert (output / "metrics.jsonl").read_text() == "" and find_resume_point(output) is None
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [slow(1), 2])
 def test_full_disk_leaves_earlier_checkpoints_whole(pool, inputs, tmp_path, ranks):
     output = tmp_path / "run"
     assert pool.run(outcome, ranks, arguments(inputs, output, "--steps", "1")) == [""] * ranks

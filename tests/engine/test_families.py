@@ -12,10 +12,13 @@ from data.index import write_index
 from engine.run_folder import RunFolder
 from models.conversion.hf_reader import SINGLE
 from tests.engine.checkpointing.test_resume import interrupt, metrics, run
+from tests.support.marks import slow
 from tests.support.tiny import EXPERTS, MODELS, VOCABULARY, conversations, save_model
 
+SOON = ("qwen2_tied", "olmo3", "gpt_oss")  # the rest is slow
 
-@pytest.mark.parametrize("name", MODELS)
+
+@pytest.mark.parametrize("name", [name if name in SOON else slow(name) for name in MODELS])
 def test_a_family_resumes_and_averages(pool, tmp_path, name):
     source = save_model(name, tmp_path / "model")
     write_index(tmp_path / "data", conversations(12).documents, vocab_size=VOCABULARY)

@@ -18,6 +18,7 @@ from engine.step import wrap_chunks
 from models.build import build_chunks, transformer_config
 from models.hf_config import describe
 from tests.engine.checkpointing.test_resume import interrupt, metrics, run, tensors
+from tests.support.marks import slow
 from tests.support.parity import INDEX, OPTIM
 from tests.support.tiny import VOCABULARY, conversations, save_model
 from tests.support.training import relative, train
@@ -70,7 +71,7 @@ def test_moments_and_updates_stay_in_fp32(pool, tmp_path):
     assert torch.equal(narrow[2], wide[2]) and (wide[2] != 1).any()
 
 
-@pytest.mark.parametrize("layout", ["--tp 2", "--pp 2", ""])
+@pytest.mark.parametrize("layout", ["--pp 2", *(slow(one) for one in ("--tp 2", ""))])
 def test_resume_is_bitwise(pool, tmp_path, layout):
     save_model("qwen2_tied", tmp_path / "model", layers=2)
     write_index(tmp_path / "data", conversations(14, 1).documents, vocab_size=VOCABULARY)

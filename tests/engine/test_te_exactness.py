@@ -15,6 +15,7 @@ from engine.checkpointing.directory import FP8, STATE
 from engine.checkpointing.store_reader import StoreReader
 from tests import gpu
 from tests.support.kept import SIZES, has_hooks, kept_bytes
+from tests.support.marks import slow
 from tests.support.parity import INDEX, LAYOUTS, OPTIM, STEPS, References, errors, layouts_of
 from tests.support.te import described, nothing_but_padding, resumed_by, scales_of
 from tests.support.tiny import conversations, make_inputs, reference, save_model
@@ -22,7 +23,7 @@ from tests.support.training import step_batches, train
 from tests.support.world import Pool
 
 TRIED = ("dp1", "tp2", "cp2", "pp2", "tp2 cp2", "pp2 vpp2", "ep2", "ep2 tp2", "ep2 pp2", "etp2", "ep2 etp2 tp2")
-SOON = {("llama", "tp2 cp2"), ("olmo3", "tp2 cp2"), ("gpt_oss", "ep2 pp2"), ("qwen3_moe", "ep2 etp2 tp2")}
+SOON = {("llama", "tp2 cp2"), ("gpt_oss", "ep2 pp2"), ("qwen3_moe", "ep2 etp2 tp2")}
 FAMILIES = ("llama", "qwen2_tied", "qwen3_tied", "qwen3_windows", "olmo2", "olmo3", "qwen3_moe", "gpt_oss")
 CELLS = [
     pytest.param(name, layout, marks=() if (name, layout) in SOON else pytest.mark.slow)
@@ -31,6 +32,7 @@ CELLS = [
     if layout in TRIED
 ]
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
+FP8_SOON = {("gpt_oss", "tensorwise"), ("gpt_oss", "mxfp8"), ("llama", "delayed")}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def test_layout_matches_plain_model(stand_in, references, name, layout):
         ("qwen3_moe", "ep2 tp2", "selective"),
         ("llama", "tp2", "selective"),
         ("olmo2", "dp1", "activation mlp"),
-        pytest.param("qwen3_moe", "ep2 tp2", "full", marks=pytest.mark.slow),
+        slow("qwen3_moe", "ep2 tp2", "full"),
     ],
 )
 def test_recomputation_changes_nothing(stand_in, references, name, layout, recompute):
@@ -82,7 +84,7 @@ def test_recomputation_changes_nothing(stand_in, references, name, layout, recom
     assert seen.loss < 1e-5 and seen.gradient < 1e-4, seen
 
 
-@pytest.mark.parametrize("name", ["qwen3_windows", "olmo3"])  # whose attention is Lathe's own, as the count needs it
+@pytest.mark.parametrize("name", ["qwen3_windows", slow("olmo3")])  # their attention is Lathe's, as the count needs it
 def test_a_dense_layer_keeps_no_activation_that_is_computed_again(stand_in, tmp_path, name):
     """In bytes a token and layer: the product's input, and what the host's unfused activation keeps in two tensors."""
     folders = [save_model(name, tmp_path / f"{layers}", layers=layers, **SIZES) for layers in (4, 8)]
@@ -126,7 +128,12 @@ def test_what_one_backend_saves_the_other_continues(stand_in, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "layout"), [("delayed", ()), ("tensorwise", ("--tp", "2")), ("delayed", ("--ep", "2"))]
+    ("recipe", "layout"),
+    [
+        ("delayed", ("--ep", "2")),
+        slow("delayed", ()),
+        slow("tensorwise", ("--tp", "2")),
+    ],
 )
 def test_fp8_resumes_bit_for_bit(stand_in, tmp_path, recipe, layout):
     """The delayed recipe's scales, which come from earlier steps, go on as they were."""
@@ -155,14 +162,12 @@ def test_delayed_scales_are_found_by_any_layout(stand_in, tmp_path, ranks, layou
     assert all(rank[key] == saved[key] for rank in found for key in rank)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(
-    ("name", "layout"),
+    ("name", "layout", "recipe"),
     [
-        pytest.param("llama", "dp1", marks=pytest.mark.slow),
-        pytest.param("olmo2", "tp2", marks=pytest.mark.slow),
-        pytest.param("qwen3_moe", "ep2 tp2", marks=pytest.mark.slow),
-        ("gpt_oss", "ep2 tp2"),
+        pytest.param(name, layout, recipe, marks=() if (name, recipe) in FP8_SOON else pytest.mark.slow)
+        for name, layout in (("llama", "dp1"), ("olmo2", "tp2"), ("qwen3_moe", "ep2 tp2"), ("gpt_oss", "ep2 tp2"))
+        for recipe in RECIPES
     ],
 )
 def test_fp8_follows_fp32(stand_in, tmp_path, name, layout, recipe):

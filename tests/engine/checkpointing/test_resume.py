@@ -81,8 +81,15 @@ def interrupt(output: Path, copy: Path, step: int) -> None:
         file.write('{"step": 10, "los')  # cut off in the middle of a line
 
 
-@pytest.mark.parametrize("unit", ["conversations", "sequences"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "unit"),
+    [
+        ("fp32", "conversations"),
+        ("bf16", "sequences"),
+        slow("fp32", "sequences"),
+        slow("bf16", "conversations"),
+    ],
+)
 def test_resume_is_bitwise(pool, inputs, tmp_path, unit, precision):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     extra = ("--batch-unit", unit, "--precision", precision, "--tp", "2")

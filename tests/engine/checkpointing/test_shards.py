@@ -23,6 +23,7 @@ from engine.prepare import prepare_run
 from engine.run_folder import RunFolder
 from engine.trainer import Trainer
 from tests.engine.checkpointing.test_resume import run
+from tests.support.marks import slow
 from tests.support.tiny import VOCABULARY, conversations, save_model
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
@@ -102,8 +103,15 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("model", ["dense", "experts"])
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("precision", "model"),
+    [
+        ("bf16", "dense"),
+        ("fp32", "experts"),
+        slow("fp32", "dense"),
+        slow("bf16", "experts"),
+    ],
+)
 def test_every_layout_gives_back_the_same_bits(pool, inputs, tmp_path, model, precision):
     """A chain through all layouts, each of which loads what the one before it wrote; buckets are small and padded."""
     output = tmp_path / "run"

@@ -23,6 +23,7 @@ from models.conversion.resize import BLOCK_ROWS, ResizedReader
 from models.hf_config import describe
 from models.model_directory import VOCABULARY_KEYS, check_directory, open_reader
 from tests.engine.checkpointing.test_resume import run
+from tests.support.marks import slow
 from tests.support.tiny import VOCABULARY, Memory, conversations, save_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -121,7 +122,7 @@ def test_the_second_copy_of_tied_embeddings_grows_with_the_first(tmp_path):
         check_directory(description, open_reader(tmp_path, description))
 
 
-@pytest.mark.parametrize("name", ["qwen2_tied", "llama"])
+@pytest.mark.parametrize("name", ["qwen2_tied", slow("llama")])
 def test_a_run_gives_rows_to_new_tokens_and_exports_them(pool, tmp_path, name):
     """9 tokens more than the model has, over 2 vocabulary-parallel ranks: counted, trained, resumed, exported."""
     source = save_model(name, tmp_path / "model", layers=1)
@@ -146,7 +147,7 @@ def test_a_run_gives_rows_to_new_tokens_and_exports_them(pool, tmp_path, name):
         assert torch.equal(grown[VOCABULARY:], mean.expand(9, -1))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_tied"])
+@pytest.mark.parametrize("name", ["llama", slow("qwen2_tied")])
 def test_a_checkpoint_of_ours_grows_by_the_mean_of_its_rows(pool, tmp_path, name):
     """Inside the 256 rows of its padded vocabulary and beyond them, by its own weights and by its master weights."""
     save_model(name, tmp_path / "model", layers=1)

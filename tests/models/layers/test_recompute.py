@@ -11,6 +11,7 @@ from models.hf_config import describe
 from models.layers.recompute import again, marked_are_not_kept
 from tests.support.kept import EXPERTS as SPARSE
 from tests.support.kept import SIZES, has_hooks, kept_bytes
+from tests.support.marks import slow
 from tests.support.parity import INDEX, OPTIM
 from tests.support.tiny import save_model
 from tests.support.training import train
@@ -72,14 +73,14 @@ CHOSEN = SPARSE["num_experts_per_tok"]
     ("name", "parts", "left_out"),
     [
         # Both norms' outputs, which the products behind them would keep.
-        (DENSE, "norm", 2 * 2 * HIDDEN),
+        slow(DENSE, "norm", 2 * 2 * HIDDEN),
         # The product's input, and silu(gate) and a copy of the ups, which the host's unfused activation keeps.
-        (DENSE, "activation", 2 * 3 * FFN),
+        slow(DENSE, "activation", 2 * 3 * FFN),
         (DENSE, "selective", 2 * 2 * HIDDEN + 2 * 3 * FFN),
         # All but the input of the MLP: gates and ups as well.
         (DENSE, "mlp", 2 * 5 * FFN),
-        (EXPERTS, "norm", 2 * 2 * HIDDEN),
-        (EXPERTS, "activation", 2 * CHOSEN * SPARSE["intermediate_size"]),
+        slow(EXPERTS, "norm", 2 * 2 * HIDDEN),
+        slow(EXPERTS, "activation", 2 * CHOSEN * SPARSE["intermediate_size"]),
         # Everything inside, beside the tokens that go there.
         (EXPERTS, "experts", CHOSEN * (6 * SPARSE["intermediate_size"] + 2 * HIDDEN)),
         (EXPERTS, "selective", 2 * 2 * HIDDEN + 2 * CHOSEN * SPARSE["intermediate_size"]),
