@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import cache
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -136,6 +139,29 @@ def _replace_collectives() -> None:
     distributed.all_gather, distributed.reduce_scatter = gather_uneven, scatter_uneven
 
 
+def _replace_gloo() -> None:
+    """Gives each gloo group one thread.
+
+    By default it has two, which write the name of the last finished operation without a lock (torch 2.13,
+    ProcessGroupGloo::runLoop, lastCompletedWorkName): where two gathers of one group end at the same moment, as when
+    weights are gathered beside the computation, memory is freed twice and the process dies of it, at once or later.
+    """
+    from torch.distributed import ProcessGroupGloo, distributed_c10d
+
+    c10d: Any = distributed_c10d
+
+    class OneThread(ProcessGroupGloo):
+        def __init__(self, store, rank: int, size: int, timeout: timedelta):
+            options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+            devices = [ProcessGroupGloo.create_device(interface=name) for name in names]
+            options._devices = devices or [ProcessGroupGloo.create_default_device()]
+            options._timeout, options._threads = timeout, 1
+            super().__init__(store, rank, size, options)
+
+    c10d.ProcessGroupGloo = OneThread
+
+
 def _lengthened(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     """The tensor with zero rows below, up to `rows`."""
     return torch.cat((tensor, tensor.new_zeros((rows - len(tensor), *tensor.shape[1:]))))
@@ -204,6 +230,7 @@ def enable() -> bool:
         _replace_cuda_runtime()
         _replace_rng_access()
         _replace_collectives()
+        _replace_gloo()
         _replace_fused_kernels()
         from megatron.core.transformer.moe import moe_utils
 

@@ -102,6 +102,32 @@ def _devices() -> tuple:
     )
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the host's replacements are inactive where CUDA is present")
+def test_gathers_that_end_at_the_same_moment_do_not_kill(pool):
+    """With gloo's two threads a group this ends in seconds by SIGABRT or SIGSEGV; see `host._replace_gloo`."""
+    assert pool.run(_gathers, 1, 30_000)[0] == (1, 1, 30_000)
+
+
+def _gathers(count: int) -> tuple[int, int, int]:
+    """Threads of the world's group and of another one, and how many gathers ended that went on side by side."""
+    from torch import distributed
+    from torch.distributed.distributed_c10d import _coalescing_manager
+
+    world, other, ended = distributed.group.WORLD, distributed.new_group([0]), 0
+    whole, part = torch.zeros(4), torch.zeros(4)
+    while ended < count:
+        begun = []
+        for _ in range(200):
+            with _coalescing_manager(world, async_ops=True) as work:  # as megatron-core gathers weights
+                distributed.all_gather_into_tensor(whole, part, group=world, async_op=True)
+            begun.append(work)
+        for work in begun:
+            work.wait()
+        ended += len(begun)
+    backends = [group._get_backend(torch.device("cpu")) for group in (world, other)]
+    return backends[0].options._threads, backends[1].options._threads, ended
+
+
 def test_host_does_nothing_where_cuda_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = torch.cuda.current_device

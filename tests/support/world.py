@@ -6,12 +6,14 @@ and returns their results in rank order. Functions must be importable (module le
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
 import queue
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -88,16 +90,24 @@ class Pool:
                 requests.put((function, ranks, os.path.join(folder, "store"), args))
             answers = {}
             while len(answers) < ranks:
-                try:
-                    number, fine, value = self._results.get(timeout=self._timeout)
-                except queue.Empty:
-                    number, fine, value = min({*range(ranks)} - answers.keys()), False, f"silent for {self._timeout} s"
+                number, fine, value = self._next_answer(min({*range(ranks)} - answers.keys()))
                 if not fine:
                     self._failed = True
                     self.close()
                     raise RuntimeError(f"rank {number} of {ranks} failed:\n{value}")
                 answers[number] = pickle.loads(value)
         return [answers[number] for number in range(ranks)]
+
+    def _next_answer(self, awaited: int) -> tuple[int, bool, object]:
+        """(rank, whether it is fine, its pickled result or what went wrong), of `awaited` where none comes."""
+        end = time.monotonic() + self._timeout
+        while time.monotonic() < end:
+            with contextlib.suppress(queue.Empty):
+                return self._results.get(timeout=1)
+            for number, (process, _) in enumerate(self._workers):
+                if not process.is_alive():
+                    return number, False, f"its process is gone, with exit code {process.exitcode}"
+        return awaited, False, f"it was silent for {self._timeout} s"
 
     def close(self) -> None:
         """Ends every process and what it started (megatron-core's checkpoint writer keeps one of its own)."""
