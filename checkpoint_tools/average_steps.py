@@ -1,7 +1,7 @@
 """Average checkpoints of a run: the mean in fp64, rounded once, piece by piece.
 
     python checkpoint_tools/average_steps.py --run RUN --steps 7500,15000 --output OUT [--format mcore|hf]
-        [--dtype source|bf16|fp32] [--num-workers N]
+        [--dtype source|bf16|fp32] [--num-workers N] [--push-to-hub OWNER/NAME [--private]]
     python checkpoint_tools/average_steps.py recipe.yaml     (what its `average:` section says)
 
 The fp32 master weights are averaged where a checkpoint has them, else the model's weights. Memory depends
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from checkpoint_tools.common import bar, manifest, run_script, total_bytes
+from checkpoint_tools.publish import destination, publish
 from engine.checkpointing.directory import HF, STATE, complete_or_absent, write_manifest
 from engine.checkpointing.workers import worker_count
 from engine.run_folder import RunFolder
@@ -33,6 +34,8 @@ def main(
     format: Literal["mcore", "hf"] = "mcore",
     dtype: Literal["source", "bf16", "fp32"] = "source",
     num_workers: int | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> None:
     """Average checkpoints of a run.
 
@@ -43,9 +46,14 @@ def main(
         format: mcore makes a checkpoint, hf a Hugging Face directory.
         dtype: of the result; source is what the original model had.
         num_workers: processes that average; one for each processor and at most 8 unless given.
+        push_to_hub: OWNER/NAME on the hub, to which the directory is then published; see `lathe publish`.
+        private: with push_to_hub, only the owner may read it.
     """
     workers = worker_count(num_workers)
     paths = find_steps(run, steps)
+    if push_to_hub is not None and format != "hf":
+        raise ValueError(f"--push-to-hub {push_to_hub} takes a Hugging Face directory: add --format hf")
+    hub = destination(push_to_hub, private)
     from checkpoint_tools.mean import Mean
     from engine.checkpointing.hf_export import Export, dtype_name, dtype_of, export, open_checkpoint
     from engine.checkpointing.store_writer import write_store
@@ -64,6 +72,7 @@ def main(
                 dtype=target,
                 side_files=last.path / HF,
                 changes=changes,
+                made_of=paths,
             )
             export(job, mean, workers, bar("averaging", job.total_bytes))
         else:
@@ -75,6 +84,8 @@ def main(
             write_store(partial / STATE, specs, num_workers=workers, bar=progress)
             _complete_checkpoint(partial, opened, target)
     print(f"{output}: mean of {len(opened)} checkpoints ({steps}), {dtype_name(target)}")
+    if hub is not None:
+        publish(output, hub.repo, hub=hub)
 
 
 def find_steps(run: Path, steps: str) -> list[Path]:
@@ -106,10 +117,13 @@ def _check_same_model(opened: Sequence[Checkpoint]) -> None:
 
 def _complete_checkpoint(partial: Path, opened: Sequence[Checkpoint], dtype: torch.dtype) -> None:
     from engine.checkpointing.hf_export import dtype_name, open_checkpoint
+    from engine.checkpointing.provenance import provenance_of, write_provenance
     from models.conversion.hf_reader import copy_side_files
 
     last = opened[-1]
     copy_side_files(last.path / HF, partial / HF, with_index=True)
+    if provenance := provenance_of([one.path for one in opened]):
+        write_provenance(partial / HF, provenance)
     meta = manifest(last.description, last.source_dtype, step=last.meta["step"])
     steps = [one.meta["step"] for one in opened]
     write_manifest(partial, {**meta, "precision": dtype_name(dtype), "mean_of_steps": steps})

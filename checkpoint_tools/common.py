@@ -13,6 +13,7 @@ import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
@@ -67,7 +68,8 @@ def run_script(main: Callable[..., int | None], arguments: list[str], section: s
     # As an exception, so that a terminated job removes its partial output.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        files, flags = take_files(arguments) if section else ([], arguments)
+        takes_recipe = section and not (arguments and Path(arguments[0]).is_dir())  # which stands for a flag itself
+        files, flags = take_files(arguments) if takes_recipe else ([], arguments)
         if files:
             main = partial(main, **_values(main, read_section(files, section), section))
         return tyro.cli(main, args=flags) or 0
@@ -86,7 +88,8 @@ def _values(main: Callable[..., int | None], given: dict[str, Any], section: str
     for name, value in given.items():
         if name not in known:
             raise ValueError(unknown(f"{section}.{name}", [f"{section}.{one}" for one in known], "recipe key"))
-        text = ",".join(map(str, value)) if isinstance(value, list) else value
+        several = typing.get_origin(hints[name]) is tuple
+        text = ",".join(map(str, value)) if isinstance(value, list) and not several else value
         if text is None and type(None) not in typing.get_args(hints[name]):
             raise ValueError(f"recipe key {section}.{name} has no value; give one, or leave it out")
         values[name] = convert(text, hints[name], f"{section}.{name}")

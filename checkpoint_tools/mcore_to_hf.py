@@ -1,7 +1,7 @@
 """Convert a checkpoint into a Hugging Face directory that transformers loads, piece by piece.
 
 python checkpoint_tools/mcore_to_hf.py --checkpoint CKPT --output HF [--dtype source|bf16|fp32|mxfp4]
-    [--max-sequence-length N] [--num-workers N]
+    [--max-sequence-length N] [--num-workers N] [--push-to-hub OWNER/NAME [--private]]
 python checkpoint_tools/mcore_to_hf.py recipe.yaml     (what its `to_hf:` section says)
 """
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoint_tools.common import bar, run_script
+from checkpoint_tools.publish import destination, publish
 from engine.checkpointing.directory import HF, complete_or_absent
 from engine.checkpointing.workers import worker_count
 from engine.run_folder import RunFolder
@@ -21,6 +22,8 @@ def main(
     dtype: Literal["source", "bf16", "fp32", "mxfp4"] = "source",
     max_sequence_length: int | None = None,
     num_workers: int | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> None:
     """Convert a checkpoint into a Hugging Face directory.
 
@@ -31,10 +34,13 @@ def main(
             writes MXFP4 again where the base model had it, where that loses nothing.
         max_sequence_length: written to config.json as max_position_embeddings.
         num_workers: processes that convert; one for each processor and at most 8 unless given.
+        push_to_hub: OWNER/NAME on the hub, to which the directory is then published; see `lathe publish`.
+        private: with push_to_hub, only the owner may read it.
     """
     if max_sequence_length is not None and max_sequence_length < 1:
         raise ValueError(f"--max-sequence-length {max_sequence_length}: give a positive number of tokens")
     workers = worker_count(num_workers)
+    hub = destination(push_to_hub, private)
     checkpoint = RunFolder(checkpoint).pointed() or checkpoint
     import torch
 
@@ -56,11 +62,14 @@ def main(
             side_files=checkpoint / HF,
             changes=changes,
             mxfp4=quantized,
+            made_of=[checkpoint],
         )
         # In fp32 nothing is rounded before that.
         read = opened.reader(torch.float32 if quantized else target)
         export(job, read, workers, bar("exporting", job.total_bytes))
     print(f"{output}: {opened.description.family}, {'MXFP4 and ' if quantized else ''}{dtype_name(target)}")
+    if hub is not None:
+        publish(output, hub.repo, hub=hub)
 
 
 if __name__ == "__main__":

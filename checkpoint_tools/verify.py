@@ -32,7 +32,7 @@ def verify_path(path: Path) -> int:
     elif (path / METADATA).exists():
         found, checked = _store_faults(path)
     elif any(path.glob("*.safetensors")) or (path / "config.json").exists():
-        found, checked = _model_faults(path)
+        found, checked = model_faults(path)
     else:
         raise ValueError(
             f"{path} is no checkpoint, no prepared data and no Hugging Face directory"
@@ -66,7 +66,7 @@ def _store_faults(path: Path) -> tuple[list[str], bool]:
     return [fault for fault in map(fault_of, files) if fault], bool(files)
 
 
-def _model_faults(path: Path) -> tuple[list[str], bool]:
+def model_faults(path: Path) -> tuple[list[str], bool]:
     """What is wrong with a Hugging Face directory, and whether there were checksums: our own, or a hub's names."""
     from models.conversion.hf_reader import HFReader
 

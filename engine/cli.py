@@ -22,7 +22,13 @@ _LENGTH = (
     "steps",
     "epochs",
 )  # either sets the length of a run: the later place in which one stands wins over the other
-SECTIONS = ("prepare", "average", "to_hf", "evaluate")  # of a recipe, for those commands; other keys are the run's
+SECTIONS = (
+    "prepare",
+    "average",
+    "to_hf",
+    "evaluate",
+    "publish",
+)  # of a recipe, for those commands; other keys are the run's
 
 
 def parse_run(arguments: list[str], defaults: RunConfig | None = None) -> RunConfig:
@@ -111,8 +117,8 @@ def read_section(files: Sequence[Path], name: str) -> dict[str, Any]:
     """A section of a recipe (of several files the later wins), over what the run's own keys say of its paths.
 
     Data are prepared for `model` into `data`; checkpoints of `output` are averaged into its folder `average`, or the
-    latest exported into `final`; what came of that is evaluated into `evaluation`. Raises ValueError where the recipe
-    has no such section.
+    latest exported into `final`; what came of that is evaluated into `evaluation`, and published. Raises ValueError
+    where the recipe has no such section.
     """
     recipe = read_files(files)
     if not isinstance(recipe.get(name), dict):
@@ -137,10 +143,13 @@ def _implied(recipe: dict[str, Any], name: str) -> dict[str, Any]:
         return {"model": recipe.get("model")} | ({"output": split_weight(str(data[0]))[0]} if len(data) == 1 else {})
     if run is None:
         return {}
-    if name == "evaluate":
+    if name in ("evaluate", "publish"):
         made = "average" if isinstance(recipe.get("average"), dict) else "to_hf"
         model = (_implied(recipe, made) | (recipe.get(made) or {}))["output"]
-        return {"model": model, "output": f"{run}/evaluation"}
+        results = (recipe.get("evaluate") or {}).get("output") or f"{run}/evaluation"
+        if name == "evaluate":
+            return {"model": model, "output": results}
+        return {"hf": model, "run": run} | ({"evaluation": [results]} if "evaluate" in recipe else {})
     flag, folder = ("run", "average") if name == "average" else ("checkpoint", "final")
     return {flag: run, "output": f"{run}/{folder}"}
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.base_model import config_overrides
 from engine.checkpointing.model_files import write_model_files
+from engine.checkpointing.provenance import provenance_at_start, provenance_of, read_provenance, write_provenance
 from engine.cli import dump_run
 from engine.config import CheckpointConfig
 from engine.mesh import Mesh, outcomes
@@ -139,6 +140,7 @@ def begin(prepared: Prepared, lines: str) -> None:
     # The base model's files are perhaps in RUN itself: they are read before these are set aside.
     files = run.model_files.with_name(run.model_files.name + BEING_WRITTEN)
     write_model_files(base.files, files, overrides=overrides, data=data)
+    write_provenance(files, _provenance(prepared))
     if (
         prepared.resume is None
         and once(config.checkpoint)
@@ -156,6 +158,17 @@ def begin(prepared: Prepared, lines: str) -> None:
     if isfinite(prepared.stop_at):
         at = datetime.fromtimestamp(prepared.stop_at).astimezone().isoformat(timespec="seconds")
         print(f"saves and stops at {at}, before the job's end", flush=True)
+
+
+def _provenance(prepared: Prepared) -> dict[str, Any]:
+    """What the run is made of; one that goes on keeps what it knew at its start."""
+    base, config = prepared.base_model, prepared.config
+    said = read_provenance(base.files)
+    if prepared.resume is not None and said:
+        return said
+    if base.is_checkpoint and prepared.resume is None:
+        said = provenance_of([base.files.parent]) or said
+    return provenance_at_start(said, config.model, base.files, config.data, prepared.order.indexes)
 
 
 def go_back(run: RunFolder, step: int, config: CheckpointConfig) -> None:

@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": ("checkpoint_tools.inspect_checkpoint", "what a checkpoint or a Hugging Face directory holds"),
     "compare": ("checkpoint_tools.inspect_checkpoint", "how two of them differ, tensor by tensor"),
     "evaluate": ("examples.evaluate", "answers of a Hugging Face model, graded"),
+    "publish": ("checkpoint_tools.publish", "a Hugging Face directory onto a hub, with a model card"),
     "doctor": ("examples.doctor", "what this node has and lacks, and which layers a run would use"),
     "plan": ("examples.plan_run", "what each rank of a run will hold in memory"),
     "sweep": ("examples.lr_sweep", "several learning rates beside each other"),

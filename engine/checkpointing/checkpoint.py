@@ -74,7 +74,13 @@ def export_hf(run: RunFolder, step: int, mesh: Mesh) -> Path:
     checkpoint, target = run.checkpoint(step), run.export(step)
     opened = open_checkpoint(checkpoint)
     partial = target.with_name(target.name + BEING_WRITTEN)
-    job = Export(output=partial, description=opened.description, dtype=opened.source_dtype, side_files=checkpoint / HF)
+    job = Export(
+        output=partial,
+        description=opened.description,
+        dtype=opened.source_dtype,
+        side_files=checkpoint / HF,
+        made_of=[checkpoint],
+    )
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)

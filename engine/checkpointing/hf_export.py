@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.checkpointing.directory import FP8, HF, STATE, read_manifest
 from engine.checkpointing.export_sums import write_small_sums, write_weight_sums
+from engine.checkpointing.provenance import provenance_of, write_provenance
 from engine.checkpointing.store_reader import Scratch, StoreReader, box_of, master_key
 from engine.checkpointing.workers import Advance, Bar, no_bar, run_workers, share_of
 from models.conversion.hf_reader import copy_side_files
@@ -115,6 +116,7 @@ class Export:
     `finish` with what `write_share` returned; between these steps the caller lets all processes wait for each other.
     `side_files` is the directory with config, tokenizer and templates, `changes` are fields to set in its config.json.
     `mxfp4` names tensors to write in MXFP4, for which `read` gives values that it holds exactly (else ValueError).
+    `made_of` are the checkpoints of a run of which it is the one, or the mean; provenance.json then says so.
     """
 
     output: Path
@@ -123,6 +125,7 @@ class Export:
     side_files: Path
     changes: Mapping[str, Any] = field(default_factory=dict)
     mxfp4: tuple[str, ...] = ()
+    made_of: Sequence[Path] = ()
     block_bytes: int = BLOCK_BYTES
 
     @cached_property
@@ -140,6 +143,8 @@ class Export:
     def begin(self) -> None:
         """Copy the files beside the weights and make those of the weights, without any yet."""
         copy_side_files(self.side_files, self.output)
+        if self.made_of and (provenance := provenance_of(self.made_of)):
+            write_provenance(self.output, provenance)
         change_config(self.output, self.changes, remove=[] if self.mxfp4 else [QUANTIZATION])
         self._writer().create()
 

@@ -42,6 +42,7 @@ SIDE_FILES = (
     "additional_chat_templates/*",
     "LICENSE*",
     "NOTICE*",
+    "provenance.json",
 )
 
 

@@ -1,0 +1,126 @@
+"""Publish a Hugging Face directory on a hub, with a model card written from what the model was made of.
+
+python checkpoint_tools/publish.py HF --repo OWNER/NAME [--private] [--branch NAME] [--run RUN]
+    [--evaluation EVAL ...] [--license NAME] [--base-model OWNER/NAME] [--dry-run]
+python checkpoint_tools/publish.py recipe.yaml     (what its `publish:` section says)
+
+The access token comes from the environment (HF_TOKEN) or from the login of huggingface_hub; no flag takes one.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from checkpoint_tools.common import run_script
+from engine.check_values import check_secrets
+from engine.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from checkpoint_tools.hub.upload import Hub
+
+
+def main(
+    hf: tyro.conf.Positional[Path],
+    repo: str,
+    private: bool = False,
+    branch: str = "main",
+    run: Path | None = None,
+    evaluation: tuple[Path, ...] = (),
+    license: str = "unknown",
+    base_model: str | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Publish a Hugging Face directory; an interrupted upload goes on with the same command.
+
+    Args:
+        hf: the directory, an export or an average. A README.md in it is sent as it is, in place of the card.
+        repo: OWNER/NAME on the hub; made where it is not there yet.
+        private: only the owner may read it.
+        branch: of the repository; made where it is not there yet.
+        run: the run that the model comes from, where HF does not say what it was made of, or no longer all of it.
+        evaluation: outputs of lathe evaluate with results of this model, for the card.
+        license: of the model, by its name on the hub.
+        base_model: OWNER/NAME of the base model, where it was a directory of another name.
+        dry_run: show the card and the files, and ask nothing of the hub.
+    """
+    check_secrets({"repo": repo, "branch": branch, "license": license, "base_model": base_model, "hf": hf})
+    publish(hf, repo, private, branch, run, evaluation, license, base_model, dry_run=dry_run)
+
+
+def publish(
+    hf: Path,
+    repo: str,
+    private: bool = False,
+    branch: str = "main",
+    run: Path | None = None,
+    evaluation: tuple[Path, ...] = (),
+    license: str = "unknown",
+    base_model: str | None = None,
+    *,
+    dry_run: bool = False,
+    hub: Hub | None = None,
+) -> None:
+    """Publishes as `main` does; `hub` is the repository where it was opened already. ValueError in one sentence."""
+    from checkpoint_tools.hub.card import model_card, read_results
+    from checkpoint_tools.hub.folder import CARD, check_content, open_folder
+    from checkpoint_tools.hub.upload import check_name, open_hub, send
+
+    check_name(repo, "--repo")
+    if base_model is not None:
+        check_name(base_model, "--base-model")
+    folder = open_folder(hf)
+    made_of, results = _made_of(hf, run), [read_results(Path(path), hf) for path in evaluation]
+    card = model_card(repo.split("/")[1], made_of, results, license=license, base_model=base_model)
+    own = CARD in folder.files
+    if own:
+        print(f"{hf / CARD} is sent as it is; without it a card would be written")
+    elif not made_of:
+        print(f"{hf} does not say what it was made of: the card is nearly empty; --run RUN fills it")
+    if folder.hidden:
+        print(
+            f"not sent, as their names begin with a dot: {', '.join(folder.hidden[:5])} ({len(folder.hidden)} in all)"
+        )
+    if dry_run:
+        print("" if own else card)
+        print("\n".join(f"{(hf / name).stat().st_size:>15,}  {name}" for name in folder.files))
+        print(f"{len(folder.files)} files, {folder.bytes / 2**30:.2f} GiB, would go to {repo}; nothing was sent")
+        return
+    hub = hub or open_hub(repo, private=private, branch=branch)
+    check_content(folder, hub.token)
+    print(f"publishing {len(folder.files)} files, {folder.bytes / 2**30:.2f} GiB", flush=True)
+    print(f"published: {send(hub, folder, None if own else card)}")
+
+
+def destination(repo: str | None, private: bool) -> Hub | None:
+    """What --push-to-hub names, found and checked before the work whose result goes there; None without the flag."""
+    if repo is None:
+        if private:
+            raise ValueError("--private is of the repository that --push-to-hub names: give that, or leave it out")
+        return None
+    check_secrets({"push_to_hub": repo})
+    from checkpoint_tools.hub.upload import open_hub
+
+    return open_hub(repo, private=private, flag="--push-to-hub")
+
+
+def _made_of(hf: Path, run: Path | None) -> dict[str, Any]:
+    """What the model says it was made of; with a run, what that says of the same steps, or of its last one."""
+    from engine.checkpointing.provenance import complete, read_provenance
+    from engine.reporting.metrics import read_metrics
+
+    said = read_provenance(hf)
+    if run is None:
+        return said
+    folder = RunFolder(run)
+    steps = said.get("steps") or [line["step"] for line in read_metrics(folder.metrics)][-1:]
+    if not folder.config.exists() or not steps:
+        raise ValueError(f"--run {run} is no run that has made a step: it has no {folder.config.name} or no metrics")
+    return complete(read_provenance(folder.model_files), folder.config, folder.metrics, steps)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, sys.argv[1:], section="publish"))

@@ -1,0 +1,58 @@
+"""`--push-to-hub` of exports and averages: its mistakes come before the work, the upload after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from checkpoint_tools import average_steps, hf_to_mcore, mcore_to_hf
+from engine.run_folder import RunFolder
+from tests.checkpoint_tools.test_publish import REPO, content
+from tests.support.tiny import save_model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run with two checkpoints of one small model."""
+    folder = tmp_path_factory.mktemp("run")
+    save_model("llama", folder / "hf", layers=1)
+    for step in (1, 2):
+        hf_to_mcore.main(hf=folder / "hf", output=RunFolder(folder).checkpoint(step), num_workers=1)
+    return folder
+
+
+def export(run: Path, output: Path, **options) -> None:
+    mcore_to_hf.main(checkpoint=RunFolder(run).checkpoint(1), output=output, num_workers=1, **options)
+
+
+def average(run: Path, output: Path, format: str = "hf", **options) -> None:
+    average_steps.main(run, "1,2", output, format, num_workers=1, **options)
+
+
+@pytest.mark.parametrize("make", [export, average])
+def test_what_was_made_is_published(hub, run, tmp_path, make):
+    make(run, tmp_path / "out", push_to_hub=REPO, private=True)
+    there = hub.files(REPO)
+    assert there.pop("README.md").startswith(b"---\n") and there == content(tmp_path / "out")
+    assert hub.repos[REPO].private
+
+
+@pytest.mark.parametrize("make", [export, average])
+def test_what_cannot_be_published_is_not_made(hub, run, tmp_path, monkeypatch, make):
+    monkeypatch.setenv("HF_TOKEN", "hf_nobodys")
+    for options, sentence in (
+        ({"push_to_hub": "model"}, "--push-to-hub model lacks its owner"),
+        ({"push_to_hub": REPO}, "could not be checked: the hub does not know the access token (401)"),
+        ({"private": True}, "--private is of the repository that --push-to-hub names: give that, or leave it out"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            make(run, tmp_path / "out", **options)
+        assert sentence in str(caught.value)
+    assert not (tmp_path / "out").exists() and not hub.repos
+
+
+def test_a_checkpoint_is_not_published(hub, run, tmp_path):
+    with pytest.raises(ValueError, match="--push-to-hub ours/model takes a Hugging Face directory: add --format hf"):
+        average(run, tmp_path / "out", format="mcore", push_to_hub=REPO)
+    assert not hub.asked
