@@ -18,6 +18,7 @@ from data.index import write_index
 from engine.checkpointing.directory import STATE
 from engine.checkpointing.export_sums import LIST
 from engine.checkpointing.model_files import write_model_files
+from engine.checkpointing.provenance import FILE
 from engine.checkpointing.store_reader import StoreReader
 from engine.run_folder import RunFolder
 from models.hf_config import describe
@@ -48,8 +49,8 @@ def train(pool, ranks: int, model: Path, data: Path, output: Path, *extra: str) 
 
 
 def exported(folder: Path) -> dict[str, bytes]:
-    """The files of a model directory but for the checksums that our exports have."""
-    ours = {path.name for path in folder.iterdir() if path.suffix == SUMS or path.name == LIST}
+    """The files of a model directory but for those that our exports add: checksums, and what they were made of."""
+    ours = {path.name for path in folder.iterdir() if path.suffix == SUMS or path.name in (LIST, FILE)}
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ours}
 
 
