@@ -42,7 +42,7 @@ def main(
         private: only the owner may read it.
         branch: of the repository; made where it is not there yet.
         run: the run that the model comes from, where HF does not say what it was made of, or no longer all of it.
-        evaluation: outputs of lathe evaluate with results of this model, for the card.
+        evaluation: outputs of lathe evaluate, or RUN/evaluation; what is there of this model goes onto the card.
         license: of the model, by its name on the hub.
         base_model: OWNER/NAME of the base model, where it was a directory of another name.
         dry_run: show the card and the files, and ask nothing of the hub.
@@ -73,7 +73,7 @@ def publish(
     if base_model is not None:
         check_name(base_model, "--base-model")
     folder = open_folder(hf)
-    made_of, results = _made_of(hf, run), [read_results(Path(path), hf) for path in evaluation]
+    made_of, results = _made_of(hf, run), [one for path in evaluation for one in read_results(Path(path), hf)]
     card = model_card(repo.split("/")[1], made_of, results, license=license, base_model=base_model)
     own = CARD in folder.files
     if own:

@@ -15,6 +15,7 @@ from engine.checkpointing.provenance import hub_name, version
 
 RESULTS = "results.json"
 _ENDING = "<!-- written by Lathe, checksum "  # and the checksum of all above: whether somebody has edited the card
+_OF_RESULTS = ("data", "dataset_name", "questions", "scores", "temperature", "num_samples", "max_new_tokens")
 _COUNTS = {
     "rows": "rows read",
     "filtered": "left out by a condition",
@@ -65,19 +66,30 @@ def is_untouched(card: str) -> bool:
     return bool(ending) and rest == f"{text_sum(text)} -->\n"
 
 
-def read_results(path: Path, model: Path) -> dict[str, Any]:
-    """What an evaluation's results.json says; ValueError where there is none, or where it is of other weights."""
-    file = path / RESULTS if path.is_dir() else path
+def read_results(path: Path, model: Path) -> list[dict[str, Any]]:
+    """The results of a model's weights in a folder: an evaluation's output, or RUN/evaluation with those of many.
+
+    ValueError where there are none.
+    """
+    files = [file for depth in ("", "*/", "*/*/") for file in sorted(path.glob(depth + RESULTS))]
+    files = [file for file in files if not any(part.startswith("earlier.") for part in file.relative_to(path).parts)]
+    if not files:
+        raise ValueError(f"--evaluation {path} holds no {RESULTS}: give the --output of lathe evaluate")
+    found, fingerprint = [_results(file) for file in files], weights_fingerprint(str(model))
+    if own := [one for one in found if one["made_of"]["model"].endswith(f" [{fingerprint}]")]:
+        return own
+    of = found[0]["made_of"]["model"]
+    raise ValueError(f"--evaluation {path} has results of other weights, {of}: evaluate {model}, or leave it out")
+
+
+def _results(file: Path) -> dict[str, Any]:
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
-        scores, of = results["scores"], results["made_of"]["model"]
-    except OSError:
-        raise ValueError(f"--evaluation {path} holds no {RESULTS}: give the --output of lathe evaluate") from None
+        if all(name in results for name in _OF_RESULTS) and isinstance(results["made_of"]["model"], str):
+            return results
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"--evaluation {file} is not what lathe evaluate writes") from None
-    if not scores or of.rpartition(" [")[2].rstrip("]") != weights_fingerprint(str(model)):
-        raise ValueError(f"--evaluation {path} has results of other weights, {of}: evaluate {model}, or leave it out")
-    return results
+        pass
+    raise ValueError(f"--evaluation {file} is not what lathe evaluate writes")
 
 
 def _datasets(made_of: Mapping[str, Any]) -> Iterator[str]:
@@ -120,7 +132,8 @@ def _round(made_of: Mapping[str, Any], level: str) -> list[str]:
     blocks = [f"{level} Training", _which_weights(made_of.get("steps", []))]
     if rows := list(_course(made_of.get("course", {}))):
         blocks.append(_table(("of the run", "value"), rows))
-    blocks += [f"{level} Data", *(block for data in made_of.get("data", []) for block in _data(data))]
+    if data := [block for one in made_of.get("data", []) for block in _data(one)]:
+        blocks += [f"{level} Data", *data]
     if rows := list(_settings(made_of.get("settings", {}))):
         blocks += [f"{level} Recipe", _table(("setting", "value"), rows)]
     if "earlier" in made_of:

@@ -153,6 +153,7 @@ def _say(error: Exception, repo: str, token: str, done: str) -> NoReturn:
         chain.append(cause)
     response = next((one.response for one in chain if getattr(one, "response", None) is not None), None)
     status = getattr(response, "status_code", None)
+    kind = type(chain[-1]).__name__
     words = next((str(one.server_message) for one in chain if getattr(one, "server_message", None)), "")
     if any(isinstance(one, OfflineModeIsEnabled) for one in chain):
         why = "HF_HUB_OFFLINE is set; take it out of the environment"
@@ -161,9 +162,10 @@ def _say(error: Exception, repo: str, token: str, done: str) -> NoReturn:
         why = _SAYS.get(status, otherwise if status >= 500 else f"the hub refused it ({status})")
         why = why.format(repo=repo, owner=repo.split("/")[0])
     elif isinstance(chain[-1], ValueError):
-        why = str(chain[-1]).strip().splitlines()[0]
+        why = (str(chain[-1]).strip() or kind).splitlines()[0]
+    elif isinstance(chain[-1], OSError) and chain[-1].filename:  # a file of ours
+        why = f"{chain[-1].strerror}: {chain[-1].filename}"
     else:
-        kind = type(chain[-1]).__name__
         why = f"the connection to the hub broke ({kind}): the same command goes on, and sends what the hub lacks"
     if words and status is not None and status < 500:
         why += f"; it says: {' '.join(words.split())[:200]}"

@@ -75,7 +75,7 @@ def provenance_at_start(
     found = {
         "lathe": version(),
         "base_model": base.get("base_model") or _base_name(model, weights),
-        "data": [_of_data(*split_weight(one), index.meta) for one, index in zip(data, indexes, strict=False)],
+        "data": [_of_data(*split_weight(one), index.meta) for one, index in zip(data, indexes, strict=True)],
     }
     return {**found, "earlier": dict(base)} if base.get("steps") else found
 

@@ -137,7 +137,7 @@ def model(tmp_path) -> Path:
 
 
 def evaluation(folder: Path, model: Path) -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     made_of = {"model": f"/somewhere/else [{weights_fingerprint(str(model))}]"}
     (folder / "results.json").write_text(json.dumps(RESULTS | {"made_of": made_of}))
     return folder
@@ -147,10 +147,15 @@ def test_results_are_those_of_this_model(model, tmp_path, capsys):
     results = evaluation(tmp_path / "results", model)
     publish.main(model, "ours/model", evaluation=(results,), dry_run=True)
     assert "| questions | 500 | pass@1 | 0.6128 |" in capsys.readouterr().out
+    many = tmp_path / "run" / "evaluation"
+    for place, of in (("step_000001/questions", tmp_path), ("average/questions", model), ("earlier.1", model)):
+        evaluation(many / place, of)
+    publish.main(model, "ours/model", evaluation=(many,), dry_run=True)
+    assert capsys.readouterr().out.count("| questions | 500 | pass@1 |") == 1
     other = evaluation(tmp_path / "other", write_model(tmp_path / "another", seed=1))
     for path, sentence in (
         (other, "has results of other weights, /somewhere/else ["),
-        (tmp_path, "holds no results.json: give the --output of lathe evaluate"),
+        (model, "holds no results.json: give the --output of lathe evaluate"),
     ):
         with pytest.raises(ValueError, match="--evaluation") as caught:
             publish.main(model, "ours/model", evaluation=(path,), dry_run=True)

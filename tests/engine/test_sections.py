@@ -22,6 +22,7 @@ RECIPE = {
     "average": {"steps": [10, 20, 30], "format": "hf"},
     "to_hf": {"max_sequence_length": 64},
     "evaluate": {"data": "test.jsonl", "num-samples": 4, "temperature": "7e-1"},
+    "publish": {"repo": "ours/one"},
 }
 
 
@@ -51,6 +52,9 @@ def test_a_section_knows_the_paths_of_the_run(written):
         "checkpoint": "runs/one", "output": "runs/one/final", "max_sequence_length": 64,
     }  # fmt: skip
     assert read_section(recipe, "evaluate")["model"] == "runs/one/average"
+    assert read_section(recipe, "publish") == {
+        "hf": "runs/one/average", "run": "runs/one", "evaluation": ["runs/one/evaluation"], "repo": "ours/one",
+    }  # fmt: skip
     options = read_options([str(*recipe), "--seed", "3"])
     assert (options.model, options.output) == ("runs/one/average", Path("runs/one/evaluation"))
     assert (options.num_samples, options.temperature, options.seed) == (4, 0.7, 3)
