@@ -85,7 +85,8 @@ def publish(
             f"not sent, as their names begin with a dot: {', '.join(folder.hidden[:5])} ({len(folder.hidden)} in all)"
         )
     if dry_run:
-        print("" if own else card)
+        if not own:
+            print(card)
         print("\n".join(f"{(hf / name).stat().st_size:>15,}  {name}" for name in folder.files))
         print(f"{len(folder.files)} files, {folder.bytes / 2**30:.2f} GiB, would go to {repo}; nothing was sent")
         return
@@ -119,7 +120,11 @@ def _made_of(hf: Path, run: Path | None) -> dict[str, Any]:
     steps = said.get("steps") or [line["step"] for line in read_metrics(folder.metrics)][-1:]
     if not folder.config.exists() or not steps:
         raise ValueError(f"--run {run} is no run that has made a step: it has no {folder.config.name} or no metrics")
-    return complete(read_provenance(folder.model_files), folder.config, folder.metrics, steps)
+    found = complete(read_provenance(folder.model_files), folder.config, folder.metrics, steps)
+    trained_on = [[data.get("fingerprint") for data in one["data"]] for one in (said or found, found)]
+    if trained_on[0] != trained_on[1]:
+        raise ValueError(f"--run {run} was trained on other data than {hf} says: give its own run, or leave --run out")
+    return found
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from engine.checkpointing.export_sums import check_small_files
 from models.conversion.hf_reader import HFReader, ignored_files
 
 CARD = "README.md"
+_SMALL = 2**26  # bytes: the largest tokenizers have half of that
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,6 @@ def check_content(folder: ModelFolder, token: str) -> None:
     found, _ = model_faults(folder.path)
     if found:
         raise ValueError(found[0] + (f"; {len(found) - 1} more files are damaged" if found[1:] else ""))
-    for name in folder.files:
-        if not name.endswith(".safetensors") and token.encode() in (folder.path / name).read_bytes():
-            raise ValueError(f"{folder.path / name} holds your access token: remove it before the file is published")
+    for file in (folder.path / name for name in folder.files):
+        if file.stat().st_size <= _SMALL and token.encode() in file.read_bytes():
+            raise ValueError(f"{file} holds your access token: remove it before the file is published")

@@ -105,7 +105,8 @@ def send(hub: Hub, folder: ModelFolder, card: str | None) -> str:
             print(f"{CARD} of {hub.repo} was edited there and is kept; to replace it, put your own into {folder.path}")
         elif card is not None:
             operations.append(CommitOperationAdd(CARD, card.encode()))
-        if stale := [name for name in there if name.endswith(_OF_WEIGHTS) and name not in folder.files]:
+        beside = [name for name in there if "/" not in name and name not in folder.files]
+        if stale := [name for name in beside if name.endswith(_OF_WEIGHTS)]:
             operations += map(CommitOperationDelete, stale)
             print(f"removed from {hub.repo}, as they are no part of this model: {', '.join(stale)}")
         message = f"Publish {folder.path.absolute().name} with Lathe {version()}"

@@ -216,13 +216,14 @@ def test_a_readme_of_somebodys_own_stays(hub, model, capsys):
 
 def test_another_model_takes_the_place_of_the_first(hub, model, tmp_path, capsys):
     publish.main(model, REPO)
-    hub.repos[REPO].branches["main"]["plot.png"] = b"theirs"
+    theirs = {"plot.png": b"plot", "adapter/model.safetensors": b"another model"}
+    hub.repos[REPO].branches["main"] |= theirs
     smaller = write_model(tmp_path / "smaller", seed=1, sizes=(1000, 2000))
     (smaller / ".cache").mkdir()
     (smaller / ".cache" / "x").write_text("local")
     publish.main(smaller, REPO)
     there = hub.files(REPO)
-    assert there.pop("plot.png") == b"theirs" and there.pop("README.md")
+    assert {name: there.pop(name) for name in theirs} == theirs and there.pop("README.md")
     assert there == {name: data for name, data in content(smaller).items() if name != ".cache/x"}
     printed = capsys.readouterr().out
     assert f"removed from {REPO}, as they are no part of this model: model-00001-of-00004.safetensors" in printed

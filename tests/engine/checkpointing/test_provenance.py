@@ -89,6 +89,12 @@ def test_the_run_fills_the_card_of_an_export_that_says_nothing(rounds, tmp_path,
     publish.main(silent, "ours/model", run=rounds / "run", dry_run=True)
     printed = capsys.readouterr().out
     assert "These are the weights after step 3." in printed and "| seed | 7 |" in printed and "- lab/maths" in printed
+    other = shutil.copytree(rounds / "run", tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints", "hf"))
+    begun = json.loads((other / "model_files" / FILE).read_text())
+    begun["data"][0]["fingerprint"] = "another"
+    (other / "model_files" / FILE).write_text(json.dumps(begun))
+    with pytest.raises(ValueError, match="was trained on other data than .* says: give its own run"):
+        publish.main(RunFolder(rounds / "run").export(3), "ours/model", run=other, dry_run=True)
     with pytest.raises(ValueError, match="is no run that has made a step"):
         publish.main(silent, "ours/model", run=tmp_path, dry_run=True)
 
