@@ -178,6 +178,9 @@ def _data(data: Mapping[str, Any]) -> Iterator[str]:
     if dropped := data.get("dropped"):
         reasons = "; ".join(f"{count:,} x {_plain(reason)}" for reason, count in dropped.items())
         yield f"Of {data.get('rows', 0):,} rows {sum(dropped.values()):,} were dropped: {reasons}."
+    for role, text in (turn for prompt in data.get("prompts", []) for turn in prompt.items()):
+        yield f"The {role} turn around a question:"
+        yield "\n".join(f"    {line}" for line in text.splitlines()) or "    (empty)"
 
 
 def _settings(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

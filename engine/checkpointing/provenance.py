@@ -177,7 +177,20 @@ def _of_data(path: str, weight: float, meta: Mapping[str, Any]) -> dict[str, Any
     found = {"name": Path(path).absolute().name, "weight": weight, "fingerprint": meta.get("fingerprint")}
     found |= {name: meta[name] for name in COUNTS if name in meta}
     found |= {"dropped": dropped} if dropped else {}
+    found |= {"prompts": prompts} if (prompts := _prompts(meta.get("options", {}))) else {}
     return found | {"sources": [_of_source(source) for source in meta.get("sources", [])]}
+
+
+def _prompts(options: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The texts around questions that data were prepared with, for all sources and for single ones."""
+    found: list[dict[str, str]] = []
+    for one in (options, *options.get("sources", [])):
+        prompt = one.get("prompt") or {}
+        system = prompt.get("system") if one.get("system") is None else one["system"]
+        turns = {role: text for role, text in (("system", system), ("user", prompt.get("user"))) if text is not None}
+        if turns and turns not in found:
+            found.append(turns)
+    return found
 
 
 def _of_source(source: Mapping[str, Any]) -> dict[str, Any]:

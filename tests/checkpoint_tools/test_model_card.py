@@ -28,6 +28,7 @@ MADE_OF = {
             "documents": 1000,
             "tokens": 2_000_000,
             "supervised_tokens": 1_500_000,
+            "prompts": [{"system": "", "user": "Solve this:\n```\n{problem}"}],
             "dropped": {"no | answer <b>": 5, "not JSON": 1},
             "sources": [
                 {"name": "maths", "hub": "lab/maths", "rows": 910, "documents": 900, "tokens": 1_900_000},
@@ -98,6 +99,8 @@ def test_the_text_tells_what_the_model_was_made_of():
         "| lab/maths | 910 |  | 900 | 1,900,000 |  |",
         "| data, taken 0.5 times an epoch | 1,010 | 4 | 1,000 | 2,000,000 | 1,500,000 |",
         "Of 1,010 rows 6 were dropped: 5 x no \\| answer &lt;b>; 1 x not JSON.",
+        "The system turn around a question:\n\n    (empty)",
+        "The user turn around a question:\n\n    Solve this:\n    ```\n    {problem}",
         "| seq_len | 32768 |",
         "| optim.lr | 0.0002 |",
         "| optim.weight_decay | 0.0 |",

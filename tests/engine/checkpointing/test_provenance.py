@@ -19,6 +19,11 @@ SOURCES = [
     {"name": "maths", "data": "lab/maths:main", "files": [{"name": "lab/maths:main", "rows": 9}], "rows": 9},
     {"name": "own", "data": "rows/own.jsonl", "files": [{"name": "rows/own.jsonl", "rows": 3}], "rows": 3},
 ]
+OPTIONS = {
+    "prompt": {"user": "Solve: {}", "system": "Think."},
+    "system": None,
+    "sources": [{"system": "Be brief."}, {}],
+}
 DROPPED = {"not JSON": {"count": 2, "first": "rows/own.jsonl:1: secret"}}
 
 
@@ -26,7 +31,7 @@ DROPPED = {"not JSON": {"count": 2, "first": "rows/own.jsonl:1: secret"}}
 def rounds(pool, tmp_path_factory):
     """The folder of two rounds of training: `run` of three steps, `average` of its last two, `second` from that."""
     folder = make_inputs(tmp_path_factory.mktemp("rounds"))
-    edit_meta(folder / "data", sources=SOURCES, dropped=DROPPED, rows=1200)
+    edit_meta(folder / "data", sources=SOURCES, dropped=DROPPED, rows=1200, options=OPTIONS)
     saving = ("--checkpoint.every", "1", "--checkpoint.export-hf", "--seed", "7")
     run = arguments(folder, folder / "run", *saving, "--steps", "2")
     assert pool.run(outcome, 1, run) == [""]
@@ -46,6 +51,7 @@ def test_an_export_says_what_its_run_knew(rounds):
     assert said["base_model"] == {"name": "model", "hub": False} and said["steps"] == [3]
     (data,) = said["data"]
     assert data["dropped"] == {"not JSON": 2} and data["rows"] == 1200
+    assert data["prompts"] == [{"system": "Think.", "user": "Solve: {}"}, {"system": "Be brief."}]
     assert [source["hub"] for source in data["sources"]] == ["lab/maths", None]
     assert data["documents"] == 10 and data["tokens"] > data["supervised_tokens"] > 0
     assert said["settings"]["seed"] == 7 and "tp" not in said["settings"]
