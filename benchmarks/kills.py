@@ -20,10 +20,10 @@ from typing import Any
 import psutil
 import tyro
 
+from engine.reporting.metrics import MEASURED
 from engine.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
-CLOCKS = ("seconds", "tokens_per_second", "supervised_tokens_per_second", "tflops", "mfu")
 
 
 def flags(folder: Path, output: Path, steps: int, *extra: str) -> list[str]:
@@ -88,9 +88,9 @@ def kill_at_random(arguments: list[str], drawn: random.Random, longest: float) -
 
 
 def what_it_trained(run: RunFolder) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what a clock says."""
+    """The lines of metrics.jsonl without what a clock or memory decides."""
     lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 def differences(one: RunFolder, other: RunFolder, step: int) -> list[str]:

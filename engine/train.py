@@ -13,6 +13,7 @@ from engine.checkpointing.checkpoint import export_hf
 from engine.checkpointing.saver import FAILED as SAVE_FAILED
 from engine.checkpointing.saver import WRITTEN, CheckpointFailed
 from engine.config import RunConfig
+from engine.costs import cost_fields
 from engine.garbage import collect, collected_by_hand
 from engine.guards.agreement import check_agreement, check_layouts
 from engine.guards.spikes import Spikes
@@ -111,7 +112,7 @@ def run_to_the_end(prepared: Prepared, mesh: Mesh, stop: StopRequest, watchdog: 
     if stops := signalled(stop):
         trainer.saver.close()
         return stopped_early(prepared, mesh, stops, begun=True)
-    log = open_log(run, config, trainer.step, prepared.total_steps) if mesh.is_logger else None
+    log = open_log(run, config, trainer.step, prepared.total_steps, mesh.world_size) if mesh.is_logger else None
     report = running_report(prepared) if mesh.is_logger else None
     if log is not None and owed is not None and trainer.step:
         log.complete(held_out_fields(owed))
@@ -185,13 +186,14 @@ def stopped_early(prepared: Prepared, mesh: Mesh, why: str, *, begun: bool) -> N
         write_status(run, STOPPED, step=step, total_steps=prepared.total_steps, reason=why, aside=aside)
 
 
-def open_log(run: RunFolder, config: RunConfig, step: int, total_steps: int) -> MetricsLog:
+def open_log(run: RunFolder, config: RunConfig, step: int, total_steps: int, devices: int) -> MetricsLog:
     """Opens RUN's metrics, rewound to where the run stands."""
     rewind(run.skipped, step)
     return MetricsLog(
         run.path,
         total_steps=total_steps,
         start_step=step,
+        devices=devices,
         wandb=config.log.wandb_project if config.log.wandb else None,
         config=dataclasses.asdict(config),
         progress_every=config.log.print_every,
@@ -225,6 +227,8 @@ def loop(
         measures = bool(trainer.valid_loaders) and (last or bool(every and result.step % every == 0))
         held_out = trainer.held_out_losses(watchdog, stop) if measures else None
         left_out = measures and held_out is None
+        since = int(time.monotonic() - trainer.saved_at)  # of the rank on whose clock most time has passed
+        number, writing, since, *costs = largest(stop.number(), trainer.saver.progress(), since, *trainer.costs())
         if log is not None:
             line = step_line(
                 result,
@@ -235,14 +239,12 @@ def loop(
                 aux_loss=config.moe.aux_loss,
                 sources=trainer.sources,
             )
-            line |= flags(line, result, spikes, trainer.prepared.run)
+            line |= flags(line, result, spikes, trainer.prepared.run) | cost_fields(result.seconds, *costs)
             if at_start is not None:
                 line |= {f"{name}{AT_START}": value for name, value in held_out_fields(at_start).items()}
                 at_start = None
             line |= held_out_fields(held_out) if held_out is not None else {LEFT_OUT: True} if left_out else {}
             log.write(**line)
-        since = int(time.monotonic() - trainer.saved_at)  # of the rank on whose clock most time has passed
-        number, writing, since = largest(stop.number(), trainer.saver.progress(), since)
         if writing in (WRITTEN, SAVE_FAILED):
             watchdog.enter(SAVE, result.step)
             trainer.finish_save()

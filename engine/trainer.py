@@ -17,6 +17,7 @@ from engine.checkpointing import checkpoint
 from engine.checkpointing.delayed_scales import DelayedScales
 from engine.checkpointing.saver import Saved, Saver
 from engine.checkpointing.shards import gather_weights, own_shards
+from engine.costs import Stopwatch, peak_memory
 from engine.first_weights import fill_weights
 from engine.guards.skips import SkippedStep, skipped_until
 from engine.guards.watchdog import HELD_OUT, Watchdog
@@ -102,6 +103,7 @@ class Trainer:
         self.data_state = self.loader.state_dict()  # after the last good step, also when the next one fails
         self.saved_step = self.step
         self.saved_at = time.monotonic()
+        self.waiting, self.saving = Stopwatch(), Stopwatch()
         self.skipped = skipped_until(prepared.run.skipped, self.step, most=config.guard.max_skips)
 
     def _make_loader(self, order: GlobalOrder) -> Loader:
@@ -117,7 +119,8 @@ class Trainer:
     def train_step(self) -> StepResult:
         """One step. FloatingPointError, naming the samples, before an update that would not be finite."""
         started = time.perf_counter()
-        microbatches = self.loader.next_step()
+        with self.waiting:
+            microbatches = self.loader.next_step()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -143,6 +146,10 @@ class Trainer:
             routers=routers,
             skipped=skipped,
         )
+
+    def costs(self) -> tuple[int, int, int, int]:
+        """What this rank spent since the last call, for `largest` and then `engine.costs.cost_fields`."""
+        return self.waiting.take(), self.saving.take(), *peak_memory(self.mesh.device)
 
     def _skip(self, step: int, totals: StepTotals, grad_norm: float, microbatches: list[Microbatch]) -> SkippedStep:
         """A step whose update was not made, as it is written down; FloatingPointError unless it may be skipped.
@@ -249,12 +256,12 @@ class Trainer:
         }
         self.scales.note()
         self.saved_step, self.saved_at = self.step, time.monotonic()
-        with shielded():
+        with shielded(), self.saving:
             self._completed(self.saver.start(self.step, manifest))
 
     def finish_save(self) -> None:
         """Waits for the checkpoint that has begun, if there is one, and completes it; every rank calls it."""
-        with shielded():
+        with shielded(), self.saving:
             self._completed(self.saver.finish())
 
     def _completed(self, saved: Saved | None) -> None:

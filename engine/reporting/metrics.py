@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from engine.reporting.progress import ProgressLine
+from engine.reporting.tracker_names import TrackerNames
 from engine.run_folder import RunFolder, replace_text
 
 # What every line holds, in this order; a caller may add fields after them.
@@ -31,16 +32,27 @@ FIELDS = (
     "supervised_tokens_per_second",
     "tflops",
     "mfu",
+    "data_seconds",
+    "compute_seconds",
+    "save_seconds",
+    "peak_device_mib",
+    "peak_host_mib",
 )
 LEFT_OUT = "valid_left_out"  # a field of a step whose held-out loss was due when the run was told to stop
 AT_START = "_at_start"  # the end of a field of the first line that was measured before that step
-# Decimals of the fields that come from a clock; counts, losses and rates of learning keep every digit.
-DECIMALS = {
+# Decimals of the fields that a clock or a machine's memory decides: all others, of which counts, losses and rates of
+# learning keep every digit, are the same where a run is repeated.
+MEASURED = {
     "seconds": 6,
     "tokens_per_second": 1,
     "supervised_tokens_per_second": 1,
     "tflops": 3,
     "mfu": 4,
+    "data_seconds": 4,
+    "compute_seconds": 4,
+    "save_seconds": 4,
+    "peak_device_mib": 0,
+    "peak_host_mib": 0,
 }
 
 
@@ -126,10 +138,10 @@ class MetricsLog:
     """Appends one JSON line a step to `RUN/metrics.jsonl`, mirrors it and shows progress.
 
     Build it on one rank only. With `start_step` N the file is first rewound to step N (0: a new run, which
-    starts with an empty file). `wandb` names a Weights & Biases project; it is imported only then. Where
-    `stream` (standard error unless given) is no terminal, one plain line is printed every `progress_every`
-    steps. Usable as a context manager. Raises `ValueError` where wandb is asked for but not installed, or
-    where the existing file is not a metrics file.
+    starts with an empty file). `devices` train together. `wandb` names a Weights & Biases project; it is imported
+    only then. Where `stream` (standard error unless given) is no terminal, one plain line is printed every
+    `progress_every` steps. Usable as a context manager. Raises `ValueError` where wandb is asked for but not
+    installed, or where the existing file is not a metrics file.
     """
 
     def __init__(
@@ -138,6 +150,7 @@ class MetricsLog:
         *,
         total_steps: int,
         start_step: int = 0,
+        devices: int = 1,
         tensorboard: bool = True,
         wandb: str | None = None,
         config: dict[str, Any] | None = None,
@@ -151,9 +164,10 @@ class MetricsLog:
         if (kept := rewind(self.path, start_step)) < start_step:
             print(
                 f"warning: {self.path} has only {kept:,} of the {start_step:,} steps before this start: the others "
-                "were lost with the node that wrote them",
+                "were lost with the node that wrote them, and total_tokens does not count them",
                 flush=True,
             )
+        self.tracker_names = TrackerNames(read_metrics(self.path), devices)
         self.wandb = _start_wandb(run, wandb, config) if wandb else None
         self.tensorboard = None
         if tensorboard:
@@ -179,9 +193,9 @@ class MetricsLog:
         given = {"step": step, "seconds": seconds, "tokens": tokens, "supervised_tokens": supervised_tokens, **fields}
         given |= {"tokens_per_second": tokens * rate, "supervised_tokens_per_second": supervised_tokens * rate}
         line = {name: _plain(value) for name, value in (dict.fromkeys(FIELDS) | given).items()}
-        for name, decimals in DECIMALS.items():
+        for name, decimals in MEASURED.items():
             if line[name] is not None:
-                line[name] = round(float(line[name]), decimals)
+                line[name] = round(float(line[name]), decimals) if decimals else round(line[name])
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         self.file.flush()
         self.last_step = step
@@ -208,12 +222,13 @@ class MetricsLog:
 
         A field by names (`valid_losses`, `source_losses`, ...) goes as `field/name`; what was measured before the step
         goes to the step before it. Of the lists, one number a layer or an expert, only the mean and the largest
-        imbalance of experts go.
+        imbalance of experts go. Some go a second time, as other trainers call them.
         """
         before = {name.removesuffix(AT_START): value for name, value in line.items() if name.endswith(AT_START)}
         if before:
             self._send(dict(_numbers(before)), line["step"] - 1)
         numbers = dict(_numbers({name: value for name, value in line.items() if not name.endswith(AT_START)}))
+        numbers |= dict(_numbers(self.tracker_names.numbers(line)))
         imbalance = [value for value in line.get("expert_imbalance") or () if value is not None]
         if imbalance:
             numbers["expert_imbalance/mean"] = sum(imbalance) / len(imbalance)

@@ -18,13 +18,13 @@ from engine.checkpointing.store_reader import StoreReader
 from engine.cli import parse_run
 from engine.layout import world_from_environment
 from engine.prepare import prepare_run
+from engine.reporting.metrics import MEASURED
 from engine.run_folder import RunFolder
 from engine.train import train
 from models.conversion.hf_reader import HFReader
 from tests.support.marks import slow
 from tests.support.tiny import VOCABULARY, conversations, save_model
 
-TIMINGS = ("seconds", "tokens_per_second", "supervised_tokens_per_second", "tflops", "mfu")
 LENGTHS = {"conversations": 9, "sequences": 9}
 # At a higher rate tokens near the border between two experts change sides by the last digits of a sum.
 EXPERT_FLAGS = ("--precision", "fp32", "--moe.aux-loss", "0.01", "--optim.lr", "1e-3")
@@ -57,9 +57,9 @@ def arguments(inputs: Path, output: Path, *extra: str) -> list[str]:
 
 
 def metrics(output: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what a clock says."""
+    """The lines of metrics.jsonl without what a clock or memory decides."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 def tensors(output: Path, step: int) -> dict[str, torch.Tensor]:
