@@ -39,6 +39,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"  # step_NNNNNN/, see `engine.checkpointing.directory`
         self.latest = self.checkpoints / "latest"  # the name of the newest
         self.exports = self.path / "hf"  # step_NNNNNN/, by --checkpoint.export-hf
+        self.evaluation = self.path / "evaluation"  # summary.json and MODEL/NAME/, by `lathe evaluate --watch`
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step stands."""
@@ -72,6 +73,7 @@ class RunFolder:
         kinds = [self.config, self.metrics, self.tensorboard, self.report, self.wandb_id, self.unfinished]
         kinds += [
             self.skipped,
+            self.evaluation,
             self.stacks,
             self.model_files,
             self.errors,
@@ -93,19 +95,19 @@ class RunFolder:
         return aside
 
     def beyond(self, step: int) -> list[Path]:
-        """The checkpoints and exports of later steps."""
-        exports = ((_step_of(path), path) for path in _entries(self.exports))
+        """The checkpoints, exports and scores of later steps."""
+        exports = ((_step_of(path), path) for path in [*_entries(self.exports), *_entries(self.evaluation)])
         found = [path for number, path in self.checkpoint_steps().items() if number > step]
         return found + sorted(path for number, path in exports if number is not None and number > step)
 
     def set_beyond_aside(self, step: int, lines: list[str]) -> Path:
-        """Moves the checkpoints and exports of later steps to `beyond.N`, with these lines of metrics; returns where.
+        """Moves what later steps left to `beyond.N`, with these lines of metrics; returns where.
 
         `latest` must name the step already, so that a run that is killed in here goes on from it.
         """
         aside, paths = next_folder(self.path, "beyond"), self.beyond(step)
         (aside / self.metrics.name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        for folder in (self.checkpoints, self.exports):
+        for folder in (self.checkpoints, self.exports, self.evaluation):
             if own := [path for path in paths if path.parent == folder]:
                 _move(own, folder, aside)
         return aside

@@ -14,6 +14,7 @@ import yaml
 from engine.reporting.charts import histogram, line_chart, number
 from engine.reporting.metrics import read_metrics
 from engine.reporting.progress import clock
+from engine.reporting.report_evaluation import evaluation_card
 from engine.reporting.report_experts import experts_card
 from engine.reporting.report_parts import (
     BLUE,
@@ -32,6 +33,7 @@ from engine.reporting.report_parts import (
 from engine.reporting.report_sources import held_out_card, sources_card
 from engine.run_folder import RunFolder, replace_text
 
+SAMPLE = "<!-- sample -->"  # stands around its card; what is foreign on the page is escaped, and never reads so
 TRAINED, MASKED = "#c9efd6", "#e9ecf1"
 # Tokens of a sample that are shown; a longer one is cut, and the page says so.
 MOST_TOKENS = 4096
@@ -71,12 +73,14 @@ def write_report(
     sample: Sequence[tuple[str, bool]] | None = None,
     fill: Sequence[float] | None = None,
     title: str | None = None,
+    keep_sample: bool = False,
 ) -> Path:
     """Write `RUN/report.html` and return its path.
 
-    `sample` is one document as (token's text, whether it bears loss); `fill` says how full each packed sequence was, as
-    fractions of 1, and is computed per step from the metrics where it is not given; `title` defaults to the
-    folder's name. Raises `ValueError` where the run has no `metrics.jsonl` or nothing stands in it.
+    `sample` is one document as (token's text, whether it bears loss), and `keep_sample` keeps the one that the page
+    shows already; `fill` says how full each packed sequence was, as fractions of 1, and is computed per step from the
+    metrics where it is not given; `title` defaults to the folder's name. Raises `ValueError` where the run has no
+    `metrics.jsonl` or nothing stands in it.
     """
     run = RunFolder(run_dir)
     metrics = read_metrics(run.metrics)
@@ -92,11 +96,12 @@ def write_report(
         *_charts(metrics),
         sources_card(metrics),
         held_out_card(metrics),
+        evaluation_card(run.evaluation),
         _fill_card(shares, unit),
         _counts_card(metrics),
         experts_card(metrics),
         _facts_card(config_text) if config_text else "",
-        _sample_card(sample) if sample else "",
+        SAMPLE.join(["", _sample_card(sample) if sample else _shown_sample(run.report) if keep_sample else "", ""]),
         "</div>",
     ]
     style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
@@ -235,6 +240,12 @@ def _facts_card(config_text: str) -> str:
             rows.append(f"<div><dt>{label}</dt><dd>{escape(text)}</dd></div>")
     every = f"<details><summary>Every option</summary><pre>{escape(config_text.rstrip())}</pre></details>"
     return card("The run", "From config.yaml", f"<dl>{''.join(rows)}</dl>{every}", wide=True)
+
+
+def _shown_sample(report: Path) -> str:
+    """The card of the sample in a page that was written before."""
+    parts = report.read_text(encoding="utf-8").split(SAMPLE) if report.exists() else []
+    return parts[1] if len(parts) == 3 else ""
 
 
 def _sample_card(sample: Sequence[tuple[str, bool]]) -> str:

@@ -42,14 +42,21 @@ class Request:
 
 def choose_backend(options: EvaluationOptions) -> str:
     """`transformers` or `vllm`; raises `EvaluationError` where vLLM is asked for and cannot be had."""
-    installed = find_spec("vllm") is not None
+    installed, size = find_spec("vllm") is not None, options.tensor_parallel_size
+    if size > 1 and (options.backend == "transformers" or options.num_workers > 1 or not installed):
+        raise EvaluationError(
+            f"--tensor-parallel-size {size} is vLLM's ({'installed' if installed else 'not installed'}): leave it out, "
+            "or --backend transformers and --num-workers, with which each GPU holds a copy of the model"
+        )
+    if 0 < (gpus := torch.cuda.device_count()) < size:
+        raise EvaluationError(f"--tensor-parallel-size {size}: this node has {gpus} GPU(s)")
     if options.backend == "vllm" and not installed:
         raise EvaluationError("--backend vllm: vLLM is not installed; run `pip install vllm` or leave it out")
     if options.backend == "vllm" and options.num_workers > 1:
         raise EvaluationError(f"--num-workers {options.num_workers}: vLLM batches by itself; leave it out")
     if options.backend == "auto" and options.num_workers == 1 and installed and torch.cuda.is_available():
         return "vllm"
-    return "vllm" if options.backend == "vllm" else "transformers"
+    return "vllm" if options.backend == "vllm" or size > 1 else "transformers"
 
 
 def make_requests(prompts: Prompts, options: EvaluationOptions) -> list[Request]:
@@ -174,7 +181,14 @@ def generate_vllm(
     from vllm import LLM, SamplingParams
 
     dtype = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[options.dtype]
-    model = LLM(model=options.model, dtype=dtype, seed=options.seed, generation_config="vllm", trust_remote_code=False)
+    model = LLM(
+        model=options.model,
+        dtype=dtype,
+        seed=options.seed,
+        tensor_parallel_size=options.tensor_parallel_size,
+        generation_config="vllm",
+        trust_remote_code=False,
+    )
     flat = [(request, place) for request in requests for place in range(len(request.ids))]
     params = [
         SamplingParams(

@@ -1,11 +1,14 @@
 """What an evaluation is told, and the checks of it that need no model."""
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from data.preparation.prompt import load_prompt
 from engine.check_values import check_secrets
+from engine.run_folder import RunFolder
 
 
 class EvaluationError(ValueError):
@@ -14,14 +17,22 @@ class EvaluationError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """One evaluation of one model on one data set."""
+    """One evaluation on one data set, of one model or of the exports of a run."""
 
-    model: str
+    model: str = ""
     """A Hugging Face directory or a hub name."""
     data: str
     """A file, a directory or a hub name (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT), as --sources of prepare_data.py."""
-    output: Path
+    output: Path = Path()
     """The folder for generations.jsonl and results.json."""
+    watch: Path | None = None
+    """In place of --model and --output: a run, whose exports are graded as they appear, into RUN/evaluation."""
+    once: bool = False
+    """With --watch: grade what is there and end; else this ends when the run is done and all is graded."""
+    also: tuple[Path, ...] = ()
+    """With --watch: other models to grade, averages for one; each is called by the last part of its path."""
+    name: str | None = None
+    """With --watch: what RUN/evaluation calls these results; the name of the data set unless given."""
     split: str | None = None
     """The split of a hub data set."""
     prompt: Path | None = None
@@ -52,13 +63,15 @@ class EvaluationOptions:
     """Processes side by side, each with its own copy of the model (transformers)."""
     backend: Literal["auto", "transformers", "vllm"] = "auto"
     """auto takes vLLM where it and a GPU are there, else transformers."""
+    tensor_parallel_size: int = 1
+    """GPUs of this node that hold one copy of the model together (vLLM; written, not yet run)."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """The precision of the weights; auto takes the model's own."""
 
 
 def check_options(options: EvaluationOptions) -> None:
     """Raise `EvaluationError` for values that no evaluation can have and for paths that do not exist."""
-    for name in ("max_new_tokens", "num_samples", "batch_size", "num_workers"):
+    for name in ("max_new_tokens", "num_samples", "batch_size", "num_workers", "tensor_parallel_size"):
         if getattr(options, name) < 1:
             raise EvaluationError(f"{flag(name)} {getattr(options, name)} must be at least 1")
     if options.limit is not None and options.limit < 1:
@@ -80,7 +93,57 @@ def check_options(options: EvaluationOptions) -> None:
             load_prompt(options.prompt)
     except ValueError as error:
         raise EvaluationError(str(error)) from error
+    if options.watch is not None:
+        _check_watch(options)
+        check_heads(options.tensor_parallel_size, RunFolder(options.watch).model_files)
+        return
+    if options.once or options.also or options.name:
+        given = "--once" if options.once else "--also" if options.also else f"--name {options.name}"
+        raise EvaluationError(f"{given} belongs to --watch RUN; leave it out, or give a run to watch")
     _check_model(options.model)
+    check_heads(options.tensor_parallel_size, Path(options.model))
+
+
+def _check_watch(options: EvaluationOptions) -> None:
+    """Refuse what cannot be watched, and models and outputs that the run decides."""
+    assert options.watch is not None
+    run = RunFolder(options.watch)
+    if options.model or options.output != Path():
+        given = f"--model {options.model}" if options.model else f"--output {options.output}"
+        raise EvaluationError(
+            f"{given}: with --watch it is the run that says which models are graded, and where results go; leave it "
+            "out, and name other models with --also"
+        )
+    if not run.path.is_dir():
+        raise EvaluationError(f"--watch {run.path}: there is no such folder; give the --output of a run")
+    if run.is_foreign():
+        raise EvaluationError(f"--watch {run.path} is a model or data and no run; grade a model with --model")
+    names = [path.name for path in options.also]
+    for path in options.also:
+        if not path.name or names.count(path.name) > 1 or path.name.startswith("step_"):
+            raise EvaluationError(
+                f"--also {path}: the last part of its path is what its results are called, and must be a name that "
+                "neither another model nor a step has"
+            )
+    if options.name is not None and options.name != folder_name(options.name):
+        raise EvaluationError(f"--name {options.name} must be letters, digits, dots and dashes: a folder is called so")
+
+
+def folder_name(name: str) -> str:
+    """A name as a folder may be called."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("._") or "data"
+
+
+def check_heads(size: int, model: Path) -> None:
+    """Refuse a number of GPUs over which attention heads cannot be split, where the model's files say how many."""
+    if size == 1 or not (model / "config.json").is_file():
+        return
+    heads = json.loads((model / "config.json").read_text(encoding="utf-8")).get("num_attention_heads")
+    if isinstance(heads, int) and heads % size:
+        good = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
+        raise EvaluationError(
+            f"--tensor-parallel-size {size} does not divide the model's {heads} attention heads: give one of {good}"
+        )
 
 
 def _check_model(model: str) -> None:

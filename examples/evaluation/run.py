@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,18 @@ RULE = "=" * 60
 RESULTS, GENERATIONS = "results.json", "generations.jsonl"  # what an output holds
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A model and what it is asked: all that can be known before it is loaded."""
+
+    options: EvaluationOptions
+    model: str  # as results name it
+    backend: str
+    questions: list[Question]
+    prompts: Prompts
+    made_of: dict[str, Any]
+
+
 def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     """Generate, grade, write `generations.jsonl` and `results.json` into `--output`, print the result block.
 
@@ -29,21 +42,36 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     Raises `EvaluationError` for a user's mistake, all of them before the model is loaded.
     """
     check_options(options)
+    return answer(ask(options))
+
+
+def ask(options: EvaluationOptions, questions: list[Question] | None = None, called: str | None = None) -> Asked:
+    """Put the questions, where they were read already these, as the model is to be asked.
+
+    `called` is where results say that the model lies, if it is read from another place. Raises `EvaluationError`.
+    """
     backend = choose_backend(options)
-    questions = load_questions(options)
+    questions = load_questions(options) if questions is None else questions
     tokenizer = load_tokenizer(options)
-    prompts = build_prompts(tokenizer, questions, options)
+    prompts, model = build_prompts(tokenizer, questions, options), called or options.model
+    made = made_of(options, model, backend, questions, prompts)
+    return Asked(options=options, model=model, backend=backend, questions=questions, prompts=prompts, made_of=made)
+
+
+def answer(asked: Asked) -> dict[str, Any]:
+    """Load the model and evaluate it; see `evaluate`."""
+    options, questions, prompts = asked.options, asked.questions, asked.prompts
     for warning in prompts.warnings:
         print(warning, file=sys.stderr)
     options.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    generations = _generate(prompts, options, backend)
+    generations = _generate(prompts, options, asked.backend)
     generated = time.perf_counter()
     texts = [[generation.text for generation in samples] for samples in generations]
     golds = [question.gold for question in questions]
     graded = grade_questions(golds, texts, num_workers=max(1, min(4, os.cpu_count() or 1)))
-    results = _results(options, backend, generations, graded, prompts.warnings)
-    results["made_of"] = made_of(options, backend, questions, prompts)
+    results = _results(asked, generations, graded)
+    results["made_of"] = asked.made_of
     results["generation_seconds"] = round(generated - started, 2)
     results["grading_seconds"] = round(time.perf_counter() - generated, 2)
     set_others_aside(options.output, results["made_of"])
@@ -70,24 +98,19 @@ def _generate(prompts: Prompts, options: EvaluationOptions, backend: str) -> lis
     ]
 
 
-def _results(
-    options: EvaluationOptions,
-    backend: str,
-    generations: list[list[Generation]],
-    graded: list[GradedQuestion],
-    warnings: list[str],
-) -> dict[str, Any]:
+def _results(asked: Asked, generations: list[list[Generation]], graded: list[GradedQuestion]) -> dict[str, Any]:
     """The summary that is printed and written."""
+    options = asked.options
     flat = [generation for samples in generations for generation in samples]
     verdicts = [verdict for question in graded for verdict in question.verdicts]
     correct = [sum(verdict.correct for verdict in question.verdicts) for question in graded]
     scores = score_table(options.num_samples, correct, [question.majority_correct for question in graded])
     return {
-        "model": options.model,
-        "model_name": Path(options.model).name,
+        "model": asked.model,
+        "model_name": Path(asked.model).name,
         "data": options.data,
         "dataset_name": dataset_name(options.data),
-        "backend": backend,
+        "backend": asked.backend,
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,
         "top_p": options.top_p,
@@ -102,16 +125,18 @@ def _results(
         "generations_without_answer": sum(verdict.answer is None for verdict in verdicts),
         "gradings_timed_out": sum(verdict.timed_out for verdict in verdicts),
         "generated_tokens": sum(generation.tokens for generation in flat),
-        "warnings": warnings,
+        "warnings": asked.prompts.warnings,
     }
 
 
-def made_of(options: EvaluationOptions, backend: str, questions: list[Question], prompts: Prompts) -> dict[str, Any]:
+def made_of(
+    options: EvaluationOptions, model: str, backend: str, questions: list[Question], prompts: Prompts
+) -> dict[str, Any]:
     """All that decides the answers and their scores, by name."""
     asked = [[question.messages, question.gold] for question in questions]
     sampling = ("max_new_tokens", "temperature", "top_p", "top_k", "num_samples", "seed", "dtype")
     return {
-        "model": named(options.model, weights_fingerprint(options.model)),
+        "model": named(model, weights_fingerprint(options.model)),
         "data": named(options.data, _digest(asked)),
         "prompts": _digest([prompts.ids, prompts.eos]),
         "backend": backend,
@@ -123,14 +148,19 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]
 
 
+def made_before(output: Path) -> dict[str, Any] | None:
+    """What the results in an output were made of; None where there are none, or they do not say."""
+    try:
+        return dict(json.loads((output / RESULTS).read_text(encoding="utf-8"))["made_of"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def set_others_aside(output: Path, now: dict[str, Any]) -> Path | None:
     """Moves results that were made of something else to a folder `earlier.N` of the output, and says so."""
     if not (output / RESULTS).exists():
         return None
-    try:
-        before = json.loads((output / RESULTS).read_text(encoding="utf-8"))["made_of"]
-    except (ValueError, KeyError, TypeError):
-        before = None
+    before = made_before(output)
     found = differences(before, now) if before else ["they do not say what they were made of"]
     if not found:
         return None

@@ -53,6 +53,19 @@ def test_an_earlier_run_is_one_folder(tmp_path):
     assert run.set_aside() == tmp_path / "earlier.2"
 
 
+def test_scores_go_where_the_steps_go_that_they_are_of(tmp_path):
+    run = RunFolder(tmp_path)
+    fill(run, 1, 2)
+    for model in ("step_000001", "step_000002", "average"):
+        (run.evaluation / model).mkdir(parents=True)
+        (run.evaluation / model / "results.json").write_text(model)
+    beyond = run.set_beyond_aside(1, [])
+    assert (beyond / "evaluation" / "step_000002" / "results.json").read_text() == "step_000002"
+    assert {path.name for path in run.evaluation.iterdir()} == {"step_000001", "average"}
+    earlier = run.set_aside()
+    assert (earlier / "evaluation" / "average" / "results.json").exists() and not run.evaluation.exists()
+
+
 @pytest.mark.parametrize("what", ["earlier", "beyond"])
 def test_checkpoints_behind_a_link_stay_on_their_disk(tmp_path, what):
     run, scratch = RunFolder(tmp_path / "run"), tmp_path / "scratch"

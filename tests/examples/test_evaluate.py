@@ -8,47 +8,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
-from examples.demo.model import build_demo_model
-from examples.demo.problems import make_problems
 from examples.evaluation.generation import Request, TransformersGenerator, make_requests
 from examples.evaluation.options import EvaluationError, EvaluationOptions, check_options
 from examples.evaluation.prompting import build_prompts, load_tokenizer
 from examples.evaluation.questions import load_questions
 from examples.evaluation.run import evaluate, result_block
+from tests.support.evaluating import answering_model, write_problems, write_rows
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    """A random model whose weights are large enough for its greedy answers to differ between prompts."""
-    from transformers import AutoModelForCausalLM
-
-    path = build_demo_model(tmp_path_factory.mktemp("model"))
-    model = AutoModelForCausalLM.from_pretrained(path)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.12)
-    model.save_pretrained(path)
-    return path
+    return answering_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def data_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
-    rows = make_problems(train=0, heldout=9)[1]
-    rows[4]["messages"].insert(0, {"role": "system", "content": "Answer with a number. " * 3})
-    return write_rows(path, rows)
-
-
-def write_rows(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_problems(tmp_path_factory.mktemp("data") / "problems.jsonl")
 
 
 def options_for(model_dir, data, output, **changes) -> EvaluationOptions:
@@ -104,17 +83,22 @@ def test_the_models_own_sampling_settings_do_not_leak_into_greedy_answers(model_
     assert texts[0] == texts[1]
 
 
-def test_results_do_not_depend_on_the_number_of_workers(model_dir, data_file, tmp_path, capsys):
-    changes = {"temperature": 1.0, "num_samples": 3, "top_p": 0.95, "seed": 11}
-    one = evaluate(options_for(model_dir, data_file, tmp_path / "one", **changes))
-    two = evaluate(options_for(model_dir, data_file, tmp_path / "two", num_workers=2, **changes))
-    generations = read_generations(tmp_path / "one")
-    assert generations == read_generations(tmp_path / "two")
-    assert one["scores"] == two["scores"]
-    assert set(one["scores"]) == {"pass@1", "pass@2", "pass@3", "maj@3"}
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_results_do_not_depend_on_the_number_of_workers(model_dir, data_file, tmp_path, dtype):
+    """Both files are the same to the last byte, but for the seconds that they took."""
+    changes = {"temperature": 1.0, "num_samples": 3, "top_p": 0.95, "seed": 11, "dtype": dtype}
+    found = []
+    for workers in (1, 2, 3):
+        output = tmp_path / str(workers)
+        results = evaluate(options_for(model_dir, data_file, output, num_workers=workers, **changes))
+        assert json.loads((output / "results.json").read_text()) == results
+        assert {results.pop(f"{work}_seconds") > 0 for work in ("generation", "grading")} == {True}
+        found.append((json.dumps(results), (output / "generations.jsonl").read_bytes()))
+    assert found[0] == found[1] == found[2]
+    assert set(results["scores"]) == {"pass@1", "pass@2", "pass@3", "maj@3"}
+    generations = read_generations(output)
     assert [(line["index"], line["sample"]) for line in generations] == [(i, s) for i in range(9) for s in range(3)]
     assert len({line["generation"] for line in generations if line["index"] == 0}) == 3, "samples differ"
-    assert json.loads((tmp_path / "one" / "results.json").read_text()) == one
 
 
 def test_results_of_another_making_are_set_aside_and_not_replaced(model_dir, data_file, tmp_path, capsys):

@@ -150,6 +150,55 @@ def test_the_sample_shows_its_mask(tmp_path):
     assert f"the first {MOST_TOKENS:,} are shown" in page.words
 
 
+def graded(folder, model: str, name: str, score: float, **more) -> dict:
+    """One result of a summary, and the file that it names."""
+    number = model.removeprefix("step_")
+    path = folder / "evaluation" / model / name / "results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+    entry = {"model": model, "step": int(number) if number.isdecimal() else None, "name": name, "score": score}
+    entry |= {"scores": {"pass@1": score, "maj@4": 0.5}, "questions": 1500, "comparable": True}
+    return entry | {"results": f"{model}/{name}/results.json"} | more
+
+
+def test_graded_answers_have_a_card(tmp_path):
+    write_metrics(tmp_path, 30)
+    assert "Answers" not in Page(write_report(tmp_path).read_text()).words
+    results = [graded(tmp_path, f"step_{step:06d}", "<b>gsm", step / 40) for step in (10, 20, 30)]
+    results += [
+        graded(tmp_path, "step_000010", "aime", 0.0, comparable=False),
+        graded(tmp_path, "average", "aime", 1.0),
+    ]
+    best = {"<b>gsm": {"step": 30, "model": "step_000030", "score": 0.75}}
+    file = tmp_path / "evaluation" / "summary.json"
+    file.write_text(json.dumps({"results": results, "best": best}))
+    page = Page(write_report(tmp_path).read_text())
+    assert page.count("svg") == 6 and page.count("b", title="") == 0
+    assert "pass@1 of the exported steps · <b>gsm: step 30 is best (0.7500)" in page.words
+    assert "step_000030, <b>gsmpass@1 0.7500 · maj@4 0.5000 · 1,500 questions · best step" in page.words
+    assert "<b>gsm at step 20: 0.5" in page.words and "aime at step" not in page.words
+    assert "step_000010, aimepass@1 0.0000 · maj@4 0.5000 · 1,500 questions · asked otherwise" in page.words
+    (tmp_path / "evaluation" / "step_000030" / "<b>gsm" / "results.json").unlink()  # the run went back before it
+    page = Page(write_report(tmp_path).read_text())
+    assert "is best" not in page.words and "step_000030" not in page.words and "step_000020" in page.words
+    for damaged in ('{"results": 7}', "{", '{"results": [{"model": 1}], "best": {}}'):
+        file.write_text(damaged)
+        assert "Answers" not in Page(write_report(tmp_path).read_text()).words
+
+
+def test_a_page_can_keep_its_sample(tmp_path):
+    """As one does that is written by others than the run, which alone knows its data."""
+    write_metrics(tmp_path, 3)
+    assert "One sample" not in write_report(tmp_path, keep_sample=True).read_text()
+    page = write_report(tmp_path, sample=[("<!-- sample -->", True), ("end", False)]).read_text()
+    write_metrics(tmp_path, 5)
+    kept = write_report(tmp_path, keep_sample=True).read_text()
+    assert "steps 1 to 5" in kept and "2 tokens, 1 of them supervised" in Page(kept).words
+    assert kept.split("<h2>One sample")[1] == page.split("<h2>One sample")[1]
+    assert write_report(tmp_path, keep_sample=True).read_text() == kept
+    assert "One sample" not in write_report(tmp_path).read_text()
+
+
 def test_one_step_is_enough_and_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no steps"):
         write_report(tmp_path)

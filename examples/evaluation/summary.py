@@ -1,0 +1,76 @@
+"""All results in RUN/evaluation beside each other: `summary.json`, and which step is best by them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from engine.run_folder import RunFolder, replace_text
+from examples.evaluation.run import RESULTS
+from examples.made_of import differences
+
+SUMMARY = "summary.json"
+
+
+def summarise(run: RunFolder, state: str, failed: dict[str, str]) -> dict[str, Any]:
+    """Write `RUN/evaluation/summary.json` and return what it holds.
+
+    `results`: one entry for each MODEL/NAME/results.json, steps first, by step and name. `best`: by name, the step with
+    the highest pass@1, of equal ones the earlier. Averages and other models are no steps. Only results that were asked
+    as the newest of their name are compared; `comparable` says so of each. `failed`: by model, why it has no results.
+    """
+    found = [entry for path in run.evaluation.glob(f"*/*/{RESULTS}") if (entry := _entry(run, path)) is not None]
+    newest: dict[str, dict[str, Any]] = {}
+    for entry in sorted(found, key=lambda entry: entry["graded"]):
+        newest[entry["name"]] = entry
+    for entry in found:
+        entry["comparable"] = not differences(_asked(entry), _asked(newest[entry["name"]]))
+    found.sort(key=lambda entry: (entry["step"] is None, entry["step"], entry["model"], entry["name"]))
+    best: dict[str, dict[str, Any]] = {}
+    for entry in found:
+        if entry["comparable"] and entry["step"] is not None:
+            before = best.get(entry["name"])
+            if before is None or entry["score"] > before["score"]:
+                best[entry["name"]] = {key: entry[key] for key in ("step", "model", "score")}
+    summary = {"state": state, "best": best, "results": found, "failed": failed}
+    replace_text(run.evaluation / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def summary_text(summary: dict[str, Any]) -> str:
+    """The summary as it is printed: a line for each result, and the best step of each name."""
+    lines = []
+    for entry in summary["results"]:
+        scores = "  ".join(f"{name} {value:.4f}" for name, value in entry["scores"].items())
+        remark = "" if entry["comparable"] else "  (asked otherwise than the newest: not compared)"
+        lines.append(f"{entry['model']:<16} {entry['name']:<16} {scores}{remark}")
+    lines += [f"{model:<16} could not be graded: {why}" for model, why in summary["failed"].items()]
+    lines += [
+        f"best step by pass@1 on {name}: {best['step']:,} ({best['score']:.4f})"
+        for name, best in summary["best"].items()
+    ]
+    return "\n".join(lines)
+
+
+def _entry(run: RunFolder, path: Path) -> dict[str, Any] | None:
+    """What a summary says of one results.json; None for one that is no evaluation's, or was set aside."""
+    name, model = path.parent.name, path.parents[1].name
+    if name.startswith("earlier."):
+        return None
+    number = model.removeprefix("step_")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            "model": model,
+            "step": int(number) if number != model and number.isdecimal() else None,
+            "name": name,
+            **{key: results[key] for key in ("dataset_name", "score", "scores", "questions", "num_samples", "made_of")},
+            "results": path.relative_to(run.evaluation).as_posix(),
+            "graded": path.stat().st_mtime,
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _asked(entry: dict[str, Any]) -> dict[str, Any]:
+    """What an evaluation was made of beside the model."""
+    return {key: value for key, value in entry["made_of"].items() if key != "model"}
