@@ -21,25 +21,18 @@ _LOOK = 0.2  # seconds between looks at a process
 _PAUSE = 1.0  # seconds after its end: a scheduler signals it and us, and it may die of that before we hear it
 
 
-class Gone(EvaluationError):
-    """A model that was removed before it was graded."""
-
-
 @contextmanager
 def held_still(export: Path, held: Path) -> Iterator[Path]:
     """An export by links to its files in `held`, so that it can be graded to its end when retention removes it.
 
-    Where the file system has no links it is the export itself. Raises Gone where the export is not there any more.
+    Where the file system has no links it is the export itself.
     """
-    shutil.rmtree(held, ignore_errors=True)  # of a process that was killed
     try:
         shutil.copytree(export, held, copy_function=os.link)
         place = held
     except OSError:
         place = export
     try:
-        if place is export and not export.exists():
-            raise Gone(f"{export} was removed before it was graded")
         yield place
     finally:
         shutil.rmtree(held, ignore_errors=True)

@@ -1,6 +1,7 @@
 """`--watch RUN`: a run's exports are graded as they appear, by a job of its own, and the best step is named."""
 
 import fcntl
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from engine.reporting.report import write_report
 from engine.run_folder import RunFolder
 from engine.run_status import DONE, FAILED, REFUSED, RUNNING, STOPPED, read_status
 from engine.signals import StopRequest, reason
-from examples.evaluation.apart import HELD, Gone, answer_apart, held_still
+from examples.evaluation.apart import HELD, answer_apart, held_still
 from examples.evaluation.options import EvaluationError, EvaluationOptions, folder_name
 from examples.evaluation.questions import Question, dataset_name, load_questions
 from examples.evaluation.run import ask, made_before
@@ -43,6 +44,8 @@ def watch(options: EvaluationOptions) -> int:
         _check_exports(run, options)
         run.evaluation.mkdir(exist_ok=True)
         with _alone(run, name):
+            for held in run.evaluation.glob(f"*/{name}/{HELD}"):  # of a process that was killed
+                shutil.rmtree(held, ignore_errors=True)
             watched = Watch(run, name, options, questions, stop)
             why = watched.work()
             bad = bool(watched.failed) or watched.gave_up
@@ -58,7 +61,7 @@ class Watch:
         self, run: RunFolder, name: str, options: EvaluationOptions, questions: list[Question], stop: StopRequest
     ):
         self.run, self.name, self.options, self.questions, self.stop = run, name, options, questions, stop
-        self.seen: dict[str, tuple[int, int]] = {}  # by model: its folder as it was when it was graded
+        self.seen: dict[str, tuple[int, int] | None] = {}  # by model: its folder as it was when it was graded
         self.failed: dict[str, str] = {}
         self.gave_up = False
         self.summary: dict[str, Any] = {}
@@ -73,7 +76,7 @@ class Watch:
             for model, folder in self.models().items():
                 if self.stop.signal:
                     break
-                if _identity(folder) not in (None, self.seen.get(model)):
+                if model not in self.seen or _identity(folder) not in (None, self.seen[model]):
                     self.grade(model, folder)
             if self.stop.signal:
                 return f"{reason(self.stop.number())}: stopped; the same command goes on"
@@ -99,18 +102,15 @@ class Watch:
                     print(f"{model}: graded before, by the same model, data and prompts", flush=True)
                 elif not answer_apart(asked, lambda: bool(self.stop.signal)):
                     return
-        except Gone as error:
-            print(error, file=sys.stderr, flush=True)
-        except (EvaluationError, OSError) as error:
+        except Exception as error:  # whatever the libraries make of a model's files
             if folder.exists():
                 self.failed[model] = str(error).replace(str(output / HELD), str(folder))
-                print(f"error: {model}: {self.failed[model]}", file=sys.stderr, flush=True)
-            else:  # on a file system without links
-                print(f"{folder} was removed while it was graded", file=sys.stderr, flush=True)
+            else:
+                self.failed[model] = f"{folder} was removed before it was graded; keep more (--checkpoint.keep)"
+            print(f"error: {model}: {self.failed[model]}", file=sys.stderr, flush=True)
         else:
             self.failed.pop(model, None)
-        if identity is not None:
-            self.seen[model] = identity
+        self.seen[model] = identity
         self.note(RUNNING)
 
     def note(self, state: str) -> None:
@@ -130,8 +130,7 @@ class Watch:
             return "all that is there is graded"
         status = read_status(self.run)
         state, before = status.get("state"), (status.get("run") or {}).get("state")
-        lock = self.run.lock.stat().st_mtime_ns if self.run.lock.exists() else None
-        signs = (state, status.get("time"), lock, len(missing))
+        signs = (state, status.get("time"), _identity(self.run.lock), len(missing))
         if signs != self._signs:
             self._signs, self._since = signs, time.monotonic()
         silent = time.monotonic() - self._since >= PATIENCE
@@ -155,10 +154,10 @@ class Watch:
             time.sleep(_LOOK)
 
 
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from a later one of its name; None where it is gone."""
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file or a folder from a later one of its name; None where it is gone."""
     try:
-        found = folder.stat()
+        found = path.stat()
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns

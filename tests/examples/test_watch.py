@@ -132,17 +132,24 @@ def test_results_under_several_names_have_a_best_step_each(tmp_path):
     assert {name: at["step"] for name, at in summarise(run, "done", {})["best"].items()} == {"a": 5, "b": 9}
 
 
-def test_a_model_that_cannot_be_graded_does_not_stop_the_others(inputs, tmp_path, answers, capsys):
+def test_a_model_that_cannot_be_graded_does_not_stop_the_others(inputs, tmp_path, answers, monkeypatch, capsys):
     run = RunFolder(tmp_path / "run")
     stand(run, "done")
     for step in (10, 20):
         export(inputs, run, step)
+    held = run.evaluation / "step_000005" / "heldout" / apart.HELD  # of a process that was killed
+    held.mkdir(parents=True)
+    look = watch.Watch.models
+    gone = {"step_000030": run.export(30)}  # by retention, after it was seen
+    monkeypatch.setattr(watch.Watch, "models", lambda self: look(self) | gone)
     (run.export(10) / "tokenizer.json").write_text("{")
     (run.export(10) / "tokenizer_config.json").write_text("{")
     assert main(flags(inputs, run, "--also", str(tmp_path / "nowhere"), "--once")) == 1
     assert answers.graded == ["step_000020"]
     found = summary_of(run)
-    assert found["failed"].keys() == {"step_000010", "nowhere"} and found["state"] == "failed"
+    assert found["failed"].keys() == {"step_000010", "step_000030", "nowhere"} and found["state"] == "failed"
+    assert found["failed"]["step_000030"].startswith(f"{run.export(30)} was removed before it was graded")
+    assert not held.exists()
     assert found["failed"]["step_000010"].startswith(f"--model {run.export(10)} cannot be loaded")
     assert "step_000010      could not be graded" in capsys.readouterr().out
     assert found["best"]["heldout"]["step"] == 20
@@ -185,8 +192,8 @@ def test_files_are_held_by_links_and_without_links_where_they_are(inputs, tmp_pa
         shutil.rmtree(folder)
         assert (place / "model.safetensors").read_bytes() == wanted
     assert not held.exists()
-    with pytest.raises(apart.Gone, match="was removed before it was graded"), apart.held_still(folder, held):
-        pass
+    with apart.held_still(folder, held) as place:
+        assert place == folder and not held.exists(), "which is gone, as who reads it will find"
     folder = export(inputs, run, 20)
 
     def refuse(*_: object, **__: object) -> None:
@@ -279,7 +286,8 @@ def test_what_cannot_be_watched_is_refused(tmp_path, changes, sentence):
 
 def test_a_run_that_exports_nothing_is_refused_before_it_is_waited_for(inputs, tmp_path, capsys):
     run = RunFolder(tmp_path)
-    assert main(flags(inputs, run, "--once")) == 2 and "holds no export yet; leave out --once" in capsys.readouterr().err
+    assert main(flags(inputs, run, "--once")) == 2
+    assert "holds no export yet; leave out --once to wait for one" in capsys.readouterr().err
     run.config.write_text("checkpoint:\n  export_hf: false\n")
     assert main(flags(inputs, run)) == 2
     assert "exports no checkpoint; train with --checkpoint.export-hf, or name models with --also" in (
