@@ -61,19 +61,21 @@ class Watch:
         self, run: RunFolder, name: str, options: EvaluationOptions, questions: list[Question], stop: StopRequest
     ):
         self.run, self.name, self.options, self.questions, self.stop = run, name, options, questions, stop
+        self.known: dict[str, Path] = {}  # by what results call them: all models that were ever there
         self.seen: dict[str, tuple[int, int] | None] = {}  # by model: its folder as it was when it was graded
         self.failed: dict[str, str] = {}
         self.gave_up = False
         self.summary: dict[str, Any] = {}
         self._signs: tuple[Any, ...] = ()
-        self._since = time.monotonic()
+        self._since = self._looked = time.monotonic()
 
     def work(self) -> str:
         """Grades until there is nothing to come, or a signal asks to stop; returns why it ended."""
         self.note(RUNNING)
         while True:
             over = self.why_over()  # before the look at what is there: a run is done after its last export
-            for model, folder in self.models().items():
+            self.look()
+            for model, folder in list(self.known.items()):
                 if self.stop.signal:
                     break
                 if model not in self.seen or _identity(folder) not in (None, self.seen[model]):
@@ -83,6 +85,17 @@ class Watch:
             if over:
                 return over
             self._sleep()
+
+    def look(self) -> None:
+        """Takes down what is there: what is removed before its turn is told, and not forgotten."""
+        self.known |= self.models()
+        self._looked = time.monotonic()
+
+    def is_stopped(self) -> bool:
+        """Whether a signal asks to stop; while a model is graded, this also looks at RUN."""
+        if time.monotonic() - self._looked >= POLL:
+            self.look()
+        return bool(self.stop.signal)
 
     def models(self) -> dict[str, Path]:
         """The models that are there whole, by what results call them: exports in order of their steps, then others."""
@@ -100,7 +113,7 @@ class Watch:
                 before = made_before(output)
                 if before is not None and not differences(before, asked.made_of):
                     print(f"{model}: graded before, by the same model, data and prompts", flush=True)
-                elif not answer_apart(asked, lambda: bool(self.stop.signal)):
+                elif not answer_apart(asked, self.is_stopped):
                     return
         except Exception as error:  # whatever the libraries make of a model's files
             if folder.exists():

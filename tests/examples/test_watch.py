@@ -64,11 +64,15 @@ def flags(inputs: Path, run: RunFolder, *extra: str) -> list[str]:
 def answers(monkeypatch):
     """In the place of models: each gets a score by its step, and what was graded is listed. Nothing waits."""
     graded: list[str] = []
+    meanwhile: list = []  # what happens while a model is graded
     scores = {"step_000010": 0.25, "step_000020": 0.75, "step_000030": 0.75, "average": 0.9}
 
     def answer(asked: Asked, is_stopped) -> bool:
         model = Path(asked.model).name
         graded.append(model)
+        for work in meanwhile:
+            work()
+            assert not is_stopped()
         score = scores[model]
         found = {"score": score, "scores": {"pass@1": score}, "questions": len(asked.questions), "num_samples": 1}
         results = found | {"dataset_name": "heldout", "made_of": asked.made_of}
@@ -77,7 +81,7 @@ def answers(monkeypatch):
 
     monkeypatch.setattr(watch, "answer_apart", answer)
     monkeypatch.setattr(watch, "POLL", 0.0)
-    return SimpleNamespace(graded=graded, scores=scores)
+    return SimpleNamespace(graded=graded, meanwhile=meanwhile)
 
 
 def summary_of(run: RunFolder) -> dict:
@@ -132,27 +136,36 @@ def test_results_under_several_names_have_a_best_step_each(tmp_path):
     assert {name: at["step"] for name, at in summarise(run, "done", {})["best"].items()} == {"a": 5, "b": 9}
 
 
-def test_a_model_that_cannot_be_graded_does_not_stop_the_others(inputs, tmp_path, answers, monkeypatch, capsys):
+def test_a_model_that_cannot_be_graded_does_not_stop_the_others(inputs, tmp_path, answers, capsys):
     run = RunFolder(tmp_path / "run")
     stand(run, "done")
     for step in (10, 20):
         export(inputs, run, step)
     held = run.evaluation / "step_000005" / "heldout" / apart.HELD  # of a process that was killed
     held.mkdir(parents=True)
-    look = watch.Watch.models
-    gone = {"step_000030": run.export(30)}  # by retention, after it was seen
-    monkeypatch.setattr(watch.Watch, "models", lambda self: look(self) | gone)
     (run.export(10) / "tokenizer.json").write_text("{")
     (run.export(10) / "tokenizer_config.json").write_text("{")
     assert main(flags(inputs, run, "--also", str(tmp_path / "nowhere"), "--once")) == 1
     assert answers.graded == ["step_000020"]
     found = summary_of(run)
-    assert found["failed"].keys() == {"step_000010", "step_000030", "nowhere"} and found["state"] == "failed"
-    assert found["failed"]["step_000030"].startswith(f"{run.export(30)} was removed before it was graded")
+    assert found["failed"].keys() == {"step_000010", "nowhere"} and found["state"] == "failed"
     assert not held.exists()
     assert found["failed"]["step_000010"].startswith(f"--model {run.export(10)} cannot be loaded")
     assert "step_000010      could not be graded" in capsys.readouterr().out
     assert found["best"]["heldout"]["step"] == 20
+
+
+def test_an_export_that_is_removed_before_its_turn_is_told(inputs, tmp_path, answers):
+    """It came and went while another one was graded."""
+    run = RunFolder(tmp_path / "run")
+    stand(run, "running")
+    export(inputs, run, 10)
+    answers.meanwhile += [lambda: export(inputs, run, 20), lambda: run.remove_checkpoint(20)]
+    answers.meanwhile += [lambda: stand(run, "done"), answers.meanwhile.clear]
+    assert main(flags(inputs, run)) == 1 and answers.graded == ["step_000010"]
+    assert summary_of(run)["failed"] == {
+        "step_000020": f"{run.export(20)} was removed before it was graded; keep more (--checkpoint.keep)"
+    }
 
 
 def test_when_there_is_nothing_to_wait_for(inputs, tmp_path, answers, monkeypatch, capsys):
