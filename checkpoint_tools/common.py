@@ -10,7 +10,7 @@ import math
 import signal
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -79,6 +79,14 @@ def run_script(main: Callable[..., int | None], arguments: list[str], section: s
             text = f"{text}: {error.filename}"
         print(f"error: {text}", file=sys.stderr)
         return 2
+
+
+def check_section(main: Callable[..., int | None], files: Sequence[Path], section: str) -> None:
+    """Reads a recipe's section as `run_script` will; ValueError for what is wrong or missing there."""
+    values = _values(main, read_section(files, section), section)
+    for name, parameter in inspect.signature(main).parameters.items():
+        if parameter.default is parameter.empty and name not in values:
+            raise ValueError(f"the section `{section}:` lacks {name}")
 
 
 def _values(main: Callable[..., int | None], given: dict[str, Any], section: str) -> dict[str, Any]:

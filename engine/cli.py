@@ -23,6 +23,7 @@ _LENGTH = (
     "epochs",
 )  # either sets the length of a run: the later place in which one stands wins over the other
 SECTIONS = (
+    "submit",
     "prepare",
     "average",
     "to_hf",

@@ -40,6 +40,8 @@ class RunFolder:
         self.latest = self.checkpoints / "latest"  # the name of the newest
         self.exports = self.path / "hf"  # step_NNNNNN/, by --checkpoint.export-hf
         self.evaluation = self.path / "evaluation"  # summary.json and MODEL/NAME/, by `lathe evaluate --watch`
+        self.jobs = self.path / "jobs.json"  # the jobs that were queued for it
+        self.slurm = self.path / "slurm"  # their scripts and logs
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step stands."""

@@ -97,6 +97,14 @@ def device_lines(model: Path | None, precision: str) -> tuple[list[str], list[st
     return lines, lacking
 
 
+def gpus_lacking(wanted: int) -> list[str]:
+    """What to say where torch sees fewer GPUs than a run starts ranks."""
+    import torch
+
+    found = torch.cuda.device_count()
+    return [] if found >= wanted else [f"torch sees {found} GPUs and {wanted} are wanted: leave this node out"]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Prints what is here; exit status 1 where something is lacking without which a run fails or may fail."""
     parser = argparse.ArgumentParser(prog="lathe doctor", description=__doc__)
@@ -104,6 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="Hugging Face directory to train: is its family known?")
     parser.add_argument("--precision", choices=["bf16", "fp32", "fp8"], default="bf16", help="of the run")
     parser.add_argument("--ranks", type=int, default=8, help="of the whole run, for limits on sockets")
+    parser.add_argument("--gpus", type=int, default=0, help="that this node must have at least")
+    parser.add_argument("--brief", action="store_true", help="say only what is lacking, and of which node")
     flags = parser.parse_args(arguments)
     lines, lacking = library_lines()
     if not lacking:
@@ -115,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             lacking += complaints(flags.output, flags.ranks)
             devices, missing = device_lines(flags.model, flags.precision)
+            missing += gpus_lacking(flags.gpus)
         except ImportError as error:  # installed is not all: its libraries may be another release's
             devices, missing = [], [not_imported(error)]
         except (ValueError, OSError) as error:
@@ -122,10 +133,12 @@ def main(arguments: list[str] | None = None) -> int:
         lines += devices
         lacking += missing
     lines.append(f"{os.cpu_count()} CPU cores, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}")
-    print("\n".join(lines))
+    where = f"{platform.node()} " if flags.brief else ""
+    if not flags.brief:
+        print("\n".join(lines))
     for sentence in lacking:
-        print(f"lacking: {sentence}")
-    print("this node lacks nothing" if not lacking else f"{len(lacking)} to mend")
+        print(f"{where}lacking: {sentence}")
+    print(f"{where or 'this node '}lacks nothing" if not lacking else f"{where}{len(lacking)} to mend")
     return 1 if lacking else 0
 
 

@@ -28,6 +28,8 @@ COMMANDS = {
     "doctor": ("examples.doctor", "what this node has and lacks, and which layers a run would use"),
     "plan": ("examples.plan_run", "what each rank of a run will hold in memory"),
     "sweep": ("examples.lr_sweep", "several learning rates beside each other"),
+    "submit": ("examples.submit", "a run's workflow into the queue of a SLURM cluster"),
+    "jobs": ("examples.jobs", "how the jobs of a run stand there, and why one ended"),
 }
 # What torchrun passes on to its ranks: its default, and what SLURM's --signal and preemption may send, of which it
 # would die alone.

@@ -99,7 +99,8 @@ WALLS = (
 # Apart from the table, because what breaches another wall often leads a script to torch as well.
 SCRIPTS = Wall(
     files="examples/prepare_data.py examples/pretrain_sft.py examples/evaluate.py examples/lr_sweep.py "
-    "examples/plan_run.py examples/rehearsal_model.py examples/lathe.py checkpoint_tools/hf_to_mcore.py "
+    "examples/plan_run.py examples/rehearsal_model.py examples/lathe.py examples/submit.py examples/jobs.py "
+    "checkpoint_tools/hf_to_mcore.py "
     "checkpoint_tools/mcore_to_hf.py checkpoint_tools/average_steps.py checkpoint_tools/inspect_checkpoint.py "
     "checkpoint_tools/common.py checkpoint_tools/publish.py",
     closed=HEAVY,

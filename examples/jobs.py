@@ -1,0 +1,125 @@
+"""Says how the jobs of a run stand on its cluster, how the run itself stands, and why a job ended.
+
+lathe jobs RUN             what is queued, running and done
+lathe jobs RUN --cancel    waiting jobs leave the queue; the one that trains saves and stops
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from engine.run_folder import RunFolder
+from engine.run_status import read_status
+from examples.cluster import slurm
+from examples.cluster.job_record import TRAIN, Job, log_paths, read
+from examples.cluster.slurm import JobState
+from examples.flags import exit_status
+
+_TAIL = 64 * 2**10  # bytes of a log's end in which its last word is looked for
+_SPOKEN = ("lathe: ", "error: ", "slurmstepd: error: ", "srun: error: ")  # how lines begin that say why a job ended
+_ENDED = JobState("", "", "ENDED", "")  # a job that SLURM has forgotten
+
+
+def last_word(log: Path) -> str:
+    """The last line of a log that says how its job ended, Lathe's before SLURM's; empty where there is none."""
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - _TAIL))
+        lines = stream.read().decode("utf-8", errors="replace").splitlines()
+    for begins in (_SPOKEN[:2], _SPOKEN[2:]):
+        for line in reversed(lines):
+            if line.startswith(begins):
+                return line.removeprefix("lathe: ")
+    return ""
+
+
+def why(job: Job, state: JobState) -> str:
+    """Why a job waits or how it ended, as far as SLURM or its log say so."""
+    if slurm.is_queued(state) and state.state not in slurm.WAITING:
+        return f"on {state.nodes}, {state.left} left" if state.nodes else ""
+    logs = log_paths(job)
+    if state.task:
+        logs = [path for path in logs if path.stem.endswith(f"_{state.task}")]
+    said = last_word(logs[-1]) if logs else ""
+    if state.state in slurm.WAITING:
+        waits = {"Dependency": f"waits for {', '.join(job.after)}"}.get(state.reason, state.reason)
+        return "; before that: ".join(filter(None, (waits, said)))
+    return said or state.reason
+
+
+def run_line(run: RunFolder, status: dict[str, Any]) -> str:
+    """How the run itself stands."""
+    if not status:
+        return f"{run.path}: no training has begun"
+    step = f", step {status['step']:,} of {status['total_steps']:,}" if status.get("total_steps") else ""
+    reason = status.get("reason") or run.why_unfinished()
+    return f"{run.path}: {status.get('state')}{step}, at {status.get('time')}{f': {reason}' if reason else ''}"
+
+
+def rows(jobs: Sequence[Job], states: Sequence[JobState]) -> list[tuple[str, str, str, str, str]]:
+    """A row for each job, or task of an array: id, stage, state, time that it ran, why."""
+    found = []
+    for job in jobs:
+        of = f" {job.number} of {job.of}" if job.of > 1 else ""
+        for state in [one for one in states if one.id == job.id] or [_ENDED]:
+            name = state.name if state.id else job.id
+            found.append((name, f"{job.stage}{of}", state.state.lower(), state.elapsed, why(job, state)))
+    return found
+
+
+def cancel(jobs: Sequence[Job], states: Sequence[JobState]) -> list[str]:
+    """Takes jobs that wait out of the queue, asks those that train to save and stop, and cancels the others."""
+    stages = {job.id: job.stage for job in jobs}
+    queued = [state for state in states if slurm.is_queued(state)]
+    trains = [state for state in queued if state.state == "RUNNING" and stages[state.id] == TRAIN]
+    others = [state.name for state in queued if state not in trains]
+    slurm.cancel(others)  # first, so that none of them starts when the one that trains has ended
+    lines = [f"cancelled: {', '.join(others)}"] if others else []
+    for state in trains:
+        try:
+            slurm.ask_to_stop(state.name)
+            lines.append(f"{state.name} saves and stops; `scancel {state.name}` ends it at once")
+        except ValueError:  # nothing runs on its nodes yet, or any more
+            slurm.cancel([state.name])
+            lines.append(f"cancelled: {state.name}")
+    return lines or ["nothing is queued"]
+
+
+def show(arguments: Sequence[str], console: Console) -> None:
+    """Prints the run's line and a table of its jobs, or cancels them; ValueError where there are none."""
+    parser = argparse.ArgumentParser(
+        prog="lathe jobs", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the directory of the run, --output")
+    parser.add_argument("--cancel", action="store_true", help="end what is queued or running")
+    flags = parser.parse_args(arguments)
+    run = RunFolder(flags.run)
+    jobs = read(run).jobs
+    if not jobs:
+        raise ValueError(f"{run.path}: no jobs were queued for it by lathe submit (there is no {run.jobs.name})")
+    states = slurm.states([job.id for job in jobs])
+    if flags.cancel:
+        print("\n".join(cancel(jobs, states)))
+        return
+    print(run_line(run, read_status(run)))
+    table = Table(box=None)
+    for column in ("job", "stage", "state", "ran", ""):
+        table.add_column(column)
+    for row in rows(jobs, states):
+        table.add_row(*row)
+    console.print(table, markup=False)
+
+
+def main(arguments: list[str], console: Console | None = None) -> int:
+    """Shows or cancels; returns the exit status. A user's mistake is one sentence."""
+    return exit_status(lambda: show(arguments, console or Console()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

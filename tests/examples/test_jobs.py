@@ -1,0 +1,142 @@
+"""`lathe jobs RUN`: how jobs stand, and why one ended, on stand-ins of SLURM's commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from engine.run_folder import RunFolder
+from examples import jobs
+from examples.cluster import job_record, slurm
+from examples.cluster.job_record import Job
+from tests.support.slurm_commands import SlurmCommands
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    found = SlurmCommands(tmp_path / "commands")
+    found.put_on_path(monkeypatch)
+    return found
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with a chain of three jobs and an average behind them."""
+    found = RunFolder(tmp_path / "run")
+    found.slurm.mkdir(parents=True)
+    for number in (1, 2, 3):
+        log = str(found.slurm / f"train-{number}.out")
+        after = (str(number - 1),) if number > 1 else ()
+        job_record.append(
+            found, ["lathe"], Job(id=str(number), stage="train", number=number, of=3, after=after, log=log)
+        )
+    job_record.append(found, ["lathe"], Job(id="4", stage="average", after=("1", "2", "3")))
+    return found
+
+
+def printed(run: RunFolder, *flags: str) -> str:
+    console = Console(width=200, record=True)
+    assert jobs.main([str(run.path), *flags], console) == 0
+    return console.export_text()
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines, with one blank between words."""
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+def test_a_chain_under_way(commands, run, capsys):
+    commands.set_queue(
+        [
+            "1|N/A|FAILED|NonZeroExitCode|0:10|0:50|",
+            "2|N/A|RUNNING|None|0:20|3:40|node[1-2]",
+            "3|N/A|PENDING|Dependency|0:00|4:00|",
+            "4|N/A|PENDING|Dependency|0:00|4:00|",
+            "77|N/A|RUNNING|None|0:20|3:40|node3",
+        ]
+    )
+    run.status.write_text(json.dumps({"state": "running", "step": 1200, "total_steps": 30000, "time": "now"}))
+    (run.slurm / "train-1.out").write_text(
+        "error: --data is gone\nlathe: stopped, and the chain with it\nsrun: error: x\n"
+    )
+    text = printed(run)
+    assert f"{run.path}: running, step 1,200 of 30,000, at now" in capsys.readouterr().out
+    assert lines_of(text)[1:] == [
+        "1 train 1 of 3 failed 0:10 stopped, and the chain with it",
+        "2 train 2 of 3 running 0:20 on node[1-2], 3:40 left",
+        "3 train 3 of 3 pending 0:00 waits for 2",
+        "4 average pending 0:00 waits for 1, 2, 3",
+    ]
+
+
+def test_jobs_that_slurm_has_forgotten(commands, run, capsys):
+    commands.write("accounts", "1|TIMEOUT|0:0|4:00:00\n2|CANCELLED by 1000|0:15|1:00\n")
+    (run.slurm / "train-3.out").write_bytes(b"\xff\nslurmstepd: error: *** STEP CANCELLED ***\nbye\n")
+    rows = lines_of(printed(run))[1:]
+    assert rows[0] == "1 train 1 of 3 timeout 4:00:00"
+    assert rows[1] == "2 train 2 of 3 cancelled 1:00 exit status 0:15"
+    assert rows[2] == "3 train 3 of 3 ended slurmstepd: error: *** STEP CANCELLED ***"
+    assert "no training has begun" in capsys.readouterr().out
+
+
+def test_tasks_of_an_array_have_a_row_and_a_log_each(commands, tmp_path):
+    run = RunFolder(tmp_path / "sweep")
+    run.slurm.mkdir(parents=True)
+    log = str(run.slurm / "train-9_%a.out")
+    job_record.append(run, ["lathe"], Job(id="9", stage="train", log=log))
+    (run.slurm / "train-9_0.out").write_text("lathe: done\n")
+    (run.slurm / "train-9_1.out").write_text("error: a loss was not finite\n")
+    commands.set_queue(["9|0|COMPLETED|None|0:10|0:50|", "9|1|FAILED|NonZeroExitCode|0:10|0:50|"])
+    rows = lines_of(printed(run))[1:]
+    assert rows[0] == "9_0 train completed 0:10 done"
+    assert rows[1] == "9_1 train failed 0:10 error: a loss was not finite"
+
+
+def test_cancel_lets_the_training_job_save(commands, run, capsys):
+    commands.set_queue(
+        [
+            "1|N/A|COMPLETED|None|1|0|",
+            "2|N/A|RUNNING|None|1|9|n1",
+            "3|N/A|PENDING|Dependency|0|9|",
+            "4|N/A|RUNNING|None|1|9|n2",
+        ]
+    )
+    assert jobs.main([str(run.path), "--cancel"]) == 0
+    assert commands.calls("scancel") == [["3", "4"], ["--signal=TERM", "2"]]
+    assert "2 saves and stops" in capsys.readouterr().out
+    commands.write("deaf")  # no step runs yet
+    assert jobs.main([str(run.path), "--cancel"]) == 0
+    assert commands.calls("scancel")[2:] == [["3", "4"], ["--signal=TERM", "2"], ["2"]]
+    commands.set_queue([])
+    assert jobs.main([str(run.path), "--cancel"]) == 0
+    assert capsys.readouterr().out.endswith("nothing is queued\n")
+
+
+def test_a_run_without_jobs(commands, tmp_path, capsys):
+    assert jobs.main([str(tmp_path)]) == 2
+    assert "no jobs were queued for it by lathe submit" in capsys.readouterr().err
+    (tmp_path / "jobs.json").write_text("{}")
+    assert jobs.main([str(tmp_path)]) == 2
+    assert "jobs.json is damaged" in capsys.readouterr().err
+
+
+def test_the_rest_of_a_chain(run):
+    assert job_record.rest_of_chain(run, "1") == ["2", "3"]
+    assert job_record.rest_of_chain(run, "3") == job_record.rest_of_chain(run, "4") == []
+    assert job_record.rest_of_chain(run, "99") == []
+
+
+def test_an_answer_of_slurm_that_names_no_job(commands, tmp_path):
+    (commands.folder / "sbatch").write_text("#!/bin/sh\necho hello\n")
+    with pytest.raises(ValueError, match="names no job: 'hello'"):
+        slurm.submit(Path("x.sh"))
+    (commands.folder / "squeue").write_text(
+        "#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n"
+    )
+    assert slurm.states(["7"]) == []
+    (commands.folder / "squeue").write_text("#!/bin/sh\necho 'cannot contact the controller' >&2; exit 1\n")
+    with pytest.raises(ValueError, match="squeue failed: cannot contact the controller"):
+        slurm.states(["7"])
