@@ -12,9 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from engine.run_folder import RunFolder
 from engine.run_status import read_status
 from examples.cluster import slurm
@@ -25,6 +22,11 @@ from examples.flags import exit_status
 _TAIL = 64 * 2**10  # bytes of a log's end in which its last word is looked for
 _SPOKEN = ("lathe: ", "error: ", "slurmstepd: error: ", "srun: error: ")  # how lines begin that say why a job ended
 _ENDED = JobState("", "", "ENDED", "")  # a job that SLURM has forgotten
+# SLURM's reasons in words; {} are the jobs that a job waits for.
+_REASONS = {
+    "Dependency": "waits for {}",
+    "DependencyNeverSatisfied": "of {}, which had to succeed, one did not",
+}
 
 
 def last_word(log: Path) -> str:
@@ -47,17 +49,17 @@ def why(job: Job, state: JobState) -> str:
     if state.task:
         logs = [path for path in logs if path.stem.endswith(f"_{state.task}")]
     said = last_word(logs[-1]) if logs else ""
+    reason = _REASONS.get(state.reason, state.reason).format(", ".join(job.after))
     if state.state in slurm.WAITING:
-        waits = {"Dependency": f"waits for {', '.join(job.after)}"}.get(state.reason, state.reason)
-        return "; before that: ".join(filter(None, (waits, said)))
-    return said or state.reason
+        return "; before that: ".join(filter(None, (reason, said)))
+    return said or ("" if state.reason == "Dependency" else reason)
 
 
 def run_line(run: RunFolder, status: dict[str, Any]) -> str:
     """How the run itself stands."""
     if not status:
         return f"{run.path}: no training has begun"
-    step = f", step {status['step']:,} of {status['total_steps']:,}" if status.get("total_steps") else ""
+    step = f", step {status.get('step') or 0:,} of {status['total_steps']:,}" if status.get("total_steps") else ""
     reason = status.get("reason") or run.why_unfinished()
     return f"{run.path}: {status.get('state')}{step}, at {status.get('time')}{f': {reason}' if reason else ''}"
 
@@ -91,8 +93,15 @@ def cancel(jobs: Sequence[Job], states: Sequence[JobState]) -> list[str]:
     return lines or ["nothing is queued"]
 
 
-def show(arguments: Sequence[str], console: Console) -> None:
-    """Prints the run's line and a table of its jobs, or cancels them; ValueError where there are none."""
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their longest entry, but for the last, which goes on to its end."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def show(arguments: Sequence[str]) -> None:
+    """Prints how the run stands and a line for each of its jobs, or cancels them; ValueError where there are none."""
     parser = argparse.ArgumentParser(
         prog="lathe jobs", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -107,18 +116,14 @@ def show(arguments: Sequence[str], console: Console) -> None:
     if flags.cancel:
         print("\n".join(cancel(jobs, states)))
         return
-    print(run_line(run, read_status(run)))
-    table = Table(box=None)
-    for column in ("job", "stage", "state", "ran", ""):
-        table.add_column(column)
-    for row in rows(jobs, states):
-        table.add_row(*row)
-    console.print(table, markup=False)
+    for one in [RunFolder(path) for path in sorted(run.path.glob("lr_*/"))] or [run]:  # the runs of a sweep
+        print(run_line(one, read_status(one)))
+    print(table([("job", "stage", "state", "ran", ""), *rows(jobs, states)]))
 
 
-def main(arguments: list[str], console: Console | None = None) -> int:
+def main(arguments: list[str]) -> int:
     """Shows or cancels; returns the exit status. A user's mistake is one sentence."""
-    return exit_status(lambda: show(arguments, console or Console()))
+    return exit_status(lambda: show(arguments))
 
 
 if __name__ == "__main__":

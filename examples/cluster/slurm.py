@@ -67,7 +67,7 @@ def submit(script: Path, flags: Sequence[str] = ()) -> str:
 
 
 def states(ids: Sequence[str]) -> list[JobState]:
-    """How these jobs stand, task by task for arrays; a job that SLURM has forgotten is not among them.
+    """How these jobs stand, in their order, task by task for arrays; one that SLURM has forgotten is not among them.
 
     Jobs that the queue no longer shows are asked of the accounting, where a cluster keeps one.
     """
@@ -78,7 +78,7 @@ def states(ids: Sequence[str]) -> list[JobState]:
     seen = {one.id for one in found}
     if lost := [number for number in ids if number not in seen]:
         found += [_of_accounts(line) for line in _accounts(lost)]
-    return [one for one in found if one.id in ids]
+    return sorted((one for one in found if one.id in ids), key=lambda one: (ids.index(one.id), int(one.task or 0)))
 
 
 def _asked(*command: str) -> list[str]:

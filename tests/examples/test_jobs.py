@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from engine.run_folder import RunFolder
 from examples import jobs
@@ -37,15 +36,10 @@ def run(tmp_path):
     return found
 
 
-def printed(run: RunFolder, *flags: str) -> str:
-    console = Console(width=200, record=True)
-    assert jobs.main([str(run.path), *flags], console) == 0
-    return console.export_text()
-
-
-def lines_of(text: str) -> list[str]:
-    """The lines, with one blank between words."""
-    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+def printed(run: RunFolder, capsys) -> list[str]:
+    """What `lathe jobs RUN` says, a line each, with one blank between words."""
+    assert jobs.main([str(run.path)]) == 0
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
 
 
 def test_a_chain_under_way(commands, run, capsys):
@@ -62,9 +56,9 @@ def test_a_chain_under_way(commands, run, capsys):
     (run.slurm / "train-1.out").write_text(
         "error: --data is gone\nlathe: stopped, and the chain with it\nsrun: error: x\n"
     )
-    text = printed(run)
-    assert f"{run.path}: running, step 1,200 of 30,000, at now" in capsys.readouterr().out
-    assert lines_of(text)[1:] == [
+    said, _, *rows = printed(run, capsys)
+    assert said == f"{run.path}: running, step 1,200 of 30,000, at now"
+    assert rows == [
         "1 train 1 of 3 failed 0:10 stopped, and the chain with it",
         "2 train 2 of 3 running 0:20 on node[1-2], 3:40 left",
         "3 train 3 of 3 pending 0:00 waits for 2",
@@ -75,24 +69,34 @@ def test_a_chain_under_way(commands, run, capsys):
 def test_jobs_that_slurm_has_forgotten(commands, run, capsys):
     commands.write("accounts", "1|TIMEOUT|0:0|4:00:00\n2|CANCELLED by 1000|0:15|1:00\n")
     (run.slurm / "train-3.out").write_bytes(b"\xff\nslurmstepd: error: *** STEP CANCELLED ***\nbye\n")
-    rows = lines_of(printed(run))[1:]
+    said, _, *rows = printed(run, capsys)
+    assert said == f"{run.path}: no training has begun"
     assert rows[0] == "1 train 1 of 3 timeout 4:00:00"
     assert rows[1] == "2 train 2 of 3 cancelled 1:00 exit status 0:15"
     assert rows[2] == "3 train 3 of 3 ended slurmstepd: error: *** STEP CANCELLED ***"
-    assert "no training has begun" in capsys.readouterr().out
 
 
-def test_tasks_of_an_array_have_a_row_and_a_log_each(commands, tmp_path):
+def test_tasks_of_an_array_have_a_row_and_a_log_each(commands, tmp_path, capsys):
     run = RunFolder(tmp_path / "sweep")
     run.slurm.mkdir(parents=True)
     log = str(run.slurm / "train-9_%a.out")
     job_record.append(run, ["lathe"], Job(id="9", stage="train", log=log))
     (run.slurm / "train-9_0.out").write_text("lathe: done\n")
     (run.slurm / "train-9_1.out").write_text("error: a loss was not finite\n")
+    for rate in ("1e-05", "2e-05"):
+        (run.path / f"lr_{rate}").mkdir()
     commands.set_queue(["9|0|COMPLETED|None|0:10|0:50|", "9|1|FAILED|NonZeroExitCode|0:10|0:50|"])
-    rows = lines_of(printed(run))[1:]
-    assert rows[0] == "9_0 train completed 0:10 done"
-    assert rows[1] == "9_1 train failed 0:10 error: a loss was not finite"
+    *said, _, first, second = printed(run, capsys)
+    assert said == [f"{run.path}/lr_{rate}: no training has begun" for rate in ("1e-05", "2e-05")]
+    assert first == "9_0 train completed 0:10 done"
+    assert second == "9_1 train failed 0:10 error: a loss was not finite"
+
+
+def test_why_a_stage_never_started(commands, run, capsys):
+    commands.set_queue(["1|N/A|CANCELLED|Dependency|0:00|4:00|", "4|N/A|CANCELLED|DependencyNeverSatisfied|0:00|4:00|"])
+    rows = printed(run, capsys)[2:]
+    assert rows[0] == "1 train 1 of 3 cancelled 0:00"
+    assert rows[3] == "4 average cancelled 0:00 of 1, 2, 3, which had to succeed, one did not"
 
 
 def test_cancel_lets_the_training_job_save(commands, run, capsys):
