@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import os
 import shlex
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +23,8 @@ from examples.cluster import job_record, slurm
 from examples.cluster.job_record import TRAIN
 from examples.cluster.options import STAGES, SubmitOptions, seconds
 from examples.cluster.script import Place, container_mounts, is_mounted
+
+PLAN = Path(__file__).resolve().parents[1] / "plan_run.py"
 
 
 def read_training(flags: Sequence[str], options: SubmitOptions) -> tuple[RunConfig, list[float], list[str]]:
@@ -117,21 +121,23 @@ def _check_evaluation(module: Any, recipe: Path) -> None:
 
 
 def plan_lines(config: RunConfig, recipe: str, ranks: int) -> list[str]:
-    """Holds the layout against the model and prints what a rank will hold, where that is quick; else what to do.
+    """What a rank will hold, where the model's config.json is at hand; else how to ask for it.
 
-    ValueError where the model does not allow the layout.
+    ValueError where the model does not allow the layout. A process of its own: planning hides this machine's GPUs from
+    itself, and jobs inherit the environment of what queues them.
     """
     if config.model is None:
         return []
     if not (Path(config.model) / "config.json").is_file() or importlib.util.find_spec("megatron") is None:
         return [f"not held against the model yet, which is not here: lathe plan RECIPE --ranks {ranks}"]
-    from examples.plan_run import plan
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(recipe, encoding="utf-8")
-        plan([str(path), "--ranks", str(ranks)])
-    return []
+        command = [sys.executable, str(PLAN), str(path), "--ranks", str(ranks)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(done.stderr.strip().rpartition("error: ")[2] or f"{PLAN} failed")
+    return done.stdout.splitlines()
 
 
 def queued(run: RunFolder) -> list[slurm.JobState]:

@@ -21,6 +21,17 @@ def test_a_node_that_lacks_nothing(capsys, monkeypatch, tmp_path):
         assert "--backend auto chooses native in bf16, because: no GPU is visible" in printed
 
 
+def test_a_node_of_many_says_only_what_it_lacks(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(agreement, "complaints", lambda run, ranks: [])
+    monkeypatch.setattr("platform.node", lambda: "node17")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
+    assert doctor.main(["--output", str(tmp_path), "--brief", "--gpus", "7"]) == 0
+    assert capsys.readouterr().out == "node17 lacks nothing\n"
+    assert doctor.main(["--output", str(tmp_path), "--brief", "--gpus", "8"]) == 1
+    said = "node17 lacking: torch sees 7 GPUs and 8 are wanted: leave this node out\nnode17 1 to mend\n"
+    assert capsys.readouterr().out == said
+
+
 def test_what_lacks_is_said_with_its_mend(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(agreement, "complaints", lambda run, ranks: [f"{run} is full for {ranks}"])
     assert doctor.main(["--output", str(tmp_path), "--ranks", "64"]) == 1

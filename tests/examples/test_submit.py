@@ -20,6 +20,7 @@ from examples.cluster.script import Place, log_pattern, script_text
 from examples.cluster.stages import Stage, links, plan_stages
 from examples.demo.builtin import parse_over_demo
 from tests.examples.test_recipes import EXPECTED, FOLDER
+from tests.support.full_size import CONFIGS
 from tests.support.slurm_commands import SlurmCommands, read_jobs
 
 NASTY = 'it\'s a "run" $HOME `x` \\ #1'  # what a path may hold
@@ -310,6 +311,19 @@ def test_wrong_sections_are_found_before_anything_is_queued(slurm, recipe, capsy
         assert submit.main([str(recipe), *FLAGS]) == 2
         assert sentence in capsys.readouterr().err
     assert slurm.calls("sbatch") == []
+
+
+def test_a_layout_that_the_model_does_not_allow_is_refused(slurm, recipe, capsys):
+    Path("model").mkdir()
+    Path("model/config.json").write_text(json.dumps(CONFIGS["Qwen2.5-Math-1.5B"]), encoding="utf-8")
+    Path("data").mkdir()
+    given = [str(recipe), *FLAGS, "--stages", "train", "--", "--model", "model", "--data", "data", "--tp"]
+    assert submit.main([*given, "4"]) == 2
+    assert capsys.readouterr().err.startswith("error: --tp 4 does not divide the key-value heads (2)")
+    assert slurm.calls("sbatch") == []
+    assert submit.main([*given, "2"]) == 0
+    assert "model: tp 2 x cp 1 x pp 1 x dp 2 = 4 ranks, GiB per rank" in capsys.readouterr().out
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def test_flags_win_over_the_recipe_and_over_defaults(recipe):
