@@ -114,16 +114,16 @@ def queue(submission: Submission, command: Sequence[str], outside: Sequence[str]
     ids: dict[Any, str] = {}
     try:
         for link in submission.queue:
-            success, end = waits_for(link, ids, outside)
+            waits = waits_for(link, ids, outside)
             path = script.script_path(submission.place, link.stage)
-            number = slurm.submit(path, slurm.dependency(after_success=success, after_end=end))
+            number = slurm.submit(path, slurm.dependency(**waits))
             ids[link.key] = number
             job = Job(
                 id=number,
                 stage=link.stage.name,
                 number=link.number,
                 of=link.stage.jobs,
-                after=(*success, *end),
+                after=tuple(id for ids in waits.values() for id in ids),
                 script=str(path),
                 log=script.log_pattern(submission.place, link.stage, number),
                 submitted=now(),

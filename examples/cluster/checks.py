@@ -20,7 +20,7 @@ from engine.config import RunConfig
 from engine.run_folder import RunFolder
 from engine.run_lock import describe, is_anothers, read_lock
 from examples.cluster import job_record, slurm
-from examples.cluster.job_record import TRAIN
+from examples.cluster.job_record import TRAIN, WATCH
 from examples.cluster.options import STAGES, SubmitOptions, seconds
 from examples.cluster.script import Place, container_mounts, is_mounted
 
@@ -81,6 +81,10 @@ def check_paths(options: SubmitOptions, config: RunConfig, place: Place) -> None
             for path in paths:
                 if not Path(path).is_dir():
                     raise ValueError(f"{flag} {path}: there is no such directory; add prepare to --stages to make it")
+    if WATCH in options.chosen and not config.checkpoint.export_hf:
+        raise ValueError(
+            "--stages watch grades what training exports, and it exports nothing: add checkpoint.export_hf"
+        )
     if options.container is not None:
         model = [config.model] if config.model and Path(config.model).exists() else []
         mounts = container_mounts(options, place)
@@ -101,14 +105,15 @@ def check_sections(options: SubmitOptions, recipe: str) -> None:
             for stage in options.chosen:
                 if stage == TRAIN:
                     continue
-                module = importlib.import_module(COMMANDS[STAGES[stage]][0])
-                if stage == "prepare":
-                    read_section([path], stage)
+                command, section = STAGES[stage], STAGES[stage].replace("-", "_")
+                read_section([path], section)
+                module = importlib.import_module(COMMANDS[command][0])
+                if command == "prepare":
                     module.read_options([str(path)])
-                elif stage == "evaluate":
+                elif command == "evaluate":
                     _check_evaluation(module, path)
                 else:
-                    check_section(module.main, [path], STAGES[stage].replace("-", "_"))
+                    check_section(module.main, [path], section)
         except ValueError as error:
             raise ValueError(f"--stages {options.stages}: {str(error).replace(str(path), 'the recipe')}") from None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.run_folder import RunFolder, replace_text
 
-TRAIN = "train"  # the stage whose jobs make up the chain
+TRAIN, WATCH = "train", "watch"  # the stage whose jobs make up the chain, and the one that grades beside it
 
 
 @dataclass(frozen=True, kw_only=True)

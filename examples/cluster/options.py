@@ -17,6 +17,7 @@ from engine.cli import merge, read_files, take_files, unknown
 STAGES = {
     "prepare": "prepare",
     "train": "train",
+    "watch": "evaluate",  # --watch RUN: what training exports is graded beside it
     "average": "average",
     "export": "to-hf",
     "evaluate": "evaluate",
@@ -37,7 +38,7 @@ class SubmitOptions:
     """Queues a run on a SLURM cluster: its training in one or more jobs, and the stages before and after it."""
 
     stages: str = "train"
-    """What is done, separated by commas: prepare, train, average, export, evaluate, publish."""
+    """What is done, separated by commas: prepare, train, watch, average, export, evaluate, publish."""
     jobs: int = 1
     """Training jobs, one after the other; those left once the run is done end at once. 0: only the stages behind."""
     until_done: bool = False
@@ -58,11 +59,11 @@ class SubmitOptions:
     time: str | None = None
     """Time limit of a training job as SLURM writes it, e.g. 4:00:00; unless given, the partition's."""
     stage_time: str | None = None
-    """The same for each other stage."""
+    """The same for a stage behind or before training."""
     account: str | None = None
     partition: str | None = None
     stage_partition: str | None = None
-    """Of stages other than training; unless given, the same."""
+    """Of stages that need no GPUs; unless given, the same."""
     stage_gpus: int = 0
     """GPUs of stages that need none, for partitions that lend no node without."""
     job_name: str | None = None
@@ -97,7 +98,9 @@ class SubmitOptions:
     @property
     def chosen(self) -> list[str]:
         """The stages that are asked for, in the order of a workflow; of --jobs 0 those behind training."""
-        given = {part.strip() for part in self.stages.split(",")} - (set() if self.jobs else {"prepare", "train"})
+        given = {part.strip() for part in self.stages.split(",")} - (
+            set() if self.jobs else {"prepare", "train", "watch"}
+        )
         return [stage for stage in STAGES if stage in given]
 
 

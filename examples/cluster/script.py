@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.cluster.job_record import TRAIN
+from examples.cluster.job_record import TRAIN, WATCH
 from examples.cluster.options import SubmitOptions
 from examples.cluster.slurm import dependency
 from examples.cluster.stages import COMPARE, Key, Link, Stage, waits_for
@@ -77,7 +77,7 @@ def _of_training(options: SubmitOptions, stage: Stage, place: Place, ranks: int,
     if stage.name == TRAIN:
         lines += [f"export LATHE_RANKS={options.ranks} LATHE_RETRIES={options.retries}"]
         lines += ["export LATHE_UNTIL_DONE=1"] if options.until_done else []
-    elif stage.name in ("prepare", COMPARE):
+    elif stage.name in ("prepare", WATCH, COMPARE):
         lines.append("export LATHE_AT_ONCE=1  # without a look at the run, which there is not, or not yet")
     return lines
 
@@ -151,8 +151,7 @@ def sbatch_lines(place: Place, queue: Sequence[Link], outside: Sequence[str]) ->
     ids: dict[Key, str] = {link.key: f"${link.stage.name}{link.number}" for link in queue}
     lines = []
     for link in queue:
-        success, end = waits_for(link, ids, outside)
-        flags = [f'"{flag}"' for flag in dependency(after_success=success, after_end=end)]
+        flags = [f'"{flag}"' for flag in dependency(**waits_for(link, ids, outside))]
         words = ["sbatch", "--parsable", *flags, shlex.quote(str(script_path(place, link.stage)))]
         lines.append(f"{ids[link.key][1:]}=$({' '.join(words)})")
     return lines

@@ -48,12 +48,15 @@ def call(*command: str) -> str:
     return done.stdout
 
 
-def dependency(*, after_success: Sequence[str] = (), after_end: Sequence[str] = ()) -> list[str]:
-    """sbatch's flags for a job that waits for others: some must succeed, others must have ended in any way.
+def dependency(
+    *, after_success: Sequence[str] = (), after_end: Sequence[str] = (), after_start: Sequence[str] = ()
+) -> list[str]:
+    """sbatch's flags for a job that waits for others: some must succeed, some end in any way, some have begun.
 
     A job whose condition can no longer be met leaves the queue, instead of waiting for ever.
     """
-    parts = [":".join([kind, *ids]) for kind, ids in (("afterok", after_success), ("afterany", after_end)) if ids]
+    kinds = {"afterok": after_success, "afterany": after_end, "after": after_start}
+    parts = [":".join([kind, *ids]) for kind, ids in kinds.items() if ids]
     return [f"--dependency={','.join(parts)}", "--kill-on-invalid-dep=yes"] if parts else []
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.cluster.job_record import TRAIN
+from examples.cluster.job_record import TRAIN, WATCH
 from examples.cluster.options import STAGES, SubmitOptions
 
 COMPARE = "compare"  # the stage at the end of a sweep
@@ -35,6 +35,7 @@ class Link:
     number: int
     after_success: tuple[Key, ...] = ()
     after_end: tuple[Key, ...] = ()
+    after_start: tuple[Key, ...] = ()
 
     @property
     def key(self) -> Key:
@@ -57,8 +58,8 @@ def plan_stages(options: SubmitOptions, recipe: Path, output: Path, rates: Seque
                 rates=tuple(rates),
             )
         else:
-            command = (STAGES[name], str(recipe))
-            stage = _one_node(options, name, command, options.gpus_per_node if name == "evaluate" else None)
+            command = (STAGES[name], str(recipe), *(("--watch", str(output)) if name == WATCH else ()))
+            stage = _one_node(options, name, command)
         found.append(stage)
     if rates:
         lrs = ",".join(map(repr, rates))
@@ -66,13 +67,15 @@ def plan_stages(options: SubmitOptions, recipe: Path, output: Path, rates: Seque
     return [stage for stage in found if stage.jobs]
 
 
-def _one_node(options: SubmitOptions, name: str, command: tuple[str, ...], gpus: int | None = None) -> Stage:
+def _one_node(options: SubmitOptions, name: str, command: tuple[str, ...]) -> Stage:
+    generates = STAGES.get(name) == "evaluate"
     return Stage(
         name=name,
         command=command,
-        gpus=options.stage_gpus if gpus is None else gpus,
-        time=options.stage_time,
-        partition=options.stage_partition or options.partition,
+        jobs=options.jobs if name == WATCH else 1,
+        gpus=options.gpus_per_node if generates else options.stage_gpus,
+        time=options.time if name == WATCH else options.stage_time,
+        partition=options.partition if generates else options.stage_partition or options.partition,
     )
 
 
@@ -81,7 +84,7 @@ def links(stages: Sequence[Stage]) -> list[Link]:
 
     Training waits until preparing has succeeded, and each of its jobs for the end of the one before, whatever that was:
     it looks itself how the run stands. So does the first later stage, which waits for the end of all training jobs. The
-    other later stages wait until the one before has succeeded.
+    other later stages wait until the one before has succeeded. A job that watches begins with its training job.
     """
     found: list[Link] = []
     prepared: tuple[Key, ...] = ()
@@ -93,6 +96,9 @@ def links(stages: Sequence[Stage]) -> list[Link]:
                 after_end = tuple(trained[-1:])
                 link = Link(stage=stage, number=number, after_success=prepared, after_end=after_end)
                 trained.append(link.key)
+            elif stage.name == WATCH:
+                after_end = ((WATCH, number - 1),) if number > 1 else ()
+                link = Link(stage=stage, number=number, after_end=after_end, after_start=((TRAIN, number),))
             elif before:
                 link = Link(stage=stage, number=number, after_success=before)
             else:
@@ -100,15 +106,16 @@ def links(stages: Sequence[Stage]) -> list[Link]:
             found.append(link)
         if stage.name == "prepare":
             prepared = ((stage.name, 1),)
-        elif stage.name != TRAIN:
+        elif stage.name not in (TRAIN, WATCH):
             before = ((stage.name, 1),)
     return found
 
 
-def waits_for(link: Link, ids: Mapping[Key, str], outside: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The ids of the jobs that must succeed before this one, and of those that must end.
+def waits_for(link: Link, ids: Mapping[Key, str], outside: Sequence[str]) -> dict[str, list[str]]:
+    """The ids of the jobs that this one waits for, as `slurm.dependency` takes them.
 
-    outside: jobs of another run, for which those wait that wait for no job of this one.
+    outside: jobs of another run, for whose end those wait that wait for no job of this one.
     """
-    success, end = ([ids[key] for key in keys] for keys in (link.after_success, link.after_end))
-    return success, end if success or end else list(outside)
+    kinds = {"after_success": link.after_success, "after_end": link.after_end, "after_start": link.after_start}
+    found = {kind: [ids[key] for key in keys] for kind, keys in kinds.items() if keys}
+    return found or {"after_end": list(outside)}

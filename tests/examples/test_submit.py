@@ -142,6 +142,24 @@ def test_preparing_comes_first_and_must_succeed():
     }
 
 
+def test_exports_are_graded_beside_training(slurm, recipe, capsys):
+    given = [str(recipe), *FLAGS, "--stages", "train,watch,average", "--jobs", "2", "--time", "60"]
+    assert submit.main(given) == 2
+    assert "--stages watch grades what training exports, and it exports nothing" in capsys.readouterr().err
+    assert submit.main([*given, "--", "--checkpoint.export-hf"]) == 0
+    assert dependencies(slurm) == [
+        ("train", ""),
+        ("train", "afterany:101"),
+        ("watch", "after:101"),
+        ("watch", "afterany:103,after:102"),
+        ("average", "afterany:101:102"),
+    ]
+    run = Path("run").resolve()
+    script = (run / "slurm" / "watch.sh").read_text()
+    assert f'stage_job.sh" evaluate {run}/slurm/recipe.yaml --watch {run}\n' in script
+    assert "#SBATCH --time=60\n" in script and "export LATHE_AT_ONCE=1" in script
+
+
 def test_a_sweep_is_an_array_and_a_comparison(slurm, recipe):
     training = ["--output", "sweep", "--optim.schedule", "constant"]
     sweep = ["--lrs", "1e-5,2e-5", "--stages", "train", "--jobs", "1", "--", *training]
