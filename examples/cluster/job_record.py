@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.run_folder import RunFolder, replace_text
 
-TRAIN, WATCH = "train", "watch"  # the stage whose jobs make up the chain, and the one that grades beside it
+TRAIN, WATCH = "train", "watch"  # the stage whose jobs make up a chain, and the one that grades beside it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +55,6 @@ def append(run: RunFolder, command: Sequence[str], job: Job) -> None:
     record = read(run)
     jobs = [asdict(one) for one in (*record.jobs, job)]
     replace_text(run.jobs, json.dumps({"command": list(command), "jobs": jobs}, indent=1) + "\n")
-
-
-def rest_of_chain(run: RunFolder, id: str) -> list[str]:
-    """The ids of the training jobs that were queued behind this one; none for a job that is not in the record."""
-    ids = [job.id for job in read(run).jobs if job.stage == TRAIN]
-    return ids[ids.index(id) + 1 :] if id in ids else []
 
 
 def log_paths(job: Job) -> list[Path]:

@@ -41,45 +41,62 @@ def script_text(options: SubmitOptions, place: Place, stage: Stage, ranks_in_all
     """The script of a stage, for sbatch."""
     helper = "train_job.sh" if stage.name == TRAIN else "stage_job.sh"
     arguments = [shlex.quote(word) for word in stage.command]
-    lines = ["#!/bin/bash", *_header(options, place, stage), ""]
-    lines += [
-        "# shellcheck disable=SC2016,SC2034  # what was given is taken as it is, and read by what is sourced below"
-    ]
-    if options.env is not None:
-        env = shlex.quote(str(options.env.resolve()))
-        lines += [f"[ -r {env} ] || {{ echo 'error: what --env named cannot be read any more' >&2; exit 3; }}"]
-        lines += ["set -a", "# shellcheck source=/dev/null", f"source {env}", "set +a"]
-    lines += ["set -euo pipefail"]
-    lines += [f"export LATHE_HOME={shlex.quote(str(place.home))}", f"export LATHE_PYTHON={shlex.quote(place.python)}"]
-    run = shlex.quote(str(place.run))
     if stage.rates:
-        lines += [
-            f"rates=({' '.join(map(repr, stage.rates))})",
-            f"folders=({' '.join(f'lr_{rate:g}' for rate in stage.rates)})",
-            f'export LATHE_RUN={run}/"${{folders[SLURM_ARRAY_TASK_ID]}}"',
-        ]
         arguments += ["--output", '"$LATHE_RUN"', "--optim.lr", '"${rates[SLURM_ARRAY_TASK_ID]}"']
-    else:
-        lines.append(f"export LATHE_RUN={run}")
-    lines += _of_training(options, stage, place, ranks_in_all, precision)
-    if container := _container(options, place):
-        words = " ".join(map(shlex.quote, container))
-        lines.append(f"LATHE_SRUN=({words})")
-    lines += ["# shellcheck source=/dev/null", f'source "$LATHE_HOME/examples/slurm/{helper}" {" ".join(arguments)}']
+    lines = [
+        "#!/bin/bash",
+        *_header(options, place, stage),
+        "",
+        "# shellcheck disable=SC2016,SC2034  # what was given is taken as it is, and read by what is sourced below",
+        *_environment(options.env),
+        "set -euo pipefail",
+        _export("LATHE_HOME", place.home),
+        _export("LATHE_PYTHON", place.python),
+        *_run(place, stage),
+        *_variables(options, place, stage, ranks_in_all, precision),
+        "# shellcheck source=/dev/null",
+        " ".join([f'source "$LATHE_HOME/examples/slurm/{helper}"', *arguments]),
+    ]
     return "\n".join(lines) + "\n"
 
 
-def _of_training(options: SubmitOptions, stage: Stage, place: Place, ranks: int, precision: str) -> list[str]:
+def _export(name: str, value: object) -> str:
+    return f"export {name}={shlex.quote(str(value))}"
+
+
+def _environment(env: Path | None) -> list[str]:
+    """Reads --env's file on the cluster, so that no token of it stands in a script."""
+    if env is None:
+        return []
+    path = shlex.quote(str(env.resolve()))
+    gone = f"[ -r {path} ] || {{ echo 'error: what --env named cannot be read any more' >&2; exit 3; }}"
+    return [gone, "set -a", "# shellcheck source=/dev/null", f"source {path}", "set +a"]
+
+
+def _run(place: Place, stage: Stage) -> list[str]:
+    """LATHE_RUN; of a sweep that of its task."""
+    if not stage.rates:
+        return [_export("LATHE_RUN", place.run)]
+    return [
+        f"rates=({' '.join(map(repr, stage.rates))})",
+        f"folders=({' '.join(f'lr_{rate:g}' for rate in stage.rates)})",
+        f'export LATHE_RUN={shlex.quote(str(place.run))}/"${{folders[SLURM_ARRAY_TASK_ID]}}"',
+    ]
+
+
+def _variables(options: SubmitOptions, place: Place, stage: Stage, ranks: int, precision: str) -> list[str]:
+    """What else the sourced script reads, see the head of train_job.sh."""
     setup = [options.setup] if options.setup else []
     if stage.name == TRAIN and options.check_nodes:
         setup.append(_node_check(options, place, ranks, precision))
-    lines = [f"export LATHE_SETUP={shlex.quote(chr(10).join(setup))}"] if setup else []
+    lines = [_export("LATHE_SETUP", "\n".join(setup))] if setup else []
     if stage.name == TRAIN:
-        lines += [f"export LATHE_RANKS={options.ranks} LATHE_RETRIES={options.retries}"]
-        lines += ["export LATHE_UNTIL_DONE=1"] if options.until_done else []
+        lines += [_export("LATHE_RANKS", options.ranks), _export("LATHE_RETRIES", options.retries)]
+        lines += [_export("LATHE_UNTIL_DONE", 1)] if options.until_done else []
     elif stage.name in ("prepare", WATCH, COMPARE):
-        lines.append("export LATHE_AT_ONCE=1  # without a look at the run, which there is not, or not yet")
-    return lines
+        lines.append(_export("LATHE_AT_ONCE", 1) + "  # without a look at the run, which is not done")
+    container = _container(options, place)
+    return [*lines, f"LATHE_SRUN=({' '.join(map(shlex.quote, container))})"] if container else lines
 
 
 def _header(options: SubmitOptions, place: Place, stage: Stage) -> list[str]:

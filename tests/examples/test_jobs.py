@@ -127,12 +127,6 @@ def test_a_run_without_jobs(commands, tmp_path, capsys):
     assert "jobs.json is damaged" in capsys.readouterr().err
 
 
-def test_the_rest_of_a_chain(run):
-    assert job_record.rest_of_chain(run, "1") == ["2", "3"]
-    assert job_record.rest_of_chain(run, "3") == job_record.rest_of_chain(run, "4") == []
-    assert job_record.rest_of_chain(run, "99") == []
-
-
 def test_an_answer_of_slurm_that_names_no_job(commands, tmp_path):
     (commands.folder / "sbatch").write_text("#!/bin/sh\necho hello\n")
     with pytest.raises(ValueError, match="names no job: 'hello'"):
