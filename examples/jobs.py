@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import groupby
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from examples.cluster.slurm import JobState
 from examples.flags import exit_status
 
 _TAIL = 64 * 2**10  # bytes of a log's end in which its last word is looked for
-_SPOKEN = ("lathe: ", "error: ", "slurmstepd: error: ", "srun: error: ")  # how lines begin that say why a job ended
+_SPOKEN = (("lathe: ", "error: "), ("slurmstepd: error: ", "srun: error: "))  # how lines begin that say why a job ended
 _ENDED = JobState("", "", "ENDED", "")  # a job that SLURM has forgotten
 # SLURM's reasons in words; {} are the jobs that a job waits for.
 _REASONS = {
@@ -30,14 +32,14 @@ _REASONS = {
 
 
 def last_word(log: Path) -> str:
-    """The last line of a log that says how its job ended, Lathe's before SLURM's; empty where there is none."""
+    """The last lines of a log that say how its job ended, Lathe's before SLURM's; empty where there are none."""
     with log.open("rb") as stream:
         stream.seek(max(0, log.stat().st_size - _TAIL))
         lines = stream.read().decode("utf-8", errors="replace").splitlines()
-    for begins in (_SPOKEN[:2], _SPOKEN[2:]):
-        for line in reversed(lines):
-            if line.startswith(begins):
-                return line.removeprefix("lathe: ")
+    for begins in _SPOKEN:
+        for speaks, together in groupby(reversed(lines), methodcaller("startswith", begins)):
+            if speaks:
+                return "; ".join(line.removeprefix("lathe: ") for line in reversed(list(together)))
     return ""
 
 

@@ -54,12 +54,12 @@ def test_a_chain_under_way(commands, run, capsys):
     )
     run.status.write_text(json.dumps({"state": "running", "step": 1200, "total_steps": 30000, "time": "now"}))
     (run.slurm / "train-1.out").write_text(
-        "error: --data is gone\nlathe: stopped, and the chain with it\nsrun: error: x\n"
+        "error: --data is gone\nx\nlathe: it failed\nlathe: 2 left\nsrun: error: x\n"
     )
     said, _, *rows = printed(run, capsys)
     assert said == f"{run.path}: running, step 1,200 of 30,000, at now"
     assert rows == [
-        "1 train 1 of 3 failed 0:10 stopped, and the chain with it",
+        "1 train 1 of 3 failed 0:10 it failed; 2 left",
         "2 train 2 of 3 running 0:20 on node[1-2], 3:40 left",
         "3 train 3 of 3 pending 0:00 waits for 2",
         "4 average pending 0:00 waits for 1, 2, 3",
