@@ -8,8 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,15 +24,13 @@ from tests.examples.test_recipes import EXPECTED, FOLDER
 from tests.examples.test_submit import NASTY, shown
 from tests.support.workflows import instruct, question, write_model, write_rows
 
-pytestmark = pytest.mark.usefixtures("cluster")
 SMALL = ["--gpus-per-node", "0", "--ranks-per-node", "1", "--no-check-nodes", "--time", "10"]
 
 
-def wait(until: Callable[[], object], seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not until():
-        assert time.monotonic() < end, subprocess.run(["squeue", "-t", "all"], capture_output=True, text=True).stdout
-        time.sleep(0.5)
+@pytest.fixture(autouse=True)
+def environment(cluster, monkeypatch):
+    """This process, and with it what it queues, talks to the cluster of the session."""
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
 
 
 def states(run: RunFolder) -> dict[str, list[str]]:
@@ -46,8 +42,10 @@ def states(run: RunFolder) -> dict[str, list[str]]:
     return found
 
 
-def is_over(run: RunFolder) -> bool:
-    return not any(map(slurm.is_queued, slurm.states([job.id for job in job_record.read(run).jobs])))
+def is_over(run: RunFolder, stage: str = "") -> bool:
+    """Whether no job of a stage, or of any, may still do something."""
+    ids = [job.id for job in job_record.read(run).jobs if job.stage == stage or not stage]
+    return not any(map(slurm.is_queued, slurm.states(ids)))
 
 
 def logs(run: RunFolder) -> str:
@@ -69,7 +67,7 @@ def test_slurm_takes_the_scripts_of_every_recipe(name, tmp_path, monkeypatch, ca
         assert done.returncode == 0 and "to start at" in done.stderr, f"{stem}: {done.stderr}"
 
 
-def test_slurm_reads_its_lines_as_they_were_meant(tmp_path):
+def test_slurm_reads_its_lines_as_they_were_meant(cluster, tmp_path):
     working = tmp_path / f"{NASTY.replace('/', '')} %j"
     working.mkdir()
     place = Place(home=tmp_path, working=working, run=working, scripts=tmp_path / "100% s", python="p", job_name=NASTY)
@@ -82,7 +80,7 @@ def test_slurm_reads_its_lines_as_they_were_meant(tmp_path):
     script_path(place, stage).write_text(header + show, encoding="utf-8")
     number = slurm.submit(script_path(place, stage))
     log = place.scripts / f"prepare-{number}.out"
-    wait(lambda: not any(map(slurm.is_queued, slurm.states([number]))))
+    cluster.end_of(number)
     assert log.read_text(encoding="utf-8").splitlines() == [str(working), f"{NASTY}-prepare", NASTY]
 
 
@@ -102,11 +100,11 @@ def stand_ins(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("stand_ins")
-def test_a_chain_is_refused_twice_and_cancelled(capsys):
+def test_a_chain_is_refused_twice_and_cancelled(cluster, capsys):
     run = RunFolder("a run")
     chain = ["recipe.yaml", *SMALL, "--nodes", "2", "--jobs", "2", "--stages", "train,average,evaluate"]
     assert submit.main(chain) == 0
-    wait(lambda: logs(run).count("begun") == 2)
+    cluster.wait(lambda: logs(run).count("begun") == 2, "the first training job")
     assert states(run) == {"train": ["RUNNING", "PENDING"], "average": ["PENDING"], "evaluate": ["PENDING"]}
     assert submit.main(chain) == 2
     assert "are still queued or running" in capsys.readouterr().err
@@ -115,7 +113,7 @@ def test_a_chain_is_refused_twice_and_cancelled(capsys):
     said = capsys.readouterr().out
     assert re.search(rf"{first}\s+train 1 of 2\s+running .* on node\[1-2\]", said) and f"waits for {first}" in said
     assert jobs.main(["a run", "--cancel"]) == 0
-    wait(lambda: is_over(run))
+    cluster.wait(lambda: is_over(run), "the end of all jobs")
     assert states(run) == {"train": ["COMPLETED", "CANCELLED"], "average": ["CANCELLED"], "evaluate": ["CANCELLED"]}
     assert logs(run).count("saved") == 2
     capsys.readouterr()
@@ -124,10 +122,10 @@ def test_a_chain_is_refused_twice_and_cancelled(capsys):
 
 
 @pytest.mark.usefixtures("stand_ins")
-def test_a_stage_behind_one_that_failed_leaves_the_queue(capsys):
+def test_a_stage_behind_one_that_failed_leaves_the_queue(cluster, capsys):
     run = RunFolder("a run")
     assert submit.main(["recipe.yaml", *SMALL, "--jobs", "0", "--stages", "average,evaluate"]) == 0
-    wait(lambda: is_over(run))
+    cluster.wait(lambda: is_over(run), "the end of all jobs")
     assert states(run) == {"average": ["FAILED"], "evaluate": ["CANCELLED"]}
     capsys.readouterr()
     assert jobs.main(["a run"]) == 0
@@ -158,14 +156,16 @@ def write_workflow(folder: Path) -> Path:
     return path
 
 
-def test_a_whole_workflow_by_one_command(tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_a_whole_workflow_by_one_command(cluster, tmp_path, monkeypatch, capsys):
     recipe = write_workflow(tmp_path)
     monkeypatch.chdir(tmp_path)
     run = RunFolder("it's a run")
     stages = "prepare,train,average,evaluate"
     assert submit.main([str(recipe), *SMALL, "--nodes", "2", "--jobs", "2", "--stages", stages]) == 0
     recipe.write_text("the user goes on writing")
-    wait(lambda: is_over(run), 540)
+    for stage in ("prepare", "train", "average", "evaluate"):
+        cluster.wait(lambda stage=stage: is_over(run, stage), f"the end of {stage}")
     said = logs(run)
     assert read_status(run)["state"] == DONE, said
     found = states(run)
