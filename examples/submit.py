@@ -108,7 +108,7 @@ def write(submission: Submission) -> None:
         raise ValueError(f"--output {run.path}: nothing can be written in {run.slurm}: {error}") from None
 
 
-def queue(submission: Submission, command: Sequence[str], outside: Sequence[str]) -> list[Job]:
+def queue_all(submission: Submission, command: Sequence[str], outside: Sequence[str]) -> list[Job]:
     """Queues all jobs, and writes each down as soon as it has an id; where one is refused, none stays queued."""
     jobs: list[Job] = []
     ids: dict[Any, str] = {}
@@ -131,10 +131,17 @@ def queue(submission: Submission, command: Sequence[str], outside: Sequence[str]
             jobs.append(job)
             job_record.append(submission.run, command, job)
     except (ValueError, OSError, KeyboardInterrupt) as error:
-        slurm.cancel(list(ids.values()))
-        taken_back = f"; what was queued before it was cancelled: {', '.join(ids.values())}" if ids else ""
-        raise ValueError(f"{str(error) or 'interrupted'}{taken_back}") from None
+        raise ValueError(f"{str(error) or 'interrupted'}{_take_back(list(ids.values()))}") from None
     return jobs
+
+
+def _take_back(ids: Sequence[str]) -> str:
+    """Cancels what was queued before something failed; says so."""
+    try:
+        slurm.cancel(ids)
+        return f"; what was queued before it was cancelled: {', '.join(ids)}" if ids else ""
+    except ValueError as error:
+        return f"; what was queued before it is still there ({error}): scancel {' '.join(ids)}"
 
 
 def submit(arguments: Sequence[str]) -> None:
@@ -146,9 +153,9 @@ def submit(arguments: Sequence[str]) -> None:
         show(submission, [f"JOBS-OF-{options.after.name}"] if options.after else [])
         return
     checks.refuse_queued(run)
-    outside = [job.name for job in checks.queued(RunFolder(options.after))] if options.after else []
+    outside = checks.jobs_of(RunFolder(options.after)) if options.after else []
     write(submission)
-    for job in queue(submission, ["lathe", "submit", *arguments], outside):
+    for job in queue_all(submission, ["lathe", "submit", *arguments], outside):
         of = f" {job.number} of {job.of}" if job.of > 1 else ""
         print(f"{job.id}  {job.stage}{of}{f', after {chr(44).join(job.after)}' if job.after else ''}")
     print(f"lathe jobs {shlex.quote(str(submission.config.output))} says how they stand; scripts and logs: {run.slurm}")

@@ -151,6 +151,13 @@ def queued(run: RunFolder) -> list[slurm.JobState]:
     return [state for state in slurm.states(ids) if slurm.is_queued(state)]
 
 
+def jobs_of(run: RunFolder) -> list[str]:
+    """The jobs of --after's run that may still do something; ValueError where none was ever queued for it."""
+    if not job_record.read(run).jobs:
+        raise ValueError(f"--after {run.path}: no jobs were queued for it by lathe submit; leave it out")
+    return [state.name for state in queued(run)]
+
+
 def refuse_queued(run: RunFolder) -> None:
     """Refuses a second chain for a run whose first one is still queued."""
     if there := queued(run):

@@ -117,13 +117,20 @@ def test_where_one_job_is_refused_none_stays_queued(slurm, recipe, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: sbatch failed: sbatch: error: QOSMaxSubmitJobPerUserLimit") and "101, 102" in said
     assert slurm.calls("scancel") == [["101", "102"]]
+    slurm.write("scancel", "#!/bin/sh\nexit 1\n")
+    slurm.set_queue([])
+    assert submit.main([str(recipe), *FLAGS]) == 2
+    assert "is still there (scancel failed: exit status 1): scancel 101 102" in capsys.readouterr().err
 
 
-def test_a_round_waits_for_the_jobs_of_another(slurm, recipe):
+def test_a_round_waits_for_the_jobs_of_another(slurm, recipe, capsys):
     submit.main([str(recipe), *FLAGS, "--jobs", "1"])
     second = [str(recipe), *FLAGS, "--jobs", "2", "--stages", "train", "--after", "run", "--", "--output", "second"]
     assert submit.main(second) == 0
     assert dependencies(slurm)[3:] == [("train", "afterany:101:102:103"), ("train", "afterany:104")]
+    third = [str(recipe), *FLAGS, "--after", "typo", "--", "--output", "third"]
+    assert submit.main(third) == 2 and len(slurm.calls("sbatch")) == 5
+    assert "--after typo: no jobs were queued for it" in capsys.readouterr().err
 
 
 def test_preparing_comes_first_and_must_succeed():
