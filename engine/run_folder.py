@@ -42,6 +42,7 @@ class RunFolder:
         self.evaluation = self.path / "evaluation"  # summary.json and MODEL/NAME/, by `lathe evaluate --watch`
         self.jobs = self.path / "jobs.json"  # the jobs that were queued for it
         self.slurm = self.path / "slurm"  # their scripts and logs
+        self.logs = self.path / "logs"  # JOB.RESTART/, what each rank printed; see `examples/slurm/train_job.sh`
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step stands."""

@@ -47,8 +47,11 @@ def write_status(
     rank: int = 0,
     began_with: str | None = None,
     aside: bool = False,
+    lasting: bool = False,
 ) -> None:
     """Writes status.json in one move.
+
+    lasting: the same command fails again until somebody mends what `reason` says, as a refused start always does.
 
     What is not given is kept from what this start has written before. A start that fails before it has written anything
     keeps what the run's own status was as `run`; so does one that has changed nothing of the run, with aside.
@@ -64,6 +67,7 @@ def write_status(
         "step": kept.get("step") if step is None else step,
         "total_steps": kept.get("total_steps") if total_steps is None else total_steps,
         "reason": reason,
+        "lasting": lasting or state == REFUSED,
         "time": now(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -127,6 +131,7 @@ def tell(
     alone: bool = False,
     met: bool = False,
     printed: bool = False,
+    lasting: bool = False,
     is_ended: Callable[[], bool] = lambda: False,
 ) -> None:
     """Says, once for all ranks, why this start ends, and writes it down; call it before the process ends.
@@ -134,7 +139,8 @@ def tell(
     Every rank leaves its own words in RUN/errors/rank_N.txt, with `details` in place of the sentence where there are
     some. The first rank speaks; another one waits for it, and speaks where it hears nothing. alone: only this rank
     knows, so it speaks. met: all ranks are known to be here. printed: what there is to say was printed already.
-    is_ended: whether this process was told to end, as torchrun does once another rank has spoken and ended.
+    lasting: see `write_status`. is_ended: whether this process was told to end, as torchrun does once another rank has
+    spoken and ended.
     Nothing is written into what is no run, or another job's.
 
     What a rank has said stands: others fail after it because it is gone, and say nothing. Those that fail within the
@@ -157,7 +163,7 @@ def tell(
     if noted and run is not None:
         print(f"what each rank said lies in {run.errors}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
-            write_status(run, state, reason=sentence, rank=rank)
+            write_status(run, state, reason=sentence, rank=rank, lasting=lasting)
 
 
 def clear_errors(run: RunFolder) -> None:

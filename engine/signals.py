@@ -16,6 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 JOB_START, JOB_END = "SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"
 # How long before its end a job stops by default: so many minutes, or this share of a shorter job.
 MINUTES, SHARE = 10.0, 0.1
+LIMIT_NEAR = "the job's time limit is near"  # the reason of a stop that no signal asked for
 _TIME_LIMIT = signal.NSIG  # no signal has this number
 
 
@@ -136,7 +137,7 @@ class StopRequest:
 def reason(number: int) -> str | None:
     """What a number of `StopRequest` means; None where nothing asks to stop."""
     if number == _TIME_LIMIT:
-        return "the job's time limit is near"
+        return LIMIT_NEAR
     return f"{signal.Signals(number).name} was received" if number else None
 
 

@@ -114,11 +114,12 @@ def run(prepared: Prepared, rank: int) -> int:
         tell(prepared.run, rank, str(error), state=REFUSED, met=True)
         return 2
     except (CheckpointFailed, FloatingPointError) as error:
-        tell(prepared.run, rank, str(error), state=FAILED, met=True)
+        tell(prepared.run, rank, str(error), state=FAILED, met=True, lasting=True)
         return 2
     except (ValueError, OSError) as error:
         nameless = isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
-        tell(prepared.run, rank, f"{error}{f': {prepared.run.path}' * nameless}", state=FAILED, alone=True)
+        sentence = f"{error}{f': {prepared.run.path}' * nameless}"
+        tell(prepared.run, rank, sentence, state=FAILED, alone=True, lasting=True)
         leave_at_once(2)
 
 

@@ -1,0 +1,35 @@
+"""torchrun as a job starts it on each node: signals are left to the ranks.
+
+SLURM sends a signal to every process of a step, so the ranks hear it themselves: they save, stop and end with status 0.
+torchrun would pass it on a second time, give them half a minute and end with a status of its own.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+import psutil
+
+from engine.signals import SIGNALS
+
+
+def leave_to_the_ranks(number: int, frame: FrameType | None) -> None:
+    """Ends this process where it has started no rank yet, which would never hear of the signal."""
+    if not psutil.Process().children():
+        print(f"{signal.Signals(number).name} was received before the ranks were started", flush=True)
+        sys.exit(0)
+
+
+def main(arguments: list[str]) -> None:
+    """Runs torchrun with these arguments."""
+    for number in SIGNALS:
+        signal.signal(number, leave_to_the_ranks)
+    from torch.distributed import run
+
+    run.main(["--signals-to-handle", "SIGHUP,SIGQUIT", *arguments])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
