@@ -12,7 +12,9 @@ from tests.support.tiny import make_inputs
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     started = start_cluster(tmp_path_factory.mktemp("slurm"))
-    yield started
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", started.environment["SLURM_CONF"])
+        yield started
     assert started.daemons("stop").returncode == 0
 
 

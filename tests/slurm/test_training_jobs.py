@@ -212,7 +212,7 @@ def test_salloc(cluster, inputs, undisturbed, run):
 
 
 def test_scripts_are_clean():
-    scripts = [*(ROOT / "examples" / "slurm").iterdir(), ROOT / "tests" / "slurm" / "cluster.sh"]
+    scripts = [*(ROOT / "examples" / "slurm").iterdir(), ROOT / "tests" / "slurm" / "cluster.sh", ROOT / ".ci" / "run"]
     if subprocess.run(["which", "shellcheck"], capture_output=True).returncode:
         pytest.skip("no shellcheck here (apt-get install shellcheck)")
     done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
