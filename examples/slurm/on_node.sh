@@ -4,6 +4,7 @@ set -eo pipefail
 
 logs=$1 endpoint=$2
 shift 2
+trap 'exit 0' INT TERM USR1 USR2 # before there are ranks nothing is lost
 eval "${LATHE_SETUP:-}" # in this shell, so that what it sets up reaches the ranks
 set -u
 
