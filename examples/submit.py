@@ -14,8 +14,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -26,7 +26,7 @@ from engine.run_lock import now
 from examples.cluster import checks, job_record, script, slurm
 from examples.cluster.job_record import Job
 from examples.cluster.options import SubmitOptions, read_options
-from examples.cluster.stages import Link, Stage, links, plan_stages, waits_for
+from examples.cluster.stages import Key, Link, Stage, links, plan_stages, waits_for
 from examples.flags import exit_status
 
 HOME = Path(__file__).resolve().parents[1]
@@ -111,7 +111,7 @@ def write(submission: Submission) -> None:
 def queue_all(submission: Submission, command: Sequence[str], outside: Sequence[str]) -> list[Job]:
     """Queues all jobs, and writes each down as soon as it has an id; where one is refused, none stays queued."""
     jobs: list[Job] = []
-    ids: dict[Any, str] = {}
+    ids: dict[Key, str] = {}
     try:
         for link in submission.queue:
             waits = waits_for(link, ids, outside)
@@ -123,7 +123,7 @@ def queue_all(submission: Submission, command: Sequence[str], outside: Sequence[
                 stage=link.stage.name,
                 number=link.number,
                 of=link.stage.jobs,
-                after=tuple(id for ids in waits.values() for id in ids),
+                after=tuple(chain(*waits.values())),
                 script=str(path),
                 log=script.log_pattern(submission.place, link.stage, number),
                 submitted=now(),

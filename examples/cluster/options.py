@@ -98,9 +98,9 @@ class SubmitOptions:
     @property
     def chosen(self) -> list[str]:
         """The stages that are asked for, in the order of a workflow; of --jobs 0 those behind training."""
-        given = {part.strip() for part in self.stages.split(",")} - (
-            set() if self.jobs else {"prepare", "train", "watch"}
-        )
+        given = {part.strip() for part in self.stages.split(",")}
+        if not self.jobs:
+            given -= {"prepare", "train", "watch"}
         return [stage for stage in STAGES if stage in given]
 
 
@@ -110,8 +110,9 @@ def read_options(arguments: Sequence[str]) -> tuple[SubmitOptions, list[Path], l
     ValueError, in one sentence, for what is wrong.
     """
     cut = list(arguments).index("--") if "--" in arguments else len(arguments)
-    own, training = list(arguments[:cut]), list(arguments[cut + 1 :])
-    files, flags = take_files(own)
+    files, flags = take_files(arguments[:cut])
+    more, training = take_files(arguments[cut + 1 :])
+    files += more
     given = read_files(files).get("submit")
     if not isinstance(given, dict | None):
         raise ValueError(f"{files[-1]}: `submit:` takes keys of its own, not {given!r}")

@@ -355,6 +355,7 @@ def test_flags_win_over_the_recipe_and_over_defaults(recipe):
     options, files, training = read_options([str(recipe), "--nodes", "4", "--", "--tp", "2"])
     assert (options.nodes, options.jobs, options.chosen) == (4, 3, ["train", "average", "evaluate"])
     assert (files, training) == ([recipe], ["--tp", "2"])
+    assert read_options(["--nodes", "4", "--", str(recipe), "--tp", "2"]) == (options, files, training)
     assert replace(options, jobs=0).chosen == ["average", "evaluate"]
 
 
