@@ -70,6 +70,12 @@ def hear_early() -> None:
         signal.signal(number, note)
 
 
+def hear_no_more() -> None:
+    """Ignores signals from now on: Python takes its handlers away as it ends, and one more would be an error."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def is_ended() -> bool:
     """Whether SIGTERM has come before a StopRequest was made: torchrun sends it once another rank has ended."""
     return _early == signal.SIGTERM

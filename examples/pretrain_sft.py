@@ -169,6 +169,9 @@ def leave_at_once(status: int) -> NoReturn:
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
+    from engine.signals import hear_no_more
+
+    hear_no_more()
     distributed = sys.modules.get("torch.distributed")  # not there where the arguments were refused
     if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()

@@ -12,7 +12,7 @@ from types import FrameType
 
 import psutil
 
-from engine.signals import SIGNALS
+from engine.signals import SIGNALS, hear_no_more
 
 
 def leave_to_the_ranks(number: int, frame: FrameType | None) -> None:
@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> None:
     from torch.distributed import run
 
     run.main(["--signals-to-handle", "SIGHUP,SIGQUIT", *arguments])
+    hear_no_more()
 
 
 if __name__ == "__main__":

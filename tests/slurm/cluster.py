@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "slurm" / "pretrain_sft.sbatch"
 TRAIN_JOB = ROOT / "examples" / "slurm" / "train_job.sh"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
-STEPS = 300
+STEPS = 120
 PATIENCE = 240.0  # seconds for anything to happen on two cores that others use, too
 
 
@@ -59,6 +59,16 @@ class Cluster:
         """Queues a job of two nodes, unless flags say otherwise; returns its number."""
         ours = ["--nodes=2", "--time=20", f"--output={self.state}/job-%j.out"]
         return self.call("sbatch", "--parsable", *ours, *flags, script, *arguments, **variables).strip()
+
+    def preempt(self) -> None:
+        """Queues a job of both nodes that goes before those of `low` and `grace`, and ends at once."""
+        self.call("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "true")
+
+    def clear(self) -> None:
+        """Ends all jobs."""
+        self.call("scancel", "--quiet", "--full", "--signal=KILL", "--user=root")
+        self.call("scancel", "--quiet", "--user=root")
+        self.wait(lambda: not self.call("squeue", "-h"), "an empty queue")
 
     def log(self, job: str) -> str:
         path = self.state / f"job-{job}.out"
@@ -124,7 +134,7 @@ def flags(inputs: Path, run: RunFolder, *more: str) -> list[str]:
     """A run of two ranks that takes some seconds, and leaves its weights as a Hugging Face model."""
     given = ["--model", inputs / "model", "--data", inputs / "data", "--output", run.path, "--precision", "fp32"]
     given += ["--tp", 2, "--seq-len", 96, "--global-batch-size", 4, "--optim.lr", "1e-2", "--steps", STEPS]
-    given += ["--checkpoint.every", 40, "--checkpoint.keep", 1, "--checkpoint.export-hf"]
+    given += ["--checkpoint.every", 20, "--checkpoint.keep", 1, "--checkpoint.export-hf"]
     return [*map(str, given), *more]
 
 

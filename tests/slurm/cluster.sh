@@ -85,8 +85,9 @@ start() {
     touch "$state"/devices/gpu{0..7}
     configuration >"$SLURM_CONF"
     printf 'AutoDetect=off\nNodeName=node[1-2] Name=gpu File=%s/devices/gpu[0-7]\n' "$state" >"$state/gres.conf"
+    # --force: pytest lets nobody else into its directories, which munged takes for a mistake.
     (umask 077 && head -c 128 /dev/urandom >"$state/munge.key")
-    munged --key-file="$state/munge.key" --socket="$state/munge.socket" --pid-file="$state/munged.pid" \
+    munged --force --key-file="$state/munge.key" --socket="$state/munge.socket" --pid-file="$state/munged.pid" \
         --log-file="$state/munged.log" --seed-file="$state/munge.seed"
     slurmctld
     start_node 1

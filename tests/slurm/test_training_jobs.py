@@ -18,8 +18,9 @@ from tests.slurm.cluster import ROOT, STEPS, TRAIN_JOB, flags, kill, weights
 
 
 @pytest.fixture
-def run(tmp_path):
-    return RunFolder(tmp_path / "run")
+def run(tmp_path, cluster):
+    yield RunFolder(tmp_path / "run")
+    cluster.clear()
 
 
 def record(run: RunFolder, job: str, stage: str, *after: str) -> str:
@@ -51,9 +52,9 @@ def test_a_whole_run(cluster, undisturbed):
 def test_preempted_at_once(cluster, inputs, undisturbed, run):
     job = cluster.submit(*flags(inputs, run), flags=["--partition=low"])
     cluster.reach(run, 20)
-    cluster.submit("1", script="/bin/sleep", flags=["--partition=high", "--exclusive"])
+    cluster.preempt()
     goes_on(cluster, job, run, undisturbed)
-    assert re.search(r"saved and stopped after step \d+ of 300: SIG\w+ was received", cluster.log(job))
+    assert re.search(rf"saved and stopped after step \d+ of {STEPS}: SIG\w+ was received", cluster.log(job))
 
 
 @pytest.mark.slow
@@ -61,7 +62,7 @@ def test_preempted_with_grace(cluster, inputs, undisturbed, run):
     """SLURM 22.05 does not put such a job back: the job does."""
     job = cluster.submit(*flags(inputs, run), flags=["--partition=grace"])
     cluster.reach(run, 20)
-    cluster.submit("1", script="/bin/sleep", flags=["--partition=high", "--exclusive"])
+    cluster.preempt()
     goes_on(cluster, job, run, undisturbed)
     assert "the job was preempted, so it goes back to the queue" in cluster.log(job)
     assert "Traceback" not in cluster.log(job)
@@ -70,7 +71,7 @@ def test_preempted_with_grace(cluster, inputs, undisturbed, run):
 @pytest.mark.slow
 def test_a_killed_rank(cluster, inputs, undisturbed, run):
     job = cluster.submit(*flags(inputs, run))
-    cluster.reach(run, 50, checkpoint=40)
+    cluster.reach(run, 30, checkpoint=20)
     kill(cluster.processes(job, "node2", "pretrain_sft.py --model")[-1:])
     goes_on(cluster, job, run, undisturbed)
     assert "it made progress, so the job goes back to the queue" in cluster.log(job)
@@ -89,7 +90,7 @@ def test_a_rank_that_is_killed_before_a_checkpoint(cluster, inputs, run):
 @pytest.mark.slow
 def test_a_dead_node(cluster, inputs, undisturbed, run):
     job = cluster.submit(*flags(inputs, run))
-    cluster.reach(run, 50, checkpoint=40)
+    cluster.reach(run, 30, checkpoint=20)
     step = cluster.processes(job, "node2")
     stepds = [parent.pid for one in step if (parent := psutil.Process(one).parent()).name() == "slurmstepd"]
     kill([int((cluster.state / "slurmd-node2.pid").read_text()), *stepds, *step])
