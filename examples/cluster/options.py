@@ -35,7 +35,10 @@ _TIMES = (  # what SLURM takes as a time, and the seconds of each part
 
 @dataclass(frozen=True, kw_only=True)
 class SubmitOptions:
-    """Queues a run on a SLURM cluster: its training in one or more jobs, and the stages before and after it."""
+    """Queues a workflow on a SLURM cluster: lathe submit RECIPE [recipe.yaml ...] [options] [-- flags of training].
+
+    A section `submit:` of the recipe takes the same options.
+    """
 
     stages: str = "train"
     """What is done, separated by commas: prepare, train, watch, average, export, evaluate, publish."""
@@ -61,7 +64,9 @@ class SubmitOptions:
     stage_time: str | None = None
     """The same for a stage behind or before training."""
     account: str | None = None
+    """Who pays."""
     partition: str | None = None
+    """Of all jobs; unless given, the cluster's own."""
     stage_partition: str | None = None
     """Of stages that need no GPUs; unless given, the same."""
     stage_gpus: int = 0
@@ -71,7 +76,7 @@ class SubmitOptions:
     sbatch: tuple[str, ...] = ()
     """More flags for sbatch, in all jobs: --sbatch=--qos=high."""
     retries: int = 3
-    """Times that a job which was preempted or killed goes back to the queue without having made progress."""
+    """How often a job goes back to the queue by itself after it was killed."""
 
     container: str | None = None
     """Image in which nodes run everything: a path, or what the runtime takes."""
@@ -84,7 +89,7 @@ class SubmitOptions:
     env: Path | None = None
     """A file of bash that sets variables for all jobs, tokens too; it is read when a job starts."""
     setup: str | None = None
-    """A command that every node runs before training, e.g. `module load cuda`."""
+    """A command that every node runs first, e.g. `module load cuda`."""
     check_nodes: bool = True
     """Before training, let `lathe doctor` look at every node."""
     dry_run: bool = False
