@@ -108,24 +108,6 @@ def test_requeued_by_hand(cluster, inputs, undisturbed, run):
 
 
 @pytest.mark.slow
-def test_signals_that_ask_a_run_to_stop(cluster, inputs, undisturbed, run):
-    """To the nodes, to the script alone, and to both."""
-    reached = 0
-    for number, who in ((1, ["--signal=USR1"]), (2, ["--batch", "--signal=USR1"]), (3, ["--full", "--signal=USR2"])):
-        job = cluster.submit(*flags(inputs, run))
-        cluster.reach(run, reached + 20)
-        cluster.call("scancel", *who, job)
-        assert cluster.end_of(job) == ("COMPLETED", 0), cluster.log(job)
-        status = read_status(run)
-        reached = status["step"]
-        assert status["state"] == "stopped" and max(run.checkpoint_steps()) == reached < STEPS, number
-        log = cluster.log(job)
-        assert f"the run was told to stop at step {reached} of {STEPS}: SIGUSR" in log and "Traceback" not in log
-    assert cluster.end_of(cluster.submit(*flags(inputs, run))) == ("COMPLETED", 0)
-    assert weights(run) == weights(undisturbed[0])
-
-
-@pytest.mark.slow
 def test_a_chain_over_time_limits(cluster, inputs, undisturbed, run):
     """Two jobs of a minute that stop at its start: each makes a step or more. The third one has time."""
     given = flags(inputs, run, "--checkpoint.minutes-before-end", "0.9")
@@ -135,15 +117,6 @@ def test_a_chain_over_time_limits(cluster, inputs, undisturbed, run):
     assert [cluster.end_of(job) for job in jobs] == [("COMPLETED", 0)] * 3
     assert all("before the job's time limit; the next job of the chain" in cluster.log(job) for job in jobs[:2])
     assert weights(run) == weights(undisturbed[0])
-
-
-@pytest.mark.slow
-def test_one_job_that_goes_back_until_the_run_is_done(cluster, inputs, undisturbed, run):
-    given = flags(inputs, run, "--checkpoint.minutes-before-end", "0.9")
-    job = cluster.submit(*given, flags=["--time=1"], LATHE_UNTIL_DONE="1")
-    cluster.wait(lambda: cluster.show(job)["Restarts"] == "1", "a second start")
-    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=20")
-    goes_on(cluster, job, run, undisturbed)
 
 
 @pytest.mark.slow
@@ -199,6 +172,31 @@ def test_ranks_are_an_explicit_number(cluster, inputs, run):
 
 
 @pytest.mark.slow
+def test_salloc(cluster, inputs, undisturbed, run):
+    said = cluster.call("salloc", "--nodes=2", "--time=20", TRAIN_JOB, *flags(inputs, run))
+    assert f"lathe: the run is done, step {STEPS} of {STEPS}" in said
+    assert weights(run) == weights(undisturbed[0])
+
+
+@pytest.mark.slow
+def test_signals_that_ask_a_run_to_stop(cluster, inputs, undisturbed, run):
+    """To the nodes, to the script alone, and to both."""
+    reached = 0
+    for number, who in ((1, ["--signal=USR1"]), (2, ["--batch", "--signal=USR1"]), (3, ["--full", "--signal=USR2"])):
+        job = cluster.submit(*flags(inputs, run))
+        cluster.reach(run, reached + 20)
+        cluster.call("scancel", *who, job)
+        assert cluster.end_of(job) == ("COMPLETED", 0), cluster.log(job)
+        status = read_status(run)
+        reached = status["step"]
+        assert status["state"] == "stopped" and max(run.checkpoint_steps()) == reached < STEPS, number
+        log = cluster.log(job)
+        assert f"the run was told to stop at step {reached} of {STEPS}: SIGUSR" in log and "Traceback" not in log
+    assert cluster.end_of(cluster.submit(*flags(inputs, run))) == ("COMPLETED", 0)
+    assert weights(run) == weights(undisturbed[0])
+
+
+@pytest.mark.slow
 def test_a_first_node_that_starts_late(cluster, inputs, undisturbed, run):
     """Longer than the 60 seconds that torchrun waits by itself."""
     job = cluster.submit(*flags(inputs, run), LATHE_SETUP='[ "$SLURM_NODEID" != 0 ] || sleep 65')
@@ -207,10 +205,12 @@ def test_a_first_node_that_starts_late(cluster, inputs, undisturbed, run):
 
 
 @pytest.mark.slow
-def test_salloc(cluster, inputs, undisturbed, run):
-    said = cluster.call("salloc", "--nodes=2", "--time=20", TRAIN_JOB, *flags(inputs, run))
-    assert f"lathe: the run is done, step {STEPS} of {STEPS}" in said
-    assert weights(run) == weights(undisturbed[0])
+def test_one_job_that_goes_back_until_the_run_is_done(cluster, inputs, undisturbed, run):
+    given = flags(inputs, run, "--checkpoint.minutes-before-end", "0.9")
+    job = cluster.submit(*given, flags=["--time=1"], LATHE_UNTIL_DONE="1")
+    cluster.wait(lambda: cluster.show(job)["Restarts"] == "1", "a second start")
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=20")
+    goes_on(cluster, job, run, undisturbed)
 
 
 def test_scripts_are_clean():
