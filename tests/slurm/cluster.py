@@ -103,14 +103,14 @@ class Cluster:
 
         self.wait(reached, f"step {step} of {run.path}")
 
-    def processes(self, job: str, node: str, name: str = "") -> list[int]:
-        """What runs of a job on a node, by the environment that SLURM gave it; `name` is in its command line."""
+    def processes(self, job: str, node: str, variable: str = "SLURM_JOB_ID") -> list[int]:
+        """What runs of a job on a node, the oldest first, by its environment; ranks have the variable RANK there."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):  # it has just ended
                 environment = process.environ()
                 ours = environment.get("SLURM_JOB_ID") == job and environment.get("SLURMD_NODENAME") == node
-                if ours and name in " ".join(process.cmdline()):
+                if ours and variable in environment:
                     found.append(process.pid)
         return found
 

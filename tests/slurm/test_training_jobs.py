@@ -72,7 +72,7 @@ def test_preempted_with_grace(cluster, inputs, undisturbed, run):
 def test_a_killed_rank(cluster, inputs, undisturbed, run):
     job = cluster.submit(*flags(inputs, run))
     cluster.reach(run, 30, checkpoint=20)
-    kill(cluster.processes(job, "node2", "pretrain_sft.py --model")[-1:])
+    kill(cluster.processes(job, "node2", "RANK")[:1])
     goes_on(cluster, job, run, undisturbed)
     assert "it made progress, so the job goes back to the queue" in cluster.log(job)
 
@@ -82,7 +82,7 @@ def test_a_rank_that_is_killed_before_a_checkpoint(cluster, inputs, run):
     """What fails before it has come anywhere would fail again."""
     job = cluster.submit(*flags(inputs, run, "--checkpoint.every", "1000"))
     cluster.reach(run, 10)
-    kill(cluster.processes(job, "node1", "pretrain_sft.py --model")[-1:])
+    kill(cluster.processes(job, "node1", "RANK")[:1])
     assert cluster.end_of(job) == ("FAILED", 4)
     assert "it wrote no new checkpoint, so the job ends here" in cluster.log(job)
 
@@ -141,14 +141,19 @@ def test_a_chain_that_is_done_in_its_first_job(cluster, inputs, run):
 
 
 @pytest.mark.slow
-def test_two_jobs_in_one_run(cluster, inputs, undisturbed, run):
-    """One node each, with both ranks on it: the port is each job's own, and the second one is refused."""
-    jobs = [cluster.submit(*flags(inputs, run), flags=["--nodes=1"], LATHE_RANKS="2")]
-    cluster.reach(run, 1)
-    jobs.append(cluster.submit(*flags(inputs, run), flags=["--nodes=1"], LATHE_RANKS="2"))
-    assert [cluster.end_of(job) for job in jobs] == [("COMPLETED", 0), ("FAILED", 3)]
-    assert f"is in use by process {read_status(run)['pid']} on" in cluster.log(jobs[1])
-    assert weights(run) == weights(undisturbed[0])
+def test_two_jobs_in_one_run(cluster, inputs, run):
+    """One node each, with both ranks on it: the port is each job's own, and one of the two is refused."""
+    given = flags(inputs, run, "--steps", "400")  # so that it is still at work when the other one has been refused
+    jobs = [cluster.submit(*given, flags=["--nodes=1"], LATHE_RANKS="2") for _ in range(2)]
+    ends = {job: cluster.end_of(job) for job in jobs}
+    assert sorted(ends.values()) == [("COMPLETED", 0), ("FAILED", 3)]
+    status, refused = read_status(run), next(job for job in jobs if ends[job][1])
+    assert f"is in use by process {status['pid']} on" in cluster.log(refused)
+    assert (status["state"], status["step"], status["job"]) == (
+        "done",
+        400,
+        next(job for job in jobs if job != refused),
+    )
 
 
 @pytest.mark.slow
