@@ -6,6 +6,8 @@ torchrun would pass it on a second time, give them half a minute and end with a 
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import sys
 from types import FrameType
@@ -26,8 +28,14 @@ def main(arguments: list[str]) -> None:
     """Runs torchrun with these arguments."""
     for number in SIGNALS:
         signal.signal(number, leave_to_the_ranks)
+    # A node whose store has ended before it says so with the stack of C++, although nothing is wrong.
+    level = os.environ.get("TORCH_CPP_LOG_LEVEL")
+    os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"
     from torch.distributed import run
 
+    logging.getLogger("torch.distributed.elastic.rendezvous.dynamic_rendezvous").setLevel(logging.ERROR)
+    if not level:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # the ranks are to warn
     run.main(["--signals-to-handle", "SIGHUP,SIGQUIT", *arguments])
     hear_no_more()
 
