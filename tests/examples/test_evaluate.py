@@ -16,6 +16,7 @@ from examples.evaluation.prompting import build_prompts, load_tokenizer
 from examples.evaluation.questions import load_questions
 from examples.evaluation.run import evaluate, result_block
 from tests.support.evaluating import answering_model, write_problems, write_rows
+from tests.support.marks import slow
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,7 +84,7 @@ def test_the_models_own_sampling_settings_do_not_leak_into_greedy_answers(model_
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [slow("fp32"), "bf16"])
 def test_results_do_not_depend_on_the_number_of_workers(model_dir, data_file, tmp_path, dtype):
     """Both files are the same to the last byte, but for the seconds that they took."""
     changes = {"temperature": 1.0, "num_samples": 3, "top_p": 0.95, "seed": 11, "dtype": dtype}

@@ -232,6 +232,7 @@ def until(process: subprocess.Popen, condition) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_job_of_its_own_is_stopped_goes_on_and_ends_with_the_run(inputs, tmp_path, capsys):
     """Killed models, removed exports, a signal, a second job: what a cluster does to it, with real models."""
     run = RunFolder(tmp_path / "run")
