@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
 import socket
 from pathlib import Path
+from typing import Any
 
 FAILED = "failed: "  # what `unfinished` begins with after a loss or a gradient that was not finite
 BEING_WRITTEN = ".tmp"  # the end of a name that does not count yet
@@ -196,6 +198,15 @@ def replace_text(path: Path, text: str) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where the file is not there, cannot be read or holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_durably(path: Path, text: str) -> None:

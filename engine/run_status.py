@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from engine.run_folder import RunFolder, replace_text
+from engine.run_folder import RunFolder, read_object, replace_text
 from engine.run_lock import is_anothers, now, this_start
 
 RUNNING, DONE, STOPPED, FAILED, REFUSED = "running", "done", "stopped", "failed", "refused"
@@ -30,11 +30,7 @@ class Refused(ValueError):
 
 def read_status(run: RunFolder) -> dict[str, Any]:
     """What status.json says; nothing where it is not there or cannot be read."""
-    try:
-        found = json.loads(run.status.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        return {}
+    return read_object(run.status)
 
 
 def write_status(

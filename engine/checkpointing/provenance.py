@@ -24,7 +24,7 @@ from data.index_checks import read_meta
 from engine.checkpointing.directory import HF, parse_manifest
 from engine.cli import split_weight
 from engine.reporting.metrics import read_metrics
-from engine.run_folder import RunFolder
+from engine.run_folder import RunFolder, read_object
 
 FILE = "provenance.json"
 # The settings of a run that decide what is learned: neither paths, layout, logs nor guards.
@@ -51,11 +51,8 @@ _FILE_NAME = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet|arrow|feather)(\.
 
 def read_provenance(directory: Path) -> dict[str, Any]:
     """What provenance.json of a directory says; nothing where there is none, or one that Lathe did not write."""
-    try:
-        found = json.loads((directory / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and "lathe" in found else {}
+    found = read_object(directory / FILE)
+    return found if "lathe" in found else {}
 
 
 def write_provenance(directory: Path, provenance: Mapping[str, Any]) -> None:

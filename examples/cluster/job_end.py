@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from engine.run_folder import RunFolder, replace_text
+from engine.run_folder import RunFolder, read_object, replace_text
 from engine.run_lock import describe, is_anothers, now, read_lock
 from engine.run_status import DONE, STOPPED, read_status
 from engine.signals import LIMIT_NEAR
@@ -132,7 +132,7 @@ def over(run: RunFolder, status: dict[str, Any], flags: list[str], submitted: fl
         return ""
     if status["state"] == DONE:
         restart = int((status.get("restarts") or ["0"])[-1])
-        same = _read(logs_of(run, status["job"], restart) / START).get("flags") == flags
+        same = read_object(logs_of(run, status["job"], restart) / START).get("flags") == flags
         whole = latest(run) == run.checkpoint(status["step"]).name
         return f"the run was done by job {status['job']} at step {status['step']}" if same and whole else ""
     if status["state"] == "failed" and status.get("lasting"):
@@ -144,7 +144,7 @@ def end(run: RunFolder, srun: int) -> int:
     """Says how this job ends and does what follows of it; returns its exit status."""
     job = shown()
     status = read_status(run)
-    before = _read(logs_of(run, own_job(), own_restart()) / START)
+    before = read_object(logs_of(run, own_job(), own_restart()) / START)
     if not is_own(status):
         status = {}
         owner = read_lock(run)
@@ -252,14 +252,6 @@ def submitted() -> float:
         return datetime.fromisoformat(shown().get("SubmitTime", "")).timestamp()
     except ValueError:
         return float("inf")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        return {}
 
 
 def main(arguments: Sequence[str]) -> int:
