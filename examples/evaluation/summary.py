@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from engine.reporting.report_evaluation import FILE as SUMMARY
 from engine.run_folder import RunFolder, replace_text
 from examples.evaluation.run import RESULTS
 from examples.made_of import differences
-
-SUMMARY = "summary.json"
 
 
 def summarise(run: RunFolder, state: str, failed: dict[str, str]) -> dict[str, Any]:
