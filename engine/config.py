@@ -70,7 +70,7 @@ class CheckpointConfig:
     export_hf: bool = False
     """Also write each checkpoint as a Hugging Face directory, RUN/hf/step_NNNNNN."""
     minutes_before_end: float | None = None
-    """Save and stop so many minutes before a SLURM job's end; by default 10, or a tenth of a short job; 0 never."""
+    """Save and stop so many minutes before a SLURM job's end; by default twice what saves take, and one; 0 never."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from engine.mcore_fields import check_needs
 from engine.run_data import audit, check_batch, check_data, check_held_out, open_data, open_valid
 from engine.run_folder import RunFolder
 from engine.run_status import took_effect
-from engine.signals import deadline
+from engine.time_limit import TimeLimit, time_limit
 from models.backend import choose_backend
 from models.build import TransformerConfig
 from models.description import ModelDescription
@@ -46,7 +46,7 @@ class Prepared:
     resume: ResumePoint | None
     changes: tuple[str, ...]  # what a resumed run does otherwise than before, a line each
     pad_multiple: int
-    stop_at: float  # seconds since the epoch, see `engine.signals.deadline`
+    limit: TimeLimit  # of this job
 
     @property
     def description(self) -> ModelDescription:
@@ -62,7 +62,7 @@ class Prepared:
 def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
     """Checks values, layout, model, data and resume point; raises ValueError before any process group exists."""
     check_values(config)
-    stop_at = deadline(config.checkpoint.minutes_before_end)
+    limit = time_limit(config.checkpoint.minutes_before_end)
     assert config.model is not None and config.data, "the entry script fills in the built-in demo"
     run = RunFolder(config.output)
     check_output(run, config.model)
@@ -117,7 +117,7 @@ def prepare_run(config: RunConfig, *, world_size: int, cuda: bool) -> Prepared:
         resume=resume,
         changes=changes,
         pad_multiple=pad_multiple,
-        stop_at=stop_at,
+        limit=limit,
     )
 
 

@@ -23,7 +23,8 @@ from engine.reporting.metrics import lines_after
 from engine.run_data import model_data
 from engine.run_folder import BEING_WRITTEN, RunFolder
 from engine.run_lock import held, now
-from engine.run_status import RUNNING, Refused, clear_errors, took_effect, write_status
+from engine.run_status import RUNNING, Refused, clear_errors, save_seconds, took_effect, write_status
+from engine.time_limit import TimeLimit
 
 TRIAL_BYTES = 16 * 2**10
 CACHED = 90.0  # seconds for which NFS may believe that a file is not there: 60 by default, and some more
@@ -155,9 +156,19 @@ def begin(prepared: Prepared, lines: str) -> None:
     run.unfinished.write_text("running, or killed\n", encoding="utf-8")
     step = prepared.resume.step if prepared.resume else 0
     write_status(run, RUNNING, step=step, total_steps=prepared.total_steps, began_with=once(config.checkpoint))
-    if isfinite(prepared.stop_at):
-        at = datetime.fromtimestamp(prepared.stop_at).astimezone().isoformat(timespec="seconds")
-        print(f"saves and stops at {at}, before the job's end", flush=True)
+    if line := stop_line(prepared.limit, save_seconds(run)):
+        print(line, flush=True)
+
+
+def stop_line(limit: TimeLimit, save: float | None) -> str:
+    """When the run saves and stops for the end of its job; empty where that has none."""
+    if not isfinite(stop_at := limit.stop_at(save)):
+        return ""
+    at = datetime.fromtimestamp(stop_at).astimezone().isoformat(timespec="seconds")
+    if limit.notice is not None:
+        return f"saves and stops at {at}, before the job's end"
+    known = "until a save has shown how long it takes" if save is None else f"as a save took {save:,.0f} seconds"
+    return f"saves and stops at {at}, before the job's end, {known} (--checkpoint.minutes-before-end)"
 
 
 def _provenance(prepared: Prepared) -> dict[str, Any]:

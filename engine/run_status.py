@@ -44,9 +44,11 @@ def write_status(
     began_with: str | None = None,
     aside: bool = False,
     lasting: bool = False,
+    save: float | None = None,
 ) -> None:
     """Writes status.json in one move.
 
+    save: seconds that the longest save of this start took; where it has made none, what an earlier one wrote stays.
     lasting: the same command fails again until somebody mends what `reason` says, as a refused start always does.
 
     What is not given is kept from what this start has written before. A start that fails before it has written anything
@@ -74,10 +76,18 @@ def write_status(
         "parent": _parent,
         "began_with": began_with,
         "job_started_again": _job_name(),
+        "save_seconds": earlier.get("save_seconds") if save is None else save,
     }
     if before and (aside or state in (FAILED, REFUSED)) and ("run" in before or not own):
         status["run"] = earlier
     replace_text(run.status, json.dumps(status, indent=1) + "\n")
+
+
+def save_seconds(run: RunFolder) -> float | None:
+    """How long a save of the latest start that has made one took; None where none has."""
+    status = read_status(run)
+    found = (status.get("run") or status).get("save_seconds")
+    return float(found) if isinstance(found, int | float) else None
 
 
 def took_effect(run: RunFolder, flag: str) -> bool:

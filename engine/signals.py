@@ -3,51 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import os
 import signal
 import time
 from collections.abc import Iterator
 from types import FrameType
 
+from engine.time_limit import NO_LIMIT, TimeLimit
+
 # SLURM's --signal and preemption send the last two as people ask for them.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-# Seconds since the epoch, which newer releases of SLURM set for their jobs.
-JOB_START, JOB_END = "SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"
-# How long before its end a job stops by default: so many minutes, or this share of a shorter job.
-MINUTES, SHARE = 10.0, 0.1
 LIMIT_NEAR = "the job's time limit is near"  # the reason of a stop that no signal asked for
 _TIME_LIMIT = signal.NSIG  # no signal has this number
-
-
-def deadline(minutes_before_end: float | None) -> float:
-    """When to save and stop, in seconds since the epoch; infinity for never.
-
-    ValueError where minutes are given and the job has no time limit that is known.
-    """
-    if minutes_before_end == 0:
-        return math.inf
-    start, end = _seconds(JOB_START), _seconds(JOB_END)
-    flag = f"--checkpoint.minutes-before-end {minutes_before_end or MINUTES:g}"
-    if end is None:
-        if minutes_before_end:
-            raise ValueError(f"{flag} needs the time limit of a SLURM job, but {JOB_END} does not say it")
-        return math.inf
-    length = end - (time.time() if start is None else start)
-    if minutes_before_end is None:
-        return end - min(MINUTES * 60, SHARE * max(length, 0.0))
-    if minutes_before_end * 60 >= length:
-        raise ValueError(f"{flag} is not shorter than the job itself, which has {length / 60:.0f} minutes")
-    return end - minutes_before_end * 60
-
-
-def _seconds(name: str) -> float | None:
-    """A variable of the environment as seconds; None where it is not set or is no number."""
-    try:
-        return float(os.environ.get(name, ""))
-    except ValueError:
-        return None
-
 
 _saving = False
 _interrupted_again = False
@@ -108,9 +74,15 @@ def shielded() -> Iterator[None]:
 class StopRequest:
     """What asks this rank to stop, and whether all ranks do."""
 
-    def __init__(self, deadline: float = math.inf):
-        self._deadline = deadline
+    def __init__(self, limit: TimeLimit = NO_LIMIT, save: float | None = None):
+        """save: seconds that a save takes, as an earlier job has seen it."""
+        self._limit, self._stop_at = limit, limit.stop_at(save)
         self.signal = _early  # the last one, 0 for none
+
+    def learn(self, save: float | None, step: float) -> None:
+        """Takes the seconds that a save and a step of this run take."""
+        if save is not None:
+            self._stop_at = self._limit.stop_at(save, step)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -137,7 +109,7 @@ class StopRequest:
 
     def number(self) -> int:
         """What asks this rank to stop, for `largest` and then `reason`; 0 for nothing."""
-        return self.signal or (_TIME_LIMIT if time.time() >= self._deadline else 0)
+        return self.signal or (_TIME_LIMIT if time.time() >= self._stop_at else 0)
 
 
 def reason(number: int) -> str | None:
@@ -156,3 +128,11 @@ def largest(*numbers: int) -> list[int]:
     most = torch.tensor(numbers, dtype=torch.int32, device=device)
     distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
     return most.tolist()
+
+
+def heard_by_any(stop: StopRequest) -> str | None:
+    """Which signal has come to any rank, the same on each, as `reason` says it; every rank calls it.
+
+    The time limit does not count: a job that has so little time left makes one step all the same.
+    """
+    return reason(*largest(stop.signal))

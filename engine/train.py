@@ -27,15 +27,15 @@ from engine.reporting.running_report import RunningReport
 from engine.retention import is_due
 from engine.run_folder import FAILED, RunFolder
 from engine.run_start import begin, go_back, owned
-from engine.run_status import DONE, RUNNING, STOPPED, clear_errors, took_effect, write_status
-from engine.signals import StopRequest, largest, reason
+from engine.run_status import DONE, RUNNING, STOPPED, clear_errors, save_seconds, took_effect, write_status
+from engine.signals import StopRequest, heard_by_any, largest, reason
 from engine.startup_lines import sample_document, start_lines
 from engine.trainer import HeldOutLosses, Trainer
 
 
 def train(prepared: Prepared) -> None:
     """Runs a prepared job to its end on this rank; call it on every rank."""
-    stop, guard = StopRequest(prepared.stop_at), prepared.config.guard
+    stop, guard = StopRequest(prepared.limit, save_seconds(prepared.run)), prepared.config.guard
     on_host = host.enable()
     cuda_setup.switch(deterministic=prepared.config.deterministic)
     with stop.listening():
@@ -59,7 +59,7 @@ def start(
     """Says that the ranks agree and trains, unless a signal has come before that."""
     if mesh.rank == 0:
         print("\n".join(agreement), flush=True)
-    if stops := signalled(stop):  # weights take the longest of all before the first step
+    if stops := heard_by_any(stop):  # weights take the longest of all before the first step
         stopped_early(prepared, mesh, stops, begun=False)
     else:
         run_to_the_end(prepared, mesh, stop, watchdog, on_host)
@@ -104,12 +104,12 @@ def run_to_the_end(prepared: Prepared, mesh: Mesh, stop: StopRequest, watchdog: 
     if mesh.rank == 0:
         begin(prepared, start_lines(prepared, mesh, trainer.step, on_host))
     distributed.barrier()
-    if stops := signalled(stop):
+    if stops := heard_by_any(stop):
         trainer.saver.close()
         return stopped_early(prepared, mesh, stops, begun=True)
     export_missing(prepared, mesh)
     owed = trainer.held_out_losses(watchdog, stop, starting=True) if owes_losses(prepared, mesh) else None
-    if stops := signalled(stop):
+    if stops := heard_by_any(stop):
         trainer.saver.close()
         return stopped_early(prepared, mesh, stops, begun=True)
     log = open_log(run, config, trainer.step, prepared.total_steps, mesh.world_size) if mesh.is_logger else None
@@ -140,7 +140,12 @@ def run_to_the_end(prepared: Prepared, mesh: Mesh, stop: StopRequest, watchdog: 
     distributed.barrier()
     if mesh.rank == 0:
         write_status(
-            run, STOPPED if stopped else DONE, step=trainer.step, total_steps=trainer.total_steps, reason=stopped
+            run,
+            STOPPED if stopped else DONE,
+            step=trainer.step,
+            total_steps=trainer.total_steps,
+            reason=stopped,
+            save=trainer.save_seconds,
         )
 
 
@@ -159,14 +164,6 @@ def owes_losses(prepared: Prepared, mesh: Mesh) -> bool:
 def running_report(prepared: Prepared) -> RunningReport:
     """The report of a run, with the first document of its data."""
     return RunningReport(prepared.run, lambda: sample_document(prepared.order.indexes[0]))
-
-
-def signalled(stop: StopRequest) -> str | None:
-    """Which signal came to any rank during start-up, the same on each; every rank calls it.
-
-    The time limit does not count: a job that has so little time left makes one step all the same.
-    """
-    return reason(*largest(stop.signal))
 
 
 def stopped_early(prepared: Prepared, mesh: Mesh, why: str, *, begun: bool) -> None:
@@ -210,7 +207,7 @@ def loop(
     at_start: HeldOutLosses | None,
 ) -> str | None:
     """Steps until the run is over or has to stop, saving and measuring on the way; returns why it stopped early."""
-    config, description = trainer.config, trainer.prepared.description
+    config = trainer.config
     spikes = Spikes(config.guard.spike, (line["loss"] for line in read_metrics(log.path)) if log is not None else ())
     if at_start is not None and log is not None:
         print(f"before the first step: {held_out_text(held_out_fields(at_start))}", flush=True)
@@ -223,16 +220,16 @@ def loop(
             save_before(trainer, error, log)
             raise
         last = result.step == trainer.total_steps
-        every = config.valid_every
-        measures = bool(trainer.valid_loaders) and (last or bool(every and result.step % every == 0))
+        every = config.valid_every or trainer.total_steps
+        measures = bool(trainer.valid_loaders) and (last or result.step % every == 0)
         held_out = trainer.held_out_losses(watchdog, stop) if measures else None
-        left_out = measures and held_out is None
         since = int(time.monotonic() - trainer.saved_at)  # of the rank on whose clock most time has passed
+        stop.learn(trainer.save_seconds, result.seconds)
         number, writing, since, *costs = largest(stop.number(), trainer.saver.progress(), since, *trainer.costs())
         if log is not None:
             line = step_line(
                 result,
-                description,
+                trainer.prepared.description,
                 trainer.mesh,
                 seq_len=config.seq_len,
                 peak_tflops=config.log.peak_tflops,
@@ -243,12 +240,12 @@ def loop(
             if at_start is not None:
                 line |= {f"{name}{AT_START}": value for name, value in held_out_fields(at_start).items()}
                 at_start = None
-            line |= held_out_fields(held_out) if held_out is not None else {LEFT_OUT: True} if left_out else {}
+            line |= held_out_fields(held_out) if held_out is not None else {LEFT_OUT: True} if measures else {}
             log.write(**line)
         if writing in (WRITTEN, SAVE_FAILED):
             watchdog.enter(SAVE, result.step)
             trainer.finish_save()
-        stops = None if last and not left_out else reason(number)
+        stops = None if last and (held_out is not None or not measures) else reason(number)
         due = is_due(result.step, since, config.checkpoint, last=last, stopping=stops is not None)
         if due:
             watchdog.enter(SAVE, result.step)
@@ -267,7 +264,7 @@ def note_save(trainer: Trainer, log: MetricsLog | None, report: RunningReport | 
     if log is not None:
         log.sync()
     if trainer.mesh.rank == 0:
-        write_status(trainer.prepared.run, RUNNING, step=trainer.step)
+        write_status(trainer.prepared.run, RUNNING, step=trainer.step, save=trainer.save_seconds)
     if report is not None:
         report.write()
 

@@ -103,6 +103,7 @@ class Trainer:
         self.data_state = self.loader.state_dict()  # after the last good step, also when the next one fails
         self.saved_step = self.step
         self.saved_at = time.monotonic()
+        self.save_seconds: float | None = None  # of the longest save, from its begin to all that follows it
         self.waiting, self.saving = Stopwatch(), Stopwatch()
         self.skipped = skipped_until(prepared.run.skipped, self.step, most=config.guard.max_skips)
 
@@ -276,6 +277,7 @@ class Trainer:
                 retain(run, keep)
             except OSError as error:  # the next save tries again
                 print(f"warning: a checkpoint that is not kept could not be removed: {error}", flush=True)
+        self.save_seconds = max(self.save_seconds or 0.0, time.monotonic() - saved.began)
 
 
 def told_apart(loader: Loader) -> list[str]:

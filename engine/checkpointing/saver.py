@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ class Saved:
     step: int
     directory: Path
     rescue: bool  # the next one takes its place
+    began: float  # of time.monotonic
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class _Save:
     step: int
     manifest: dict[str, Any]
     writer: ImageWriter
+    began: float
 
 
 class Saver:
@@ -69,7 +72,7 @@ class Saver:
 
         CheckpointFailed on every rank where one cannot; FloatingPointError where a weight or a state is not finite.
         """
-        before = self.finish()
+        before, began = self.finish(), time.monotonic()
         partial = self._partial(step)
         self._describe_once(partial)
         self._check_finite(step)
@@ -82,7 +85,7 @@ class Saver:
         def launch() -> None:
             self._image.fill()
             writer = ImageWriter(self._image.descriptor, self._image.size, partial / STATE / self._image.file)
-            self._save = _Save(step, manifest, writer)
+            self._save = _Save(step, manifest, writer, began)
 
         together(begin if self._rank == 0 else None, partial)
         try:
@@ -121,7 +124,7 @@ class Saver:
         finally:
             if not self._asynchronous:
                 self._image.release()
-        return Saved(save.step, target, save.manifest["rescue"])
+        return Saved(save.step, target, save.manifest["rescue"], save.began)
 
     def close(self) -> None:
         """Ends a writing process that is left, and gives the memory back."""

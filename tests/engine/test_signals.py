@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from engine.checkpointing.resume_point import find_resume_point
 from engine.layout import world_from_environment
 from engine.run_folder import RunFolder
 from engine.run_status import read_status
-from engine.signals import StopRequest, deadline, hear_early, reason, shielded
+from engine.signals import StopRequest, hear_early, reason, shielded
 from engine.trainer import Trainer
 from tests.engine.checkpointing.test_resume import metrics, run
 from tests.support.marks import slow
@@ -84,27 +83,7 @@ def test_a_job_that_nears_its_time_limit_saves_and_stops(pool, inputs, tmp_path)
     environment["SLURM_JOB_END_TIME"] = str(int(time.time()) + 100_000)
     pool.run(run_with_a_signal, 2, flags, 100, signal.SIGTERM, environment)
     assert find_resume_point(tmp_path / "run").step == 6 and not (tmp_path / "run" / "unfinished").exists()
-
-
-def test_when_a_job_has_to_stop(monkeypatch):
-    for name in ("SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"):
-        monkeypatch.delenv(name, raising=False)
-    assert deadline(None) == deadline(0) == math.inf
-    for value in (None, "", "Unknown"):
-        if value is not None:
-            monkeypatch.setenv("SLURM_JOB_END_TIME", value)
-        assert deadline(None) == math.inf
-        with pytest.raises(ValueError, match="minutes-before-end 5 needs the time limit of a SLURM job"):
-            deadline(5)
-    monkeypatch.setenv("SLURM_JOB_END_TIME", "100000")
-    monkeypatch.setenv("SLURM_JOB_START_TIME", "94000")
-    assert deadline(None) == 100_000 - 600
-    assert deadline(5) == 100_000 - 300
-    assert deadline(0) == math.inf
-    monkeypatch.setenv("SLURM_JOB_START_TIME", "99400")  # ten minutes
-    assert deadline(None) == 100_000 - 60
-    with pytest.raises(ValueError, match="end 10 is not shorter than the job itself, which has 10 minutes"):
-        deadline(10)
+    assert 0 < read_status(RunFolder(tmp_path / "run"))["save_seconds"] < 60
 
 
 @pytest.fixture
