@@ -41,8 +41,10 @@ def main(arguments: list[str]) -> int:
 
             return watch(options)
         from examples.evaluation.run import evaluate  # torch and transformers, after all that needs neither
+        from examples.evaluation.summary import show_in_run
 
         evaluate(options)
+        show_in_run(options.output)
     except EvaluationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,23 +1,50 @@
 """All results in RUN/evaluation beside each other: `summary.json`, and which step is best by them."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+from engine.reporting.report import write_report
 from engine.reporting.report_evaluation import FILE as SUMMARY
-from engine.run_folder import RunFolder, replace_text
+from engine.run_folder import RunFolder, read_object, replace_text
+from engine.run_status import DONE
+from examples.evaluation.options import folder_name
 from examples.evaluation.run import RESULTS
 from examples.made_of import differences
+
+
+def show_in_run(output: Path) -> None:
+    """Adds results to the summary and the report of the run in whose `evaluation` they lie; nothing elsewhere."""
+    output = output.absolute()
+    runs = [RunFolder(folder) for folder in output.parents]
+    run = next((run for run in runs if run.evaluation in (output, *output.parents) and run.config.exists()), None)
+    if run is not None:
+        before = read_object(run.evaluation / SUMMARY)
+        write_summary(run, before.get("state", DONE), before.get("failed", {}))
+
+
+def write_summary(run: RunFolder, state: str, failed: dict[str, str]) -> dict[str, Any]:
+    """Writes the summary, see `summarise`, and the run's report with it; returns the summary."""
+    summary = summarise(run, state, failed)
+    if run.metrics.exists() and summary["results"]:
+        try:
+            write_report(run.path, keep_sample=True)
+        except (OSError, ValueError) as error:  # the results are worth more than the page
+            print(f"report.html could not be written: {error}", file=sys.stderr, flush=True)
+    return summary
 
 
 def summarise(run: RunFolder, state: str, failed: dict[str, str]) -> dict[str, Any]:
     """Write `RUN/evaluation/summary.json` and return what it holds.
 
-    `results`: one entry for each MODEL/NAME/results.json, steps first, by step and name. `best`: by name, the step with
+    `results`: one entry for each MODEL/NAME/results.json, and for a results.json of one model in `evaluation` itself;
+    steps first, by step and name. `best`: by name, the step with
     the highest pass@1, of equal ones the earlier. Averages and other models are no steps. Only results that were asked
     as the newest of their name are compared; `comparable` says so of each. `failed`: by model, why it has no results.
     """
-    found = [entry for path in run.evaluation.glob(f"*/*/{RESULTS}") if (entry := _entry(run, path)) is not None]
+    paths = [run.evaluation / RESULTS, *run.evaluation.glob(f"*/*/{RESULTS}")]
+    found = [entry for path in paths if (entry := _entry(run, path)) is not None]
     newest: dict[str, dict[str, Any]] = {}
     for entry in sorted(found, key=lambda entry: entry["graded"]):
         newest[entry["name"]] = entry
@@ -52,12 +79,14 @@ def summary_text(summary: dict[str, Any]) -> str:
 
 def _entry(run: RunFolder, path: Path) -> dict[str, Any] | None:
     """What a summary says of one results.json; None for one that is no evaluation's, or was set aside."""
-    name, model = path.parent.name, path.parents[1].name
-    if name.startswith("earlier."):
-        return None
-    number = model.removeprefix("step_")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
+        name, model = path.parent.name, path.parents[1].name
+        if path.parent == run.evaluation:
+            name, model = folder_name(results["dataset_name"]), results["model_name"]
+        if name.startswith("earlier."):
+            return None
+        number = model.removeprefix("step_")
         return {
             "model": model,
             "step": int(number) if number != model and number.isdecimal() else None,

@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from engine.reporting.report import write_report
 from engine.run_folder import RunFolder
 from engine.run_status import DONE, FAILED, REFUSED, RUNNING, STOPPED, read_status
 from engine.signals import StopRequest, reason
@@ -20,7 +19,7 @@ from examples.evaluation.apart import HELD, answer_apart, held_still
 from examples.evaluation.options import EvaluationError, EvaluationOptions, folder_name
 from examples.evaluation.questions import Question, dataset_name, load_questions
 from examples.evaluation.run import ask, made_before
-from examples.evaluation.summary import summarise, summary_text
+from examples.evaluation.summary import summary_text, write_summary
 from examples.made_of import differences
 
 POLL = 15.0  # seconds between looks at RUN
@@ -128,12 +127,7 @@ class Watch:
 
     def note(self, state: str) -> None:
         """Writes the summary, and the run's report with it."""
-        self.summary = summarise(self.run, state, self.failed)
-        if self.run.metrics.exists() and self.summary["results"]:
-            try:
-                write_report(self.run.path, keep_sample=True)
-            except (OSError, ValueError) as error:  # the results are worth more than the page
-                print(f"report.html could not be written: {error}", file=sys.stderr, flush=True)
+        self.summary = write_summary(self.run, state, self.failed)
 
     def why_over(self) -> str | None:
         """Why nothing more is to come; None while something may."""

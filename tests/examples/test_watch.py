@@ -124,6 +124,26 @@ def test_what_is_there_is_graded_once_and_the_best_step_is_named(inputs, tmp_pat
     assert "asked otherwise than the newest: not compared" in summary_text(found)
 
 
+def test_a_model_that_is_graded_by_itself_joins_them(inputs, tmp_path, answers):
+    """As the stage behind training does it: into RUN/evaluation itself."""
+    run = RunFolder(tmp_path / "run")
+    stand(run, "done")
+    run.config.write_text("checkpoint: {export_hf: true}\n")
+    run.metrics.write_text(json.dumps({"step": 10, "loss": 1.0}) + "\n")
+    export(inputs, run, 10)
+    asked = ["--data", inputs / "heldout.jsonl", "--max-new-tokens", 8, "--batch-size", 4]
+    alone = [*map(str, ["--model", inputs / "model", *asked, "--output", run.evaluation])]
+    assert main(alone) == 0
+    assert [(one["model"], one["name"]) for one in summary_of(run)["results"]] == [("model", "heldout")]
+    assert "model, heldout" in run.report.read_text(encoding="utf-8")
+    assert main(flags(inputs, run, "--once")) == 0
+    found = summary_of(run)
+    assert [(one["model"], one["comparable"]) for one in found["results"]] == [("step_000010", True), ("model", True)]
+    assert found["best"]["heldout"]["step"] == 10, "a model of no step is not the best one"
+    assert main([*alone[:-1], str(tmp_path / "elsewhere")]) == 0
+    assert not (tmp_path / "summary.json").exists() and summary_of(run) == found
+
+
 def test_results_under_several_names_have_a_best_step_each(tmp_path):
     run = RunFolder(tmp_path)
     for model, name, score in (("step_000005", "a", 0.5), ("step_000009", "b", 0.0), ("average", "b", 1.0)):
