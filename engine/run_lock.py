@@ -82,6 +82,16 @@ def is_anothers(run: RunFolder) -> bool:
     return owner is not None and owner.get("start") != this_start() and _why_dead(run, owner) is None
 
 
+def release_dead(run: RunFolder) -> str | None:
+    """Removes the lock of an owner who is gone; a sentence where there was one.
+
+    For a job's script: where ranks run in a container they cannot ask SLURM, and would wait for the owner's silence.
+    """
+    owner = read_lock(run)
+    why = owner and _why_dead(run, owner)
+    return f"{run.path} is free, {describe(owner)}: {why}" if owner and why and _remove(run.lock, owner) else None
+
+
 @contextlib.contextmanager
 def held(run: RunFolder) -> Iterator[str | None]:
     """Holds the lock of RUN, which is made where it is missing; yields a sentence where a dead owner's was taken over.

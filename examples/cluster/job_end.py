@@ -3,95 +3,31 @@
 job_end.py where FLAGS        prints RUN
 job_end.py begin RUN FLAGS    prints where the ranks' logs go; status 10: the run is done, 3: it failed for good
 job_end.py end RUN STATUS     ends the job; STATUS is srun's
-job_end.py check RUN          for later stages: status 0 where the run is done
+job_end.py check RUN          for other stages: status 0 where the run is done
+job_end.py stage STATUS       ends the job of another stage
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from engine.run_folder import RunFolder, read_object, replace_text
-from engine.run_lock import describe, is_anothers, now, read_lock
-from engine.run_status import DONE, STOPPED, read_status
-from engine.signals import LIMIT_NEAR
-from examples.cluster import job_record, slurm
+from engine.run_folder import RunFolder
+from engine.run_lock import describe, is_anothers, now, read_lock, release_dead
+from engine.run_status import DONE, read_status
+from examples.cluster import job_record, slurm, this_job
+from examples.cluster.endings import FOR_GOOD, GAVE_UP, End, Start, decide
+from examples.cluster.this_job import Note
 
-FOR_GOOD, GAVE_UP, ALREADY_DONE = 3, 4, 10  # exit statuses
-START = "start.json"  # in the folder of a start's logs
+ALREADY_DONE = 10  # the exit status of `begin` for a run that is done
 PATIENCE = 120  # seconds in which SLURM ends a job that it puts back
-
-
-@dataclass(frozen=True)
-class End:
-    """How a job ends."""
-
-    exit_status: int
-    sentence: str
-    requeue: bool = False
-    cancel: str = ""  # of the jobs that wait behind it: "chain" the training jobs, "all" also the stages after them
-
-
-@dataclass(frozen=True)
-class Start:
-    """This start of a job."""
-
-    job: str
-    restart: int  # how often SLURM has started the job again
-    preempted: bool
-    progress: bool  # whether the newest checkpoint is another one than when it began
-    retries: int = 3
-    until_done: bool = False
-
-    @property
-    def may_go_on(self) -> bool:
-        return self.progress and self.restart < self.retries
-
-
-def decide(status: dict[str, Any], start: Start, srun: int) -> End:
-    """How a job ends. `status` is what this start wrote to status.json; empty where it came to write nothing."""
-    state, reason = status.get("state"), status.get("reason") or ""
-    at = f"step {status.get('step')} of {status.get('total_steps')}"
-    if state == DONE:
-        return End(0, f"the run is done, {at}", cancel="chain")
-    if status.get("lasting"):
-        return End(FOR_GOOD, f"the run has {state} and would do so again: {reason}", cancel="all")
-    if start.preempted:
-        return _preempted(start)
-    if state == STOPPED and reason == LIMIT_NEAR:
-        return _out_of_time(start, at)
-    if state == STOPPED or (not status and srun == 0):
-        return End(0, f"the run was told to stop{f' at {at}: {reason}' if state else ' before it began'}")
-    why = f"the run was killed, or failed: {reason or f'srun ended with status {srun}'}"
-    if start.may_go_on:
-        return End(GAVE_UP, f"{why}; it made progress, so the job goes back to the queue", requeue=True)
-    if start.progress:
-        return End(GAVE_UP, f"{why}; the job was started again {start.restart} times, so it ends here")
-    return End(GAVE_UP, f"{why}; it wrote no new checkpoint, so the job ends here")
-
-
-def _preempted(start: Start) -> End:
-    """Preemption is no fault: only a job that never comes to a checkpoint ends."""
-    if start.progress or start.restart < start.retries:
-        return End(GAVE_UP, "the job was preempted, so it goes back to the queue", requeue=True)
-    words = f"the job was preempted without a new checkpoint, after {start.restart} more starts; it ends here"
-    return End(GAVE_UP, f"{words} (--checkpoint.rescue-minutes makes checkpoints more frequent)")
-
-
-def _out_of_time(start: Start, at: str) -> End:
-    words = f"saved at {at} before the job's time limit"
-    if not start.until_done:
-        return End(0, f"{words}; the next job of the chain, or the same command, continues")
-    if start.progress:
-        return End(0, f"{words}; the job goes back to the queue", requeue=True)
-    return End(GAVE_UP, f"{words}, but made no step in all of its time; it ends here")
 
 
 def where(flags: Sequence[str]) -> Path:
@@ -111,19 +47,33 @@ def begin(run: RunFolder, flags: Sequence[str]) -> int:
         )
         return FOR_GOOD
     status = read_status(run)
-    if said := over(run, status, list(flags), submitted()):
+    if said := over(run, status, flags, this_job.submitted()):
         print(f"lathe: {said}", file=sys.stderr)
         cancel(run, "chain" if status["state"] == DONE else "all")
         return ALREADY_DONE if status["state"] == DONE else FOR_GOOD
-    logs = logs_of(run, own_job(), own_restart())
-    logs.mkdir(parents=True, exist_ok=True)
-    note = {"flags": list(flags), "latest": latest(run), "time": now()}
-    replace_text(logs / START, json.dumps(note, indent=1) + "\n")
-    print(logs)
+    # Ranks in a container cannot ask SLURM whether a lock's owner is gone; this script can.
+    if freed := release_dead(run):
+        print(f"start: {freed}", file=sys.stderr)
+    try:
+        this_job.write_note(run, next_note(run, flags))
+    except OSError as error:
+        print(f"error: --output {run.path}: nothing can be written in {run.logs}: {error}", file=sys.stderr)
+        return FOR_GOOD
+    print(this_job.own_logs(run))
     return 0
 
 
-def over(run: RunFolder, status: dict[str, Any], flags: list[str], submitted: float) -> str:
+def next_note(run: RunFolder, flags: Sequence[str]) -> Note:
+    """What this start notes of itself, with what the job's starts before it have come to."""
+    note = Note(flags=tuple(flags), latest=latest(run), time=now())
+    if not this_job.restart():
+        return note
+    before = this_job.read_note(run, this_job.job_id(), this_job.restart() - 1)
+    fruitless = before.fruitless + 1 if before.latest == note.latest else 0
+    return replace(note, failures=before.failures + before.failed, fruitless=fruitless)
+
+
+def over(run: RunFolder, status: dict[str, Any], flags: Sequence[str], submitted: float) -> str:
     """Why this job has nothing to do: since it was submitted another one has finished the run, or failed for good.
 
     Empty where it is to start: what the run itself finds is exact, and costs the start of all ranks.
@@ -132,7 +82,7 @@ def over(run: RunFolder, status: dict[str, Any], flags: list[str], submitted: fl
         return ""
     if status["state"] == DONE:
         restart = int((status.get("restarts") or ["0"])[-1])
-        same = read_object(logs_of(run, status["job"], restart) / START).get("flags") == flags
+        same = this_job.read_note(run, status["job"], restart).flags == tuple(flags)
         whole = latest(run) == run.checkpoint(status["step"]).name
         return f"the run was done by job {status['job']} at step {status['step']}" if same and whole else ""
     if status["state"] == "failed" and status.get("lasting"):
@@ -142,31 +92,41 @@ def over(run: RunFolder, status: dict[str, Any], flags: list[str], submitted: fl
 
 def end(run: RunFolder, srun: int) -> int:
     """Says how this job ends and does what follows of it; returns its exit status."""
-    job = shown()
-    status = read_status(run)
-    before = read_object(logs_of(run, own_job(), own_restart()) / START)
+    job, status = this_job.shown(), read_status(run)
+    note = this_job.read_note(run, this_job.job_id(), this_job.restart())
     if not is_own(status):
         status = {}
         owner = read_lock(run)
-        if owner and owner.get("job") != own_job() and is_anothers(run):
+        if owner and owner.get("job") != this_job.job_id() and is_anothers(run):
             print(f"lathe: {run.path} is in use by {describe(owner)}: wait for it, or give another --output")
             return FOR_GOOD
     start = Start(
-        job=own_job(),
-        restart=own_restart(),
-        preempted=job.get("PreemptTime", "None") not in ("None", "Unknown"),
-        progress=latest(run) != before.get("latest"),
+        preempted=this_job.is_preempted(job),
+        progress=latest(run) != note.latest,
+        failures=note.failures,
+        fruitless=note.fruitless,
+        lacking=tuple(this_job.lacking_nodes(run)),
         retries=int(os.environ.get("LATHE_RETRIES", "3")),
         until_done=bool(os.environ.get("LATHE_UNTIL_DONE")),
     )
     found = decide(status, start, srun)
-    if found.requeue and (hindrance := why_no_requeue(job, start.restart)):
+    if found.failed:
+        with contextlib.suppress(OSError):  # a full disk
+            this_job.write_note(run, replace(note, failed=True))
+    if start.lacking and found.failed:
+        found = replace(found, sentence=f"{found.sentence}; {leave_out(run, start.lacking)}")
+    cancel(run, found.cancel)
+    return leave(found, job)
+
+
+def leave(found: End, job: dict[str, str]) -> int:
+    """Says how this job ends, and puts it back into the queue where it is to go there; returns its exit status."""
+    if found.requeue and (hindrance := this_job.why_no_requeue(job)):
         found = replace(found, sentence=f"{found.sentence}; but {hindrance}", requeue=False)
     print(f"lathe: {found.sentence}", flush=True)
-    cancel(run, found.cancel)
     if found.requeue:
         try:
-            slurm.call("scontrol", "requeue", start.job)
+            slurm.call("scontrol", "requeue", this_job.name())
             time.sleep(PATIENCE)  # SLURM ends this process meanwhile
         except ValueError as error:
             print(f"lathe: {error}; submit the job again")
@@ -174,61 +134,86 @@ def end(run: RunFolder, srun: int) -> int:
     return found.exit_status
 
 
-def why_no_requeue(job: dict[str, str], restart: int) -> str:
-    """Why a job is not to be put back into the queue; empty where it is."""
-    if int(job.get("Restarts", restart)) > restart:
-        return "SLURM has put it there itself"
-    if job.get("BatchFlag") == "0":
-        return "it is an interactive one: call the same command again"
-    if job.get("JobState", "RUNNING") != "RUNNING":
-        return f"it is {job['JobState'].lower()}"
-    return ""
+def stage(srun: int) -> int:
+    """Ends the job of another stage: preempted, it goes back, which not every release does; returns its exit status."""
+    job = this_job.shown() if srun else {}
+    if not this_job.is_preempted(job):
+        return srun
+    return leave(End(srun, "the job was preempted, so it goes back to the queue", requeue=True), job)
+
+
+def leave_out(run: RunFolder, nodes: Sequence[str]) -> str:
+    """Keeps these nodes from the training jobs behind this one, or says how the user does."""
+    kept = []
+    for one in behind(run, "chain"):
+        try:
+            words = slurm.call("scontrol", "show", "job", "-o", one).split()
+            said = dict(word.split("=", 1) for word in words if "=" in word).get("ExcNodeList", "(null)")
+            others = [] if said == "(null)" else [said]
+            slurm.call("scontrol", "update", f"JobId={one}", f"ExcNodeList={','.join([*others, *nodes])}")
+            kept.append(one)
+        except ValueError as error:
+            print(f"lathe: {error}", file=sys.stderr)
+    if kept:
+        return f"the training jobs behind this one leave it out: {', '.join(kept)}"
+    return f"to leave it out: --sbatch=--exclude={','.join(nodes)}"
+
+
+def behind(run: RunFolder, which: str) -> list[str]:
+    """The jobs that wait behind this one, as far as RUN/jobs.json names them; see `End.cancel`."""
+    try:
+        jobs = job_record.read(run).jobs if which else ()
+    except ValueError as error:
+        print(f"lathe: {error}", file=sys.stderr)
+        return []
+    found = {this_job.recorded_id()}
+    for one in jobs:
+        if found & set(one.after) and (which == "all" or one.stage == job_record.TRAIN):
+            found.add(one.id)
+    return sorted(found - {this_job.recorded_id()}, key=int)
 
 
 def cancel(run: RunFolder, which: str) -> None:
-    """Takes jobs that wait behind this one out of the queue, as far as RUN/jobs.json names them."""
-    try:
-        jobs = job_record.read(run).jobs if which else ()
-        behind = {own_job()}
-        for one in jobs:
-            if behind & set(one.after) and (which == "all" or one.stage == job_record.TRAIN):
-                behind.add(one.id)
-        if ids := sorted(behind - {own_job()}, key=int):
+    """Takes jobs that wait behind this one out of the queue."""
+    if ids := behind(run, which):
+        try:
             slurm.call("scancel", "--quiet", "--state=PENDING", *ids)
-            print(f"lathe: of the jobs behind this one, those that still wait leave the queue: {', '.join(ids)}",
-                  file=sys.stderr)  # fmt: skip
-    except ValueError as error:
-        print(f"lathe: {error}", file=sys.stderr)
+            said = f"of the jobs behind this one, those that still wait leave the queue: {', '.join(ids)}"
+        except ValueError as error:
+            said = str(error)
+        print(f"lathe: {said}", file=sys.stderr, flush=True)
 
 
 def check(run: RunFolder) -> int:
-    """Whether the run is done; a sentence where it is not."""
+    """Whether the run is done, by the training jobs that this one waits for where there are some; a sentence if not."""
     status = read_status(run)
     status = status.get("run") or status  # what a refused start has left as it was
-    if status.get("state") == DONE:
+    if status.get("state") != DONE:
+        why = run.why_unfinished() or f"it {'has ' + status['state'] if status else 'was never begun'}"
+    elif not (since := trained_since(run)) or datetime.fromisoformat(status["time"]) >= datetime.fromisoformat(since):
         return 0
-    why = run.why_unfinished() or f"it {'has ' + status['state'] if status else 'was never begun'}"
+    else:
+        why = f"it was done at {status['time']}, and the training that was submitted at {since} has not come to its end"
     print(f"error: {run.path} is not done, so this stage does not begin: {why}", file=sys.stderr)
     return FOR_GOOD
+
+
+def trained_since(run: RunFolder) -> str:
+    """When the training was submitted behind which this stage waits, at one stage or several; empty for none."""
+    jobs = {job.id: job for job in job_record.read(run).jobs}
+    wanted, seen = [this_job.recorded_id()], set()
+    while wanted:
+        one = jobs.get(wanted.pop())
+        if one is not None and one.id not in seen:
+            seen.add(one.id)
+            wanted += one.after
+    return min((jobs[id].submitted for id in seen if jobs[id].stage == job_record.TRAIN), default="")
 
 
 def is_own(status: dict[str, Any]) -> bool:
     """Whether this start of this job wrote a status."""
     restarts = status.get("restarts") or [""]
-    return status.get("job") == own_job() and restarts[-1] == str(own_restart())
-
-
-def own_job() -> str:
-    return os.environ["SLURM_JOB_ID"]
-
-
-def own_restart() -> int:
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-
-
-def logs_of(run: RunFolder, job: str, restart: int) -> Path:
-    """Where a start of a job leaves its logs."""
-    return run.logs / f"{job}.{restart}"
+    return status.get("job") == this_job.job_id() and restarts[-1] == str(this_job.restart())
 
 
 def latest(run: RunFolder) -> str:
@@ -236,29 +221,13 @@ def latest(run: RunFolder) -> str:
     return run.latest.read_text(encoding="utf-8").strip() if run.latest.exists() else ""
 
 
-def shown() -> dict[str, str]:
-    """What SLURM shows of this job, as far as it can be asked."""
-    try:
-        words = slurm.call("scontrol", "show", "job", "-o", own_job()).split()
-    except ValueError as error:
-        print(f"lathe: {error}", file=sys.stderr)
-        return {}
-    return dict(word.split("=", 1) for word in words if "=" in word)
-
-
-def submitted() -> float:
-    """When this job was queued, in seconds since the epoch; infinity where SLURM does not say it."""
-    try:
-        return datetime.fromisoformat(shown().get("SubmitTime", "")).timestamp()
-    except ValueError:
-        return float("inf")
-
-
 def main(arguments: Sequence[str]) -> int:
     command, *rest = arguments
     if command == "where":
         print(where(rest))
         return 0
+    if command == "stage":
+        return stage(int(rest[0]))
     run = RunFolder(rest[0])
     if command == "begin":
         return begin(run, rest[1:])

@@ -11,7 +11,7 @@ from pathlib import Path
 from examples.cluster.job_record import TRAIN, WATCH
 from examples.cluster.options import SubmitOptions
 from examples.cluster.slurm import dependency
-from examples.cluster.stages import COMPARE, Key, Link, Stage, waits_for
+from examples.cluster.stages import COMPARE, REST, Key, Link, Stage, waits_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def _variables(options: SubmitOptions, place: Place, stage: Stage, ranks: int, p
     if stage.name == TRAIN:
         lines += [_export("LATHE_RANKS", options.ranks), _export("LATHE_RETRIES", options.retries)]
         lines += [_export("LATHE_UNTIL_DONE", 1)] if options.until_done else []
-    elif stage.name in ("prepare", WATCH, COMPARE):
+    elif stage.name in ("prepare", WATCH, REST, COMPARE):
         lines.append(_export("LATHE_AT_ONCE", 1) + "  # without a look at the run, which is not done")
     container = _container(options, place)
     return [*lines, f"LATHE_SRUN=({' '.join(map(shlex.quote, container))})"] if container else lines

@@ -10,6 +10,7 @@ from examples.cluster.job_record import TRAIN, WATCH
 from examples.cluster.options import STAGES, SubmitOptions
 
 COMPARE = "compare"  # the stage at the end of a sweep
+REST = "watch-rest"  # grades what the jobs that watch have left, whose time ends with that of training
 Key = tuple[str, int]  # a stage and the number of its job, from 1
 
 
@@ -61,6 +62,8 @@ def plan_stages(options: SubmitOptions, recipe: Path, output: Path, rates: Seque
             command = (STAGES[name], str(recipe), *(("--watch", str(output)) if name == WATCH else ()))
             stage = _one_node(options, name, command)
         found.append(stage)
+        if name == WATCH:
+            found.append(_one_node(options, REST, (*stage.command, "--once")))
     if rates:
         lrs = ",".join(map(repr, rates))
         found.append(_one_node(options, COMPARE, ("sweep", "--lrs", lrs, "--output", str(output))))
@@ -68,7 +71,7 @@ def plan_stages(options: SubmitOptions, recipe: Path, output: Path, rates: Seque
 
 
 def _one_node(options: SubmitOptions, name: str, command: tuple[str, ...]) -> Stage:
-    generates = STAGES.get(name) == "evaluate"
+    generates = name == REST or STAGES.get(name) == "evaluate"
     return Stage(
         name=name,
         command=command,
@@ -84,12 +87,14 @@ def links(stages: Sequence[Stage]) -> list[Link]:
 
     Training waits until preparing has succeeded, and each of its jobs for the end of the one before, whatever that was:
     it looks itself how the run stands. So does the first later stage, which waits for the end of all training jobs. The
-    other later stages wait until the one before has succeeded. A job that watches begins with its training job.
+    other later stages wait until the one before has succeeded. A job that watches begins with its training job; what
+    is left of its work when both are over is done after all training.
     """
     found: list[Link] = []
     prepared: tuple[Key, ...] = ()
     before: tuple[Key, ...] = ()  # the later stage before
     trained: list[Key] = []
+    watched: list[Key] = []
     for stage in stages:
         for number in range(1, stage.jobs + 1):
             if stage.name == TRAIN:
@@ -99,6 +104,9 @@ def links(stages: Sequence[Stage]) -> list[Link]:
             elif stage.name == WATCH:
                 after_end = ((WATCH, number - 1),) if number > 1 else ()
                 link = Link(stage=stage, number=number, after_end=after_end, after_start=((TRAIN, number),))
+                watched.append(link.key)
+            elif stage.name == REST:
+                link = Link(stage=stage, number=number, after_end=(*trained, *watched[-1:]))
             elif before:
                 link = Link(stage=stage, number=number, after_success=before)
             else:
@@ -106,7 +114,7 @@ def links(stages: Sequence[Stage]) -> list[Link]:
             found.append(link)
         if stage.name == "prepare":
             prepared = ((stage.name, 1),)
-        elif stage.name not in (TRAIN, WATCH):
+        elif stage.name not in (TRAIN, WATCH, REST):
             before = ((stage.name, 1),)
     return found
 

@@ -4,8 +4,10 @@ set -eo pipefail
 
 logs=$1 endpoint=$2
 shift 2
-trap 'exit 0' INT TERM USR1 USR2 # before there are ranks nothing is lost
+trap 'trap - EXIT; exit 0' INT TERM USR1 USR2 # before there are ranks nothing is lost
+trap 'touch "$logs/$SLURMD_NODENAME.lacking"' EXIT # job_end.py reads it
 eval "${LATHE_SETUP:-}" # in this shell, so that what it sets up reaches the ranks
+trap - EXIT
 set -u
 
 # The job's first node keeps the store, whatever names resolve to. The others wait for it, should it start late.

@@ -159,12 +159,15 @@ def test_exports_are_graded_beside_training(slurm, recipe, capsys):
         ("train", "afterany:101"),
         ("watch", "after:101"),
         ("watch", "afterany:103,after:102"),
+        ("watch-rest", "afterany:101:102:104"),
         ("average", "afterany:101:102"),
     ]
     run = Path("run").resolve()
     script = (run / "slurm" / "watch.sh").read_text()
     assert f'stage_job.sh" evaluate {run}/slurm/recipe.yaml --watch {run}\n' in script
     assert "#SBATCH --time=60\n" in script and "export LATHE_AT_ONCE=1" in script
+    rest = (run / "slurm" / "watch-rest.sh").read_text()
+    assert f"--watch {run} --once\n" in rest and "export LATHE_AT_ONCE=1" in rest and "--time=60" not in rest
 
 
 def test_a_sweep_is_an_array_and_a_comparison(slurm, recipe):

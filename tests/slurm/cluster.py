@@ -126,7 +126,7 @@ def start_cluster(folder: Path) -> Cluster:
     cluster.state.mkdir()
     if cluster.daemons("start").returncode:
         cluster.daemons("stop")
-        pytest.skip(f"the cluster did not start: {(folder / 'cluster.log').read_text()[-300:]}")
+        raise RuntimeError(f"the cluster did not start: {(folder / 'cluster.log').read_text()[-300:]}")
     return cluster
 
 

@@ -132,6 +132,22 @@ def test_a_stage_behind_one_that_failed_leaves_the_queue(cluster, capsys):
     assert "which had to succeed, one did not" in capsys.readouterr().out
 
 
+def test_a_preempted_stage_goes_back(cluster, tmp_path):
+    """With grace, too, after which SLURM 22.05 would drop it."""
+    begun = tmp_path / "begun"
+    once = f"[ -e {begun} ] || {{ touch {begun}; sleep 120; }}"
+    script = submit.HOME / "examples" / "slurm" / "stage_job.sh"
+    names = {"LATHE_AT_ONCE": "1", "LATHE_HOME": str(submit.HOME), "LATHE_SETUP": once}
+    again = ["--requeue", "--open-mode=append"]
+    job = cluster.submit("--help", script=script, flags=["--nodes=1", "--partition=grace", *again], **names)
+    cluster.wait(begun.exists, "the stage")
+    cluster.preempt()
+    assert cluster.end_of(job) == ("COMPLETED", 0), cluster.log(job)
+    log = cluster.log(job)
+    assert cluster.show(job)["Restarts"] == "1" and "usage: lathe COMMAND" in log
+    assert "lathe: the job was preempted, so it goes back to the queue" in log
+
+
 def write_workflow(folder: Path) -> Path:
     """A whole workflow at toy size, of which RUN bears a name that must be quoted."""
     write_model(folder / "model", "llama", "Llama 3.1", template=True)

@@ -12,6 +12,7 @@ import pytest
 from engine.run_folder import RunFolder
 from engine.run_lock import now
 from engine.run_status import read_status
+from examples import submit
 from examples.cluster import job_record
 from examples.cluster.job_record import Job
 from tests.slurm.cluster import ROOT, STEPS, TRAIN_JOB, flags, kill, weights
@@ -166,6 +167,40 @@ def test_a_mistake_stops_a_chain(cluster, inputs, run):
     assert [cluster.end_of(job)[0] for job in jobs] == ["CANCELLED"] * 2
     log = cluster.log(first)
     assert log.count("error: --seq-len 0") == 1 and "the run has refused and would do so again: --seq-len 0" in log
+
+
+@pytest.mark.slow
+def test_a_node_that_lacks_something_is_left_out(cluster, inputs, run):
+    given = flags(inputs, run, "--steps", "5")
+    lacks = {"LATHE_SETUP": '[ "$SLURMD_NODENAME" != node1 ]', "LATHE_RANKS": "2"}
+    first = record(run, cluster.submit(*given, flags=["--nodes=1"], **lacks), "train")
+    behind = ["--nodes=1", f"--dependency=afterany:{first}"]
+    second = record(run, cluster.submit(*given, flags=behind, **lacks), "train", first)
+    assert cluster.end_of(first) == ("FAILED", 4) and cluster.end_of(second) == ("COMPLETED", 0)
+    assert "the setup or the check of node1 has failed, see above; the training jobs behind" in cluster.log(first)
+    assert cluster.show(second)["BatchHost"] == "node2" and read_status(run)["step"] == 5
+
+
+@pytest.mark.slow
+def test_a_killed_task_of_a_sweep_leaves_the_others_alone(cluster, inputs, undisturbed, run, monkeypatch):
+    """SLURM calls one of the tasks by the number of all."""
+    monkeypatch.chdir(inputs)
+    for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    given = flags(inputs, run)
+    small = ["--gpus-per-node", "0", "--ranks-per-node", "2", "--no-check-nodes", "--time", "10"]
+    assert submit.main([*small, "--lrs", "1e-2,2e-2", "--", *given]) == 0
+    number = job_record.read(run).jobs[0].id
+    tasks = [f"{number}_{task}" for task in (0, 1)]
+    runs = [RunFolder(run.path / name) for name in ("lr_0.01", "lr_0.02")]
+    for one in runs:
+        cluster.reach(one, 30, checkpoint=20)
+    shown = [cluster.show(task) for task in tasks]
+    last = next(index for index in (0, 1) if shown[index]["JobId"] == number)
+    kill(cluster.processes(number, shown[last]["BatchHost"], "RANK")[:1])
+    assert [cluster.end_of(task) for task in tasks] == [("COMPLETED", 0)] * 2
+    assert [cluster.show(task)["Restarts"] for task in tasks] == [str(int(index == last)) for index in (0, 1)]
+    assert weights(runs[0]) == weights(undisturbed[0]) and weights(runs[1]) != weights(undisturbed[0])
 
 
 @pytest.mark.slow
