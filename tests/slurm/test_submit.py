@@ -132,6 +132,7 @@ def test_a_stage_behind_one_that_failed_leaves_the_queue(cluster, capsys):
     assert "which had to succeed, one did not" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_preempted_stage_goes_back(cluster, tmp_path):
     """With grace, too, after which SLURM 22.05 would drop it."""
     begun = tmp_path / "begun"
