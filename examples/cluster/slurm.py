@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def states(ids: Sequence[str]) -> list[JobState]:
     found = [_of_queue(line) for line in _asked("squeue", "-h", "-r", "-t", "all", "-o", fields, "-j", ",".join(ids))]
     seen = {one.id for one in found}
     if lost := [number for number in ids if number not in seen]:
-        found += [_of_accounts(line) for line in _accounts(lost)]
+        found += [state for line in _accounts(lost) for state in _of_accounts(line)]
     return sorted((one for one in found if one.id in ids), key=lambda one: (ids.index(one.id), int(one.task or 0)))
 
 
@@ -107,10 +108,24 @@ def _of_queue(line: str) -> JobState:
     )
 
 
-def _of_accounts(line: str) -> JobState:
+def _of_accounts(line: str) -> list[JobState]:
     job, state, code, elapsed = line.split("|")
-    number, _, task = job.partition("_")
-    return JobState(number, task, state.split()[0], "" if code == "0:0" else f"exit status {code}", elapsed)
+    number, _, tasks = job.partition("_")
+    reason = "" if code == "0:0" else f"exit status {code}"
+    return [JobState(number, task, state.split()[0], reason, elapsed) for task in _tasks(tasks) or [""]]
+
+
+def _tasks(text: str) -> list[str]:
+    """The tasks behind an array's number: one, or those that left the queue before they began, as [0,2-8:2%4].
+
+    What follows % is how many may run at once; of a long list sacct cuts the end off, whose tasks stay unnamed.
+    """
+    ranges = (re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part) for part in text.strip("[]").split("%")[0].split(","))
+    return [task for match in ranges if match for task in _counted(*match.groups())]
+
+
+def _counted(first: str, last: str | None, step: str | None) -> Iterator[str]:
+    return map(str, range(int(first), int(last or first) + 1, int(step or 1)))
 
 
 def is_queued(state: JobState) -> bool:

@@ -76,6 +76,26 @@ def test_jobs_that_slurm_has_forgotten(commands, run, capsys):
     assert rows[2] == "3 train 3 of 3 ended slurmstepd: error: *** STEP CANCELLED ***"
 
 
+@pytest.mark.parametrize(
+    ("named", "tasks"),
+    [
+        ("9_3", ["3"]),
+        ("9_[0-3]", ["0", "1", "2", "3"]),
+        ("9_[0-3%2]", ["0", "1", "2", "3"]),
+        ("9_[0,2-3]", ["0", "2", "3"]),
+        ("9_[10-14:2]", ["10", "12", "14"]),
+        ("9_[1,4,...]", ["1", "4"]),
+        ("9_[...]", [""]),
+        ("9", [""]),
+    ],
+)
+def test_tasks_that_were_cancelled_in_the_queue_are_named_together(named, tasks, commands):
+    commands.write("accounts", f"{named}|CANCELLED by 1000|0:0|00:00:00\n")
+    found = slurm.states(["9"])
+    assert [one.task for one in found] == tasks
+    assert {(one.id, one.state) for one in found} == {("9", "CANCELLED")}
+
+
 def test_tasks_of_an_array_have_a_row_and_a_log_each(commands, tmp_path, capsys):
     run = RunFolder(tmp_path / "sweep")
     run.slurm.mkdir(parents=True)
