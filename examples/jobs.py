@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,10 @@ from examples.cluster.slurm import JobState
 from examples.flags import exit_status
 
 _TAIL = 64 * 2**10  # bytes of a log's end in which its last word is looked for
-_SPOKEN = (("lathe: ", "error: "), ("slurmstepd: error: ", "srun: error: "))  # how lines begin that say why a job ended
+_START = "start: "  # how lines begin that a start of a job begins with: what stands before them another start has said
+# How lines begin that say why a job ended.
+_LATHE, _SLURM = ("lathe: ", "error: "), ("slurmstepd: error: ", "srun: error: ")
+_BY_SLURM = ("TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")  # states in which SLURM knows best why
 _ENDED = JobState("", "", "ENDED", "")  # a job that SLURM has forgotten
 # SLURM's reasons in words; {} are the jobs that a job waits for.
 _REASONS = {
@@ -31,15 +34,20 @@ _REASONS = {
 }
 
 
-def last_word(log: Path) -> str:
-    """The last lines of a log that say how its job ended, Lathe's before SLURM's; empty where there are none."""
+def last_word(log: Path, *, by_slurm: bool = False) -> str:
+    """The last lines of a log that say how its job ended, the reason last; empty where there are none.
+
+    Lathe's before SLURM's, or with `by_slurm` SLURM's before Lathe's.
+    """
     with log.open("rb") as stream:
         stream.seek(max(0, log.stat().st_size - _TAIL))
         lines = stream.read().decode("utf-8", errors="replace").splitlines()
-    for begins in _SPOKEN:
-        for speaks, together in groupby(reversed(lines), methodcaller("startswith", begins)):
+    # From the end, and so in the order that reads well: job_end says first why, and then which jobs left the queue.
+    of_this_start = list(takewhile(lambda line: not line.startswith(_START), reversed(lines)))
+    for begins in (_SLURM, _LATHE) if by_slurm else (_LATHE, _SLURM):
+        for speaks, together in groupby(of_this_start, methodcaller("startswith", begins)):
             if speaks:
-                return "; ".join(line.removeprefix("lathe: ") for line in reversed(list(together)))
+                return "; ".join(line.removeprefix("lathe: ") for line in together)
     return ""
 
 
@@ -50,10 +58,13 @@ def why(job: Job, state: JobState) -> str:
     logs = log_paths(job)
     if state.task:
         logs = [path for path in logs if path.stem.endswith(f"_{state.task}")]
-    said = last_word(logs[-1]) if logs else ""
+    by_slurm = state.state in _BY_SLURM
+    said = last_word(logs[-1], by_slurm=by_slurm) if logs else ""
     reason = _REASONS.get(state.reason, state.reason).format(", ".join(job.after))
     if state.state in slurm.WAITING:
         return "; before that: ".join(filter(None, (reason, said)))
+    if by_slurm:
+        return "; ".join(filter(None, (reason, said)))
     return said or ("" if state.reason == "Dependency" else reason)
 
 

@@ -59,7 +59,7 @@ def test_a_chain_under_way(commands, run, capsys):
     said, _, *rows = printed(run, capsys)
     assert said == f"{run.path}: running, step 1,200 of 30,000, at now"
     assert rows == [
-        "1 train 1 of 3 failed 0:10 it failed; 2 left",
+        "1 train 1 of 3 failed 0:10 2 left; it failed",
         "2 train 2 of 3 running 0:20 on node[1-2], 3:40 left",
         "3 train 3 of 3 pending 0:00 waits for 2",
         "4 average pending 0:00 waits for 1, 2, 3",
@@ -74,6 +74,34 @@ def test_jobs_that_slurm_has_forgotten(commands, run, capsys):
     assert rows[0] == "1 train 1 of 3 timeout 4:00:00"
     assert rows[1] == "2 train 2 of 3 cancelled 1:00 exit status 0:15"
     assert rows[2] == "3 train 3 of 3 ended slurmstepd: error: *** STEP CANCELLED ***"
+
+
+LIMIT = "slurmstepd: error: *** JOB 1 ON n CANCELLED AT 2026-01-02T03:04:05 DUE TO TIME LIMIT ***"
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ("TIMEOUT|TimeLimit", f"timeout 4:00 TimeLimit; {LIMIT}"),
+        ("DEADLINE|None", f"deadline 4:00 {LIMIT}"),
+        ("FAILED|NonZeroExitCode", f"failed 4:00 {LIMIT}"),  # nothing that Lathe said belongs to this start
+    ],
+)
+def test_what_slurm_ended_says_so(state, said, commands, run, capsys):
+    commands.set_queue([f"1|N/A|{state}|4:00|0:00|"])
+    log = ["start: job 1, start 0", "lathe: it was preempted", "start: job 1, start 1", "start: NCCL_DEBUG=WARN", LIMIT]
+    (run.slurm / "train-1.out").write_text("\n".join(log) + "\n")
+    assert printed(run, capsys)[2] == f"1 train 1 of 3 {said}"
+
+
+def test_slurm_knows_best_why_a_node_or_memory_was_lost(commands, run, capsys):
+    oom = "slurmstepd: error: Detected 1 oom_kill event in StepId=2.0"
+    (run.slurm / "train-1.out").write_text("start: job 1, start 0\nlathe: step 8 was saved\n")
+    (run.slurm / "train-2.out").write_text(f"start: job 2, start 0\n{oom}\nlathe: the job ends here\n")
+    commands.set_queue(["1|N/A|NODE_FAIL|NodeDown|0:10|0:50|", "2|N/A|OUT_OF_MEMORY|OutOfMemory|0:10|0:50|"])
+    first, second = printed(run, capsys)[2:4]
+    assert first == "1 train 1 of 3 node_fail 0:10 NodeDown; step 8 was saved"
+    assert second == f"2 train 2 of 3 out_of_memory 0:10 OutOfMemory; {oom}"
 
 
 @pytest.mark.parametrize(
