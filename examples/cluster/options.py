@@ -133,6 +133,8 @@ def read_options(arguments: Sequence[str]) -> tuple[SubmitOptions, list[Path], l
 
 def _misplaced(word: str) -> str:
     """The sentence about a word that submit does not take."""
+    if not word.startswith("-"):
+        return f"{word} belongs to no flag; recipes stand before all flags: lathe submit RECIPE [flags]"
     name = word.partition("=")[0]
     own = [f"--{field.replace('_', '-')}" for field in SubmitOptions.__dataclass_fields__]
     return (

@@ -293,6 +293,7 @@ def test_every_recipe_makes_scripts_that_shellcheck_passes(name, slurm, tmp_path
     [
         (["--node", "2"], "unknown flag of submit --node; the nearest is --nodes; flags of training stand behind --"),
         (["--tp", "2"], "flags of training stand behind --"),
+        (["--nodes", "4", "olmo.yaml"], "olmo.yaml belongs to no flag; recipes stand before all flags: lathe submit"),
         (["--stages", "train,averge"], "--stages train,averge: unknown stage averge; the nearest is average"),
         (["--jobs", "0", "--stages", "train"], "--jobs 0 leaves nothing to queue"),
         (["--until-done", "--jobs", "3"], "--until-done is one job that goes on; leave --jobs 3 out"),
