@@ -23,7 +23,7 @@ from engine.cli import SECTIONS, dump_run, read_files
 from engine.config import RunConfig
 from engine.run_folder import RunFolder, replace_text
 from engine.run_lock import now
-from examples.cluster import checks, job_record, script, slurm
+from examples.cluster import checks, job_record, script, slurm, stage_checks
 from examples.cluster.job_record import Job
 from examples.cluster.options import SubmitOptions, read_options
 from examples.cluster.stages import Key, Link, Stage, links, plan_stages, waits_for
@@ -76,7 +76,7 @@ def read_submission(arguments: Sequence[str]) -> tuple[Submission, list[str]]:
     text = yaml.safe_dump(yaml.safe_load(dump_run(config)) | sections, sort_keys=False, allow_unicode=True)
     stages = plan_stages(options, recipe, run.path, rates)
     checks.check_paths(options, config, place)
-    checks.check_sections(options, text)
+    stage_checks.check_sections(options, config, text)
     lines += checks.plan_lines(config, text, options.nodes * options.ranks)
     return Submission(options=options, config=config, place=place, recipe=text, stages=stages), lines
 

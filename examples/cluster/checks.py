@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import shlex
@@ -12,16 +11,15 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from engine.check_values import check_values
-from engine.cli import read_section, split_weight
+from engine.cli import split_weight
 from engine.config import RunConfig
 from engine.run_folder import RunFolder
 from engine.run_lock import describe, is_anothers, read_lock
 from examples.cluster import job_record, slurm
 from examples.cluster.job_record import TRAIN, WATCH
-from examples.cluster.options import STAGES, SubmitOptions, seconds
+from examples.cluster.options import SubmitOptions, seconds
 from examples.cluster.script import Place, container_mounts, is_mounted
 
 PLAN = Path(__file__).resolve().parents[1] / "plan_run.py"
@@ -91,38 +89,6 @@ def check_paths(options: SubmitOptions, config: RunConfig, place: Place) -> None
         for path in (str(run.path), *model, *data, *held_out):
             if not is_mounted(Path(path), mounts):
                 raise ValueError(f"{path} is not seen in the container: add it to --mounts")
-
-
-def check_sections(options: SubmitOptions, recipe: str) -> None:
-    """Reads what the recipe says of each stage as that stage will; ValueError for what is missing or wrong."""
-    from checkpoint_tools.common import check_section
-    from examples.lathe import COMMANDS
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(recipe, encoding="utf-8")
-        try:
-            for stage in options.chosen:
-                if stage == TRAIN:
-                    continue
-                command, section = STAGES[stage], STAGES[stage].replace("-", "_")
-                read_section([path], section)
-                module = importlib.import_module(COMMANDS[command][0])
-                if command == "prepare":
-                    module.read_options([str(path)])
-                elif command == "evaluate":
-                    _check_evaluation(module, path)
-                else:
-                    check_section(module.main, [path], section)
-        except ValueError as error:
-            raise ValueError(f"--stages {options.stages}: {str(error).replace(str(path), 'the recipe')}") from None
-
-
-def _check_evaluation(module: Any, recipe: Path) -> None:
-    """Reads the section `evaluate`, whose model the run is still to make."""
-    from examples.evaluation.options import check_options
-
-    check_options(replace(module.read_options([str(recipe)]), model="run/model"))
 
 
 def plan_lines(config: RunConfig, recipe: str, ranks: int) -> list[str]:

@@ -39,6 +39,7 @@ def slurm(tmp_path, monkeypatch):
 def recipe(tmp_path):
     """A recipe of the built-in demo, with every section."""
     path = tmp_path / "recipe.yaml"
+    (tmp_path / "questions.jsonl").touch()
     sections = {
         "output": "run",
         "steps": 4,
@@ -106,6 +107,8 @@ def test_a_second_chain_is_refused_while_the_first_is_queued(slurm, recipe, caps
     assert "its jobs 101, 102, 103, 104, 105 are still queued or running" in said and "lathe jobs" in said
     assert len(slurm.calls("sbatch")) == 5
     slurm.set_queue([f"{number}|N/A|COMPLETED|None|1:00|0:00|node1" for number in range(101, 106)])
+    for step in (2, 4):
+        RunFolder("run").checkpoint(step).mkdir(parents=True)
     assert submit.main([str(recipe), *FLAGS, "--jobs", "0"]) == 0
     assert dependencies(slurm)[5:] == [("average", ""), ("evaluate", "afterok:106")]
     assert len(read_jobs(Path("run"))["jobs"]) == 7
