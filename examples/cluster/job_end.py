@@ -74,11 +74,14 @@ def next_note(run: RunFolder, flags: Sequence[str]) -> Note:
 
 
 def over(run: RunFolder, status: dict[str, Any], flags: Sequence[str], submitted: float) -> str:
-    """Why this job has nothing to do: since it was submitted another one has finished the run, or failed for good.
+    """Why this job has nothing to do: since it was submitted it or another has finished the run, or failed for good.
 
     Empty where it is to start: what the run itself finds is exact, and costs the start of all ranks.
     """
-    if not status.get("job") or datetime.fromisoformat(status["time"]).timestamp() <= submitted:
+    if not status.get("job"):
+        return ""
+    again = status["job"] == this_job.job_id()  # and SLURM has put it back although it had ended
+    if not again and datetime.fromisoformat(status["time"]).timestamp() <= submitted:
         return ""
     if status["state"] == DONE:
         restart = int((status.get("restarts") or ["0"])[-1])

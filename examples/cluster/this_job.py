@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -13,6 +14,7 @@ from engine.run_folder import RunFolder, read_object, replace_text
 from examples.cluster import slurm
 
 START = "start.json"  # in the folder of a start's logs
+REQUEUES_AFTER_GRACE = (24, 5)  # earlier releases drop a job that ends within GraceTime
 LACKING = ".lacking"  # the same folder has NODE.lacking for a node whose setup or check has failed
 
 
@@ -75,8 +77,19 @@ def is_preempted(shown: dict[str, str]) -> bool:
     return shown.get("PreemptTime", "None") not in ("None", "Unknown")
 
 
+def release() -> tuple[int, int]:
+    """The release of SLURM; of one that does not say it the oldest."""
+    try:
+        found = re.match(r"slurm\S* (\d+)\.(\d+)", slurm.call("scontrol", "--version"))
+    except ValueError:
+        found = None
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
 def why_no_requeue(shown: dict[str, str]) -> str:
     """Why this job is not to be put back into the queue; empty where it is."""
+    if is_preempted(shown) and release() >= REQUEUES_AFTER_GRACE:
+        return "SLURM puts it there itself"  # and would put it there once more if this job did
     if int(shown.get("Restarts", restart())) > restart():
         return "SLURM has put it there itself"
     if shown.get("BatchFlag") == "0":

@@ -75,7 +75,7 @@ def called(monkeypatch):
 
 
 def asked(called) -> list[str]:
-    return [" ".join(words) for words in called[1:] if words[1:2] != ("show",)]
+    return [" ".join(words) for words in called[1:] if words[1] not in ("show", "--version")]
 
 
 def begun(tmp_path, flags=("--steps", "9")) -> RunFolder:
@@ -160,6 +160,20 @@ def test_a_preempted_stage_goes_back_and_others_end_as_they_are(called, capsys):
     assert "was preempted, so it goes back" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("release", "by_itself"), [("22.05.8", False), ("24.05.0", True), ("25.11.1", True)])
+def test_newer_releases_put_a_preempted_job_back_themselves(called, capsys, monkeypatch, release, by_itself):
+    shown = called[0].replace("PreemptTime=None", "PreemptTime=2026-01-01T00:00:00")
+    asked = []
+
+    def call(*words: str) -> str:
+        asked.append(words)
+        return f"slurm-wlm {release}\n" if words == ("scontrol", "--version") else shown
+
+    monkeypatch.setattr(slurm, "call", call)
+    assert job_end.stage(143) == 143 and (("scontrol", "requeue", "7") in asked) != by_itself
+    assert ("SLURM puts it there itself" in capsys.readouterr().out) == by_itself
+
+
 @pytest.mark.parametrize(
     ("shown", "words"),
     [
@@ -208,6 +222,15 @@ def test_a_run_that_another_job_owns(tmp_path, called, capsys):
     run.lock.write_text(json.dumps({"host": "node9", "pid": 3, "job": None, "since": "noon", "token": "x"}))
     assert job_end.end(run, 1) == 3 and asked(called) == []
     assert "is in use by process 3 on node9, since noon" in capsys.readouterr().out
+
+
+def test_a_job_that_is_put_back_after_it_has_ended_ends_at_once(tmp_path, called, monkeypatch, capsys):
+    run = begun(tmp_path, ["--steps", "9"])
+    checkpoint(run, 9)
+    write_status(run, "done", step=9, total_steps=9)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    called[0] = called[0].replace("2026-01-01", "2126-01-01")  # the time of its return to the queue
+    assert job_end.begin(run, ["--steps", "9"]) == 10 and "done by job 7 at step 9" in capsys.readouterr().err
 
 
 def test_what_later_links_of_a_chain_find(tmp_path, called, monkeypatch, capsys):
