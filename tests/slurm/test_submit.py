@@ -95,7 +95,7 @@ def stand_ins(tmp_path, monkeypatch):
     (helper / "stage_job.sh").write_text('[ "$1" != average ] || exit 3\necho "lathe: $1 done"\n')
     monkeypatch.setattr(submit, "HOME", tmp_path / "home")
     monkeypatch.chdir(tmp_path)
-    sections = {"average": {"steps": "1"}, "to_hf": {"dtype": "source"}, "evaluate": {"data": "q"}}
+    sections = {"average": {"steps": "2"}, "to_hf": {"dtype": "source"}, "evaluate": {"data": "q"}}
     Path("recipe.yaml").write_text(yaml.safe_dump({"output": "a run", "steps": 2, **sections}), encoding="utf-8")
 
 
@@ -124,6 +124,7 @@ def test_a_chain_is_refused_twice_and_cancelled(cluster, capsys):
 @pytest.mark.usefixtures("stand_ins")
 def test_a_stage_behind_one_that_failed_leaves_the_queue(cluster, capsys):
     run = RunFolder("a run")
+    run.checkpoint(2).mkdir(parents=True)
     assert submit.main(["recipe.yaml", *SMALL, "--jobs", "0", "--stages", "average,evaluate"]) == 0
     cluster.wait(lambda: is_over(run), "the end of all jobs")
     assert states(run) == {"average": ["FAILED"], "evaluate": ["CANCELLED"]}
