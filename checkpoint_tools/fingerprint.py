@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _PIECES, _PIECE = 16, 4096  # how many pieces of how many bytes a file of weights is known by
 
@@ -28,3 +30,19 @@ def weights_fingerprint(model: str) -> str:
                 file.seek(max(0, size - _PIECE) * number // (_PIECES - 1))
                 found.update(file.read(_PIECE))
     return found.hexdigest()[:16]
+
+
+def named(path: str, fingerprint: str) -> str:
+    """A path with what lies there; two are the same where that is, whatever the path."""
+    return f"{path} [{fingerprint}]" if fingerprint else path
+
+
+def content(value: Any) -> Any:
+    """What results were made of, without the paths at which it lay."""
+    if isinstance(value, Mapping):
+        return {name: content(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [content(one) for one in value]
+    if isinstance(value, str) and value.endswith("]"):
+        return value.rpartition(" [")[2]
+    return value

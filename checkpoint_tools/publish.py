@@ -73,7 +73,7 @@ def publish(
     if base_model is not None:
         check_name(base_model, "--base-model")
     folder = open_folder(hf)
-    made_of, results = _made_of(hf, run), [one for path in evaluation for one in read_results(Path(path), hf)]
+    made_of, results = _made_of(hf, run), read_results([Path(path) for path in evaluation], hf)
     card = model_card(repo.split("/")[1], made_of, results, license=license, base_model=base_model)
     own = CARD in folder.files
     if own:

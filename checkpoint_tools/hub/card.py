@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from checkpoint_tools.fingerprint import weights_fingerprint
+from checkpoint_tools.fingerprint import content, weights_fingerprint
 from data.checksums import text_sum
 from engine.checkpointing.provenance import hub_name, version
 
@@ -66,30 +66,50 @@ def is_untouched(card: str) -> bool:
     return bool(ending) and rest == f"{text_sum(text)} -->\n"
 
 
-def read_results(path: Path, model: Path) -> list[dict[str, Any]]:
-    """The results of a model's weights in a folder: an evaluation's output, or RUN/evaluation with those of many.
+def read_results(paths: Sequence[Path], model: Path) -> list[dict[str, Any]]:
+    """The results of a model's weights in folders: an evaluation's output, or RUN/evaluation with those of many.
 
-    ValueError where there are none.
+    What the same model was asked twice stands there once. ValueError for a folder that has none.
     """
+    own: list[dict[str, Any]] = []
+    fingerprint = weights_fingerprint(str(model)) if paths else ""
+    for path in paths:
+        found = _readable(path)
+        of_model = [one for one in found if one["made_of"]["model"].endswith(f" [{fingerprint}]")]
+        if not of_model:
+            of = found[0]["made_of"]["model"]
+            raise ValueError(
+                f"--evaluation {path} has results of other weights, {of}: evaluate {model}, or leave it out"
+            )
+        for one in of_model:
+            if not any(content(one["made_of"]) == content(other["made_of"]) for other in own):
+                own.append(one)
+    return own
+
+
+def _readable(path: Path) -> list[dict[str, Any]]:
+    """All results in a folder; prints how many cannot be read, which is an error where none can."""
     files = [file for depth in ("", "*/", "*/*/") for file in sorted(path.glob(depth + RESULTS))]
     files = [file for file in files if not any(part.startswith("earlier.") for part in file.relative_to(path).parts)]
     if not files:
         raise ValueError(f"--evaluation {path} holds no {RESULTS}: give the --output of lathe evaluate")
-    found, fingerprint = [_results(file) for file in files], weights_fingerprint(str(model))
-    if own := [one for one in found if one["made_of"]["model"].endswith(f" [{fingerprint}]")]:
-        return own
-    of = found[0]["made_of"]["model"]
-    raise ValueError(f"--evaluation {path} has results of other weights, {of}: evaluate {model}, or leave it out")
+    read = [(file, _results(file)) for file in files]
+    found, bad = [one for _, one in read if one], [file for file, one in read if not one]
+    if not found:
+        raise ValueError(f"--evaluation {bad[0]} is not what lathe evaluate writes")
+    if bad:
+        print(f"not read, as they are damaged or of an older version: {bad[0]} ({len(bad)} in all)")
+    return found
 
 
-def _results(file: Path) -> dict[str, Any]:
+def _results(file: Path) -> dict[str, Any] | None:
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
         if all(name in results for name in _OF_RESULTS) and isinstance(results["made_of"]["model"], str):
             return results
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise ValueError(f"--evaluation {file} is not what lathe evaluate writes")
+    return None
 
 
 def _datasets(made_of: Mapping[str, Any]) -> Iterator[str]:

@@ -139,9 +139,9 @@ def model(tmp_path) -> Path:
     return folder
 
 
-def evaluation(folder: Path, model: Path) -> Path:
+def evaluation(folder: Path, model: Path, path: str = "/somewhere/else", **made_of) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    made_of = {"model": f"/somewhere/else [{weights_fingerprint(str(model))}]"}
+    made_of = {"model": f"{path} [{weights_fingerprint(str(model))}]"} | made_of
     (folder / "results.json").write_text(json.dumps(RESULTS | {"made_of": made_of}))
     return folder
 
@@ -166,3 +166,19 @@ def test_results_are_those_of_this_model(model, tmp_path, capsys):
     (results / "results.json").write_text("[]")
     with pytest.raises(ValueError, match="is not what lathe evaluate writes"):
         publish.main(model, "ours/model", evaluation=(results,), dry_run=True)
+
+
+def test_results_that_cannot_be_read_or_stand_twice_are_left_out(model, tmp_path, capsys):
+    """One of another step, damaged, must not keep a model from being published."""
+    many = tmp_path / "run" / "evaluation"
+    evaluation(many / "average" / "questions", model, "runs/average", seed=0)
+    evaluation(many, model, "/here/runs/average", seed=0)  # the same by another path
+    evaluation(many / "sampled", model, seed=1)
+    for step, text in ((10, "{"), (20, json.dumps(RESULTS))):  # of which the second is of an older version
+        evaluation(many / f"step_0000{step}" / "questions", tmp_path)
+        (many / f"step_0000{step}" / "questions" / "results.json").write_text(text)
+    publish.main(model, "ours/model", evaluation=(many, many / "sampled"), dry_run=True)
+    printed = capsys.readouterr().out
+    assert printed.count("| questions | 500 | pass@1 |") == 2
+    first = many / "step_000010" / "questions" / "results.json"
+    assert f"not read, as they are damaged or of an older version: {first} (2 in all)\n" in printed
