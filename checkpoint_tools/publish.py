@@ -10,6 +10,7 @@ The access token comes from the environment (HF_TOKEN) or from the login of hugg
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ def main(
         repo: OWNER/NAME on the hub; made where it is not there yet.
         private: only the owner may read it.
         branch: of the repository; made where it is not there yet.
-        run: the run that the model comes from, where HF does not say what it was made of, or no longer all of it.
+        run: the run that the model comes from, for what HF does not say itself of how it was made.
         evaluation: outputs of lathe evaluate, or RUN/evaluation; what is there of this model goes onto the card.
         license: of the model, by its name on the hub.
         base_model: OWNER/NAME of the base model, where it was a directory of another name.
@@ -109,22 +110,40 @@ def destination(repo: str | None, private: bool) -> Hub | None:
 
 
 def _made_of(hf: Path, run: Path | None) -> dict[str, Any]:
-    """What the model says it was made of; with a run, what that says of the same steps, or of its last one."""
+    """What the model says it was made of; what it leaves out as a run says it, which may have been trained anew since.
+
+    ValueError where the two contradict each other.
+    """
     from engine.checkpointing.provenance import complete, read_provenance
     from engine.reporting.metrics import read_metrics
 
     said = read_provenance(hf)
     if run is None:
         return said
-    folder = RunFolder(run)
-    steps = said.get("steps") or [line["step"] for line in read_metrics(folder.metrics)][-1:]
-    if not folder.config.exists() or not steps:
+    folder, number = RunFolder(run), hf.absolute().name.removeprefix("step_")
+    named = [int(number)] if number.isdecimal() and folder.export(int(number)).name == hf.absolute().name else []
+    steps, made = said.get("steps") or named, [line["step"] for line in read_metrics(folder.metrics)]
+    if not folder.config.exists() or not made:
         raise ValueError(f"--run {run} is no run that has made a step: it has no {folder.config.name} or no metrics")
+    if steps and max(steps) > max(made):
+        raise ValueError(f"--run {run} has made no step {max(steps)}, of which {hf} is: give its own run")
     found = complete(read_provenance(folder.model_files), folder.config, folder.metrics, steps)
-    trained_on = [[data.get("fingerprint") for data in one["data"]] for one in (said or found, found)]
-    if trained_on[0] != trained_on[1]:
-        raise ValueError(f"--run {run} was trained on other data than {hf} says: give its own run, or leave --run out")
-    return found
+    if wrong := _contradictions(said, found):
+        raise ValueError(
+            f"--run {run} says otherwise than {hf} of how it was made ({', '.join(wrong)}): give its own run, or leave "
+            "--run out"
+        )
+    return found | {name: value for name, value in said.items() if value}
+
+
+def _contradictions(said: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """What a model says of its data, settings and course, and a run says otherwise."""
+    trained_on = [[data.get("fingerprint") for data in one.get("data", [])] for one in (said, found)]
+    wrong = ["data"] if trained_on[0] and trained_on[0] != trained_on[1] else []
+    for part in ("settings", "course"):
+        there = found[part]
+        wrong += [f"{part}.{name}" for name, value in said.get(part, {}).items() if value != there.get(name)]
+    return wrong
 
 
 if __name__ == "__main__":

@@ -150,7 +150,8 @@ def _implied(recipe: dict[str, Any], name: str) -> dict[str, Any]:
         results = (recipe.get("evaluate") or {}).get("output") or f"{run}/evaluation"
         if name == "evaluate":
             return {"model": model, "output": results}
-        return {"hf": model, "run": run} | ({"evaluation": [results]} if "evaluate" in recipe else {})
+        # Not the run: a model says itself what it was made of, and the run may have been trained anew since.
+        return {"hf": model} | ({"evaluation": [results]} if "evaluate" in recipe else {})
     flag, folder = ("run", "average") if name == "average" else ("checkpoint", "final")
     return {flag: run, "output": f"{run}/{folder}"}
 

@@ -93,6 +93,7 @@ def provenance_of(checkpoints: Sequence[Path]) -> dict[str, Any]:
 def complete(begun: Mapping[str, Any], config: Path, metrics: Path, steps: Sequence[int]) -> dict[str, Any]:
     """What a run knew at its start, with its settings (config.yaml) and its course (metrics.jsonl) up to the last step.
 
+    Without steps, as where nobody knows of which step a model is, the course is that of the whole run.
     A run that older versions began has nothing of the first; then the settings tell the names.
     """
     settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
@@ -111,7 +112,7 @@ def complete(begun: Mapping[str, Any], config: Path, metrics: Path, steps: Seque
         "steps": list(steps),
         "data": begun.get("data", []),
         "settings": {name: settings[name] for name in SETTINGS if settings.get(name) is not None},
-        "course": course([line for line in read_metrics(metrics) if line["step"] <= max(steps)]),
+        "course": course([line for line in read_metrics(metrics) if not steps or line["step"] <= max(steps)]),
         **earlier,
     }
 

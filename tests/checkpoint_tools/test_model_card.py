@@ -7,12 +7,15 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from checkpoint_tools import publish
+from checkpoint_tools.common import run_script
 from checkpoint_tools.fingerprint import weights_fingerprint
 from checkpoint_tools.hub.card import is_untouched, model_card
-from engine.checkpointing.provenance import write_provenance
+from engine.checkpointing.provenance import complete, read_provenance, write_provenance
+from engine.run_folder import RunFolder
 from tests.checkpoint_tools.test_publish import write_model
 
 MADE_OF = {
@@ -182,3 +185,57 @@ def test_results_that_cannot_be_read_or_stand_twice_are_left_out(model, tmp_path
     assert printed.count("| questions | 500 | pass@1 |") == 2
     first = many / "step_000010" / "questions" / "results.json"
     assert f"not read, as they are damaged or of an older version: {first} (2 in all)\n" in printed
+
+
+RUN_SETTINGS = {"seq_len": 64, "seed": 7, "optim": {"lr": 1e-5}}
+
+
+def trained(run: RunFolder, loss: float, steps: int = 2, lr: float = 1e-5, fingerprint: str = "rows") -> RunFolder:
+    """A run as training leaves it; again into the same folder, as with --no-resume."""
+    run.model_files.mkdir(parents=True, exist_ok=True)
+    data = {"name": "data", "weight": 1.0, "fingerprint": fingerprint, "sources": []}
+    write_provenance(run.model_files, {"lathe": "1", "base_model": {"name": "base", "hub": False}, "data": [data]})
+    run.config.write_text(yaml.safe_dump(RUN_SETTINGS | {"optim": {"lr": lr}}))
+    lines = [{"step": step, "loss": loss / step, "tokens": 9, "supervised_tokens": 4} for step in range(1, steps + 1)]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def card_of(capsys, *arguments, **options) -> str:
+    publish.main(*arguments, "ours/model", dry_run=True, **options)
+    return capsys.readouterr().out
+
+
+def test_what_a_model_says_of_itself_wins_over_a_run_that_was_trained_anew(tmp_path, capsys):
+    run = trained(RunFolder(tmp_path / "run"), loss=3.0)
+    average = write_model(run.path / "average")
+    write_provenance(average, complete(read_provenance(run.model_files), run.config, run.metrics, [1, 2]))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"output: {run.path}\naverage: {{steps: [1, 2]}}\npublish: {{repo: ours/model, dry_run: true}}\n")
+    first = card_of(capsys, average, run=run.path)
+    assert "| optim.lr | 1e-05 |" in first and "| last loss | 1.5000 |" in first
+    trained(run, loss=0.2, lr=9e-5)
+    assert run_script(publish.main, [str(recipe)], section="publish") == 0
+    assert capsys.readouterr().out == first
+    trained(run, loss=0.2, lr=9e-5, fingerprint="others")
+    with pytest.raises(ValueError, match=r"says otherwise than .*average of how it was made") as caught:
+        card_of(capsys, average, run=run.path)
+    assert "(data, settings.optim, course.first_loss, course.last_loss): give its own run" in str(caught.value)
+
+
+def test_a_run_fills_what_a_model_does_not_say_and_makes_up_no_step(tmp_path, capsys):
+    run = trained(RunFolder(tmp_path / "run"), loss=3.0)
+    silent = write_model(tmp_path / "strangers")
+    said = card_of(capsys, silent, run=run.path)
+    assert "Which step they are of is not recorded." in said and "weights after step" not in said
+    assert "| seed | 7 |" in said and "| last loss | 1.5000 |" in said
+    early = write_model(tmp_path / "step_000001")
+    said = card_of(capsys, early, run=run.path)
+    assert "These are the weights after step 1." in said and "| last loss | 3.0000 |" in said
+    moved = complete(read_provenance(run.model_files), run.config, tmp_path / "no metrics", [2])
+    write_provenance(silent, moved)
+    said = card_of(capsys, silent, run=run.path)
+    assert "These are the weights after step 2." in said and "| last loss | 1.5000 |" in said
+    late = write_model(tmp_path / "step_000003")
+    with pytest.raises(ValueError, match=r"has made no step 3, of which .*step_000003 is: give its own run"):
+        card_of(capsys, late, run=run.path)

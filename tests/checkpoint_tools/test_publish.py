@@ -244,7 +244,7 @@ def test_a_recipe_says_what_is_published(hub, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     model = write_model(tmp_path / "run" / "average")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"output: {tmp_path}/run\naverage: {{steps: [1, 2]}}\npublish: {{repo: {REPO}, run: null}}\n")
+    recipe.write_text(f"output: {tmp_path}/run\naverage: {{steps: [1, 2]}}\npublish: {{repo: {REPO}}}\n")
     assert run_script(publish.main, [str(recipe), "--license", "mit"], section="publish") == 0
     assert hub.files(REPO).items() >= content(model).items() and b"license: mit" in hub.files(REPO)["README.md"]
     assert run_script(publish.main, [str(model), "--repo", "ours/other"], section="publish") == 0

@@ -53,7 +53,7 @@ def test_a_section_knows_the_paths_of_the_run(written):
     }  # fmt: skip
     assert read_section(recipe, "evaluate")["model"] == "runs/one/average"
     assert read_section(recipe, "publish") == {
-        "hf": "runs/one/average", "run": "runs/one", "evaluation": ["runs/one/evaluation"], "repo": "ours/one",
+        "hf": "runs/one/average", "evaluation": ["runs/one/evaluation"], "repo": "ours/one",
     }  # fmt: skip
     options = read_options([str(*recipe), "--seed", "3"])
     assert (options.model, options.output) == ("runs/one/average", Path("runs/one/evaluation"))

@@ -88,7 +88,7 @@ def test_a_run_that_begins_with_a_checkpoint_knows_its_run(pool, rounds, tmp_pat
 
 
 def test_the_run_fills_the_card_of_an_export_that_says_nothing(rounds, tmp_path, capsys):
-    silent = shutil.copytree(RunFolder(rounds / "run").export(3), tmp_path / "silent")
+    silent = shutil.copytree(RunFolder(rounds / "run").export(3), tmp_path / "step_000003")
     (silent / FILE).unlink()
     publish.main(silent, "ours/model", dry_run=True)
     assert "does not say what it was made of" in capsys.readouterr().out
@@ -99,7 +99,7 @@ def test_the_run_fills_the_card_of_an_export_that_says_nothing(rounds, tmp_path,
     begun = json.loads((other / "model_files" / FILE).read_text())
     begun["data"][0]["fingerprint"] = "another"
     (other / "model_files" / FILE).write_text(json.dumps(begun))
-    with pytest.raises(ValueError, match="was trained on other data than .* says: give its own run"):
+    with pytest.raises(ValueError, match=r"says otherwise than .* of how it was made \(data\): give its own"):
         publish.main(RunFolder(rounds / "run").export(3), "ours/model", run=other, dry_run=True)
     with pytest.raises(ValueError, match="is no run that has made a step"):
         publish.main(silent, "ours/model", run=tmp_path, dry_run=True)
