@@ -65,7 +65,10 @@ def publish(
     dry_run: bool = False,
     hub: Hub | None = None,
 ) -> None:
-    """Publishes as `main` does; `hub` is the repository where it was opened already. ValueError in one sentence."""
+    """Publishes as `main` does. ValueError in one sentence.
+
+    hub: the repository, opened already by a command that has made `hf` since, and that cannot make it a second time.
+    """
     from checkpoint_tools.hub.card import model_card, read_results
     from checkpoint_tools.hub.folder import CARD, check_content, open_folder
     from checkpoint_tools.hub.upload import check_name, open_hub, send
@@ -91,10 +94,13 @@ def publish(
         print("\n".join(f"{(hf / name).stat().st_size:>15,}  {name}" for name in folder.files))
         print(f"{len(folder.files)} files, {folder.bytes / 2**30:.2f} GiB, would go to {repo}; nothing was sent")
         return
+    again = None
+    if hub is not None:
+        again = f"{hf} is whole: `lathe publish {hf} --repo {repo}{' --private' if hub.private else ''}`"
     hub = hub or open_hub(repo, private=private, branch=branch)
     check_content(folder, hub.token)
     print(f"publishing {len(folder.files)} files, {folder.bytes / 2**30:.2f} GiB", flush=True)
-    print(f"published: {send(hub, folder, None if own else card)}")
+    print(f"published: {send(hub, folder, None if own else card, again)}")
 
 
 def destination(repo: str | None, private: bool) -> Hub | None:

@@ -31,7 +31,7 @@ _SAYS = {
     401: "the hub does not know the access token (401): make one with write access and give it as HF_TOKEN",
     403: "the access token may not do this (403): give one with write access to {owner} as HF_TOKEN",
     404: "the hub has no such place (404): is {repo} spelled as you mean it, and may the token see it?",
-    429: "the hub takes no more requests for now (429): wait some minutes, and the same command goes on",
+    429: "the hub takes no more requests for now (429): wait some minutes",
 }
 
 
@@ -89,12 +89,13 @@ def open_hub(repo: str, *, private: bool = False, branch: str = MAIN, flag: str 
     return Hub(api, token, repo, private, branch, found is not None)
 
 
-def send(hub: Hub, folder: ModelFolder, card: str | None) -> str:
+def send(hub: Hub, folder: ModelFolder, card: str | None, again: str | None = None) -> str:
     """Sends a folder, with this card where it has none of its own; returns the address of what is there now.
 
-    Prints what is removed or kept there. ValueError, in one sentence, where the hub or the way to it fails.
+    Prints what is removed or kept there. ValueError, in one sentence, where the hub or the way to it fails; `again` is
+    what goes on then, where it is not the same command.
     """
-    with speaking(hub.repo, hub.token, "published"):
+    with speaking(hub.repo, hub.token, "published", again):
         if not hub.exists:
             hub.api.create_repo(hub.repo, private=hub.private or None, exist_ok=True)
         if hub.branch != MAIN:
@@ -121,7 +122,7 @@ def _card_there(hub: Hub) -> str:
 
 
 @contextmanager
-def speaking(repo: str, token: str, done: str) -> Iterator[None]:
+def speaking(repo: str, token: str, done: str, again: str | None = None) -> Iterator[None]:
     """What the library raises becomes one sentence, and neither that nor what it logs shows the token."""
     handlers, hiding = list(logging.getLogger("huggingface_hub").handlers), _Hiding(token)
     for handler in handlers:
@@ -129,7 +130,7 @@ def speaking(repo: str, token: str, done: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _say(error, repo, token, done)
+        _say(error, repo, token, done, again)
     finally:
         for handler in handlers:
             handler.removeFilter(hiding)
@@ -147,8 +148,8 @@ class _Hiding(logging.Filter):
         return True
 
 
-def _say(error: Exception, repo: str, token: str, done: str) -> NoReturn:
-    """Raises ValueError with what an error of the hub, or of the way there, means."""
+def _say(error: Exception, repo: str, token: str, done: str, again: str | None) -> NoReturn:
+    """Raises ValueError with what an error of the hub, or of the way there, means, and how it goes on."""
     chain: list[Any] = [error]
     while cause := chain[-1].__cause__:  # the library wraps what goes wrong with one file
         chain.append(cause)
@@ -156,18 +157,20 @@ def _say(error: Exception, repo: str, token: str, done: str) -> NoReturn:
     status = getattr(response, "status_code", None)
     kind = type(chain[-1]).__name__
     words = next((str(one.server_message) for one in chain if getattr(one, "server_message", None)), "")
+    passes = status is not None and (status == 429 or status >= 500)  # what may be gone the next time
     if any(isinstance(one, OfflineModeIsEnabled) for one in chain):
         why = "HF_HUB_OFFLINE is set; take it out of the environment"
     elif status is not None:
-        otherwise = f"the hub failed ({status}): the same command goes on where this one stopped"
-        why = _SAYS.get(status, otherwise if status >= 500 else f"the hub refused it ({status})")
+        why = _SAYS.get(status, f"the hub {'failed' if status >= 500 else 'refused it'} ({status})")
         why = why.format(repo=repo, owner=repo.split("/")[0])
     elif isinstance(chain[-1], ValueError):
         why = (str(chain[-1]).strip() or kind).splitlines()[0]
     elif isinstance(chain[-1], OSError) and chain[-1].filename:  # a file of ours
         why = f"{chain[-1].strerror}: {chain[-1].filename}"
     else:
-        why = f"the connection to the hub broke ({kind}): the same command goes on, and sends what the hub lacks"
+        why, passes = f"the connection to the hub broke ({kind})", True
     if words and status is not None and status < 500:
         why += f"; it says: {' '.join(words.split())[:200]}"
+    if again or passes:
+        why += f"; {again or 'the same command'} goes on, and sends what the hub lacks"
     raise ValueError(f"{repo} could not be {done}: {why.replace(token, '[token]')}") from None

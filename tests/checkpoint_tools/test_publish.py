@@ -84,7 +84,7 @@ def test_an_interrupted_upload_sends_only_what_is_missing(hub, model):
     hub.cuts[broken] = 100_000
     sentence = refusal(model, REPO)
     assert sentence.startswith(f"{REPO} could not be published: the connection to the hub broke (")
-    assert sentence.endswith("): the same command goes on, and sends what the hub lacks")
+    assert sentence.endswith("); the same command goes on, and sends what the hub lacks")
     before, kept = hub.received.copy(), set(hub.repos[REPO].objects)
     assert hub.files(REPO) == {}, "a model that is there in part is not shown"
     assert broken not in kept and len(kept & weights.keys()) >= 2 and before[broken] >= 100_000
@@ -108,8 +108,8 @@ def sha256(data: bytes) -> str:
     [
         (401, "the hub does not know the access token (401): make one with write access and give it as HF_TOKEN"),
         (403, "the access token may not do this (403): give one with write access to ours as HF_TOKEN"),
-        (429, "the hub takes no more requests for now (429): wait some minutes, and the same command goes on"),
-        (500, "the hub failed (500): the same command goes on where this one stopped"),
+        (429, "the hub takes no more requests for now (429): wait some minutes; it says: "),
+        (500, "the hub failed (500); the same command goes on, and sends what the hub lacks"),
     ],
 )
 def test_what_the_hub_refuses_is_one_sentence_without_the_token(hub, model, place, status, words, capfd, caplog):
@@ -124,6 +124,7 @@ def test_what_the_hub_refuses_is_one_sentence_without_the_token(hub, model, plac
         logging.getLogger("huggingface_hub").removeHandler(handler)
     assert words in sentence and "\n" not in sentence
     assert ("it says: Bearer [token] was refused" in sentence) == (status < 500)
+    assert ("the same command goes on" in sentence) == (status in (429, 500)), "which it does not for a wrong token"
     shown = "".join(capfd.readouterr())
     assert "this is your token: [token]" in shown
     assert TOKEN not in sentence + shown

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
-from checkpoint_tools import average_steps, hf_to_mcore, mcore_to_hf
+from checkpoint_tools import average_steps, hf_to_mcore, mcore_to_hf, publish
+from checkpoint_tools.common import run_script
 from engine.run_folder import RunFolder
 from tests.checkpoint_tools.test_publish import REPO, content
 from tests.support.tiny import save_model
@@ -36,6 +38,37 @@ def test_what_was_made_is_published(hub, run, tmp_path, make):
     there = hub.files(REPO)
     assert there.pop("README.md").startswith(b"---\n") and there == content(tmp_path / "out")
     assert hub.repos[REPO].private
+
+
+@pytest.mark.parametrize("make", [export, average])
+@pytest.mark.parametrize("private", [False, True])
+def test_what_was_made_is_not_made_again_after_an_interruption(hub, run, tmp_path, make, private):
+    """The sentence names the command that goes on, into a repository that is as private as it was to be."""
+    make(run, tmp_path / "same")
+    (weights,) = (tmp_path / "same").glob("*.safetensors")
+    oid = hashlib.sha256(weights.read_bytes()).hexdigest()
+    hub.cuts[oid] = 1000
+    output = tmp_path / "out"
+    with pytest.raises(ValueError, match="the connection to the hub broke") as caught:
+        make(run, output, push_to_hub=REPO, private=private)
+    command = f"lathe publish {output} --repo {REPO}{' --private' if private else ''}"
+    sentence = str(caught.value)
+    assert sentence.endswith(f"; {output} is whole: `{command}` goes on, and sends what the hub lacks")
+    assert "same command" not in sentence
+    hub.cuts.clear()
+    before, kept = hub.received.copy(), set(hub.repos[REPO].objects)
+    assert run_script(publish.main, command.split()[2:], section="publish") == 0
+    again = hub.received - before
+    assert again[oid] == weights.stat().st_size and not kept & again.keys()
+    assert hub.files(REPO).items() >= content(output).items() and hub.repos[REPO].private == private
+
+
+def test_a_token_that_turns_out_too_weak_costs_no_second_conversion(hub, run, tmp_path):
+    hub.refusals["/commit/"] = (403, "no")
+    with pytest.raises(
+        ValueError, match=r"\(403\): give one .*; it says: no; .*out is whole: `lathe publish .*` goes on"
+    ):
+        export(run, tmp_path / "out", push_to_hub=REPO)
 
 
 @pytest.mark.parametrize("make", [export, average])
