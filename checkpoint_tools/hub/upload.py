@@ -77,11 +77,13 @@ def open_hub(repo: str, *, private: bool = False, branch: str = MAIN, flag: str 
             if error.response.status_code != 404:  # the library takes 401 for this as well
                 raise
             found = None
-    if us.get("auth", {}).get("accessToken", {}).get("role") == "read":
+    if (role := us.get("auth", {}).get("accessToken", {}).get("role")) == "read":
         raise ValueError(f"{flag} {repo}: the access token may only read; give one with write access as HF_TOKEN")
     owner, ours = repo.split("/")[0], [us["name"], *(one["name"] for one in us.get("orgs", []))]
-    if found is not None and owner.lower() not in [name.lower() for name in ours]:
-        raise ValueError(f"{flag} {repo} exists and belongs to {owner}, and the token is of {', '.join(ours)}")
+    # A token for chosen places may write to organisations that the hub does not list for it: then the upload shows it.
+    lists_all = "orgs" in us and role != "fineGrained"
+    if lists_all and owner.lower() not in [name.lower() for name in ours]:
+        raise ValueError(f"{flag} {repo}: the owner is {owner}, and the token is of {', '.join(ours)}")
     if found is not None and private and not found.private:
         raise ValueError(
             f"--private: {repo} exists and everybody can read it; make it private on the hub, or leave --private out"

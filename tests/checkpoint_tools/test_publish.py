@@ -137,8 +137,8 @@ def test_what_the_hub_refuses_is_one_sentence_without_the_token(hub, model, plac
         ("model", "--repo model lacks its owner: give OWNER/NAME"),
         ("a/b/c", "--repo a/b/c is no name of a repository"),
         ("ours/a..b", "--repo ours/a..b is no name of a repository"),
-        ("theirs/model", "--repo theirs/model exists and belongs to theirs, and the token is of ours, our-lab"),
-        ("theirs/free", "the access token may not do this (403): give one with write access to theirs as HF_TOKEN"),
+        ("theirs/model", "--repo theirs/model: the owner is theirs, and the token is of ours, our-lab"),
+        ("theirs/free", "--repo theirs/free: the owner is theirs, and the token is of ours, our-lab"),
         (TOKEN, "--repo holds what looks like an access token"),
     ],
 )
@@ -147,6 +147,17 @@ def test_a_repository_that_cannot_be_ours_is_refused(hub, model, repo, sentence)
     found = refusal(model, repo)
     assert sentence in found and TOKEN not in found
     assert not any("commit" in request or "batch" in request for request in hub.asked)
+
+
+@pytest.mark.parametrize("hides", [{"role": "fineGrained", "orgs": []}, {"orgs": None}])
+def test_who_owns_a_name_is_left_to_the_hub_where_a_token_does_not_say(hub, model, hides):
+    """A token for chosen places: organisations that it may write to need not be listed."""
+    for name, value in hides.items():
+        setattr(hub, name, value)
+    sentence = refusal(model, "theirs/free")
+    assert "the access token may not do this (403): give one with write access to theirs as HF_TOKEN" in sentence
+    publish.main(model, "our-lab/model")
+    assert hub.files("our-lab/model").items() >= content(model).items()
 
 
 def test_what_is_wrong_here_is_told_before_anything_is_sent(hub, model, monkeypatch):

@@ -11,6 +11,7 @@ from checkpoint_tools import average_steps, hf_to_mcore, mcore_to_hf, publish
 from checkpoint_tools.common import run_script
 from engine.run_folder import RunFolder
 from tests.checkpoint_tools.test_publish import REPO, content
+from tests.support.hub import TOKEN
 from tests.support.tiny import save_model
 
 
@@ -73,12 +74,13 @@ def test_a_token_that_turns_out_too_weak_costs_no_second_conversion(hub, run, tm
 
 @pytest.mark.parametrize("make", [export, average])
 def test_what_cannot_be_published_is_not_made(hub, run, tmp_path, monkeypatch, make):
-    monkeypatch.setenv("HF_TOKEN", "hf_nobodys")
     for options, sentence in (
         ({"push_to_hub": "model"}, "--push-to-hub model lacks its owner"),
         ({"push_to_hub": REPO}, "could not be checked: the hub does not know the access token (401)"),
+        ({"push_to_hub": "typo-lab/model"}, "--push-to-hub typo-lab/model: the owner is typo-lab, and the token is of"),
         ({"private": True}, "--private is of the repository that --push-to-hub names: give that, or leave it out"),
     ):
+        monkeypatch.setenv("HF_TOKEN", TOKEN if "typo" in sentence else "hf_nobodys")
         with pytest.raises(ValueError) as caught:
             make(run, tmp_path / "out", **options)
         assert sentence in str(caught.value)

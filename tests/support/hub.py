@@ -41,6 +41,7 @@ class StandInHub:
 
     def __init__(self, owner: str = "ours", *, role: str = "write", part_bytes: int = 1 << 40):
         self.owner, self.role, self.part_bytes = owner, role, part_bytes
+        self.orgs: list[str] | None = ["our-lab"]  # None: not a word of them
         self.repos: dict[str, Repo] = {}
         self.received: Counter[str] = Counter()  # bytes of large files by SHA-256, those of broken uploads too
         self.asked: list[str] = []  # "METHOD /path" of each request
@@ -174,7 +175,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def whoami(self) -> None:
         auth = {"accessToken": {"role": self.hub.role}}
-        self.answer({"type": "user", "name": self.hub.owner, "orgs": [{"name": "our-lab"}], "auth": auth})
+        orgs = {} if self.hub.orgs is None else {"orgs": [{"name": name} for name in self.hub.orgs]}
+        self.answer({"type": "user", "name": self.hub.owner, "auth": auth} | orgs)
 
     def validate(self) -> None:
         self.answer({"errors": [], "warnings": []})
