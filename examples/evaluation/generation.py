@@ -1,7 +1,7 @@
 """Answers from a model: by transformers in one or several processes, or by vLLM.
 
-Batches are made before the work is shared out, and each has a seed of its own: the same command gives the
-same answers however many processes there are.
+Batches are made before the work is shared out, and with transformers each has a seed of its own: the same command
+gives the same answers however many processes there are. With other batches sampled answers are others.
 """
 
 import multiprocessing
@@ -197,7 +197,8 @@ def generate_vllm(
             top_k=options.top_k,
             max_tokens=options.max_new_tokens,
             stop_token_ids=prompts.eos,
-            seed=request.seed * 65_537 + place,
+            # Of the question and the sample alone: it makes its own batches, and ours change nothing.
+            seed=(options.seed * 1_000_003 + request.rows[place][0]) * 65_537 + request.rows[place][1],
         )
         for request, place in flat
     ]

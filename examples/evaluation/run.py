@@ -134,7 +134,9 @@ def made_of(
 ) -> dict[str, Any]:
     """All that decides the answers and their scores, by name."""
     asked = [[question.messages, question.gold] for question in questions]
-    sampling = ("max_new_tokens", "temperature", "top_p", "top_k", "num_samples", "seed", "dtype")
+    sampling = ["max_new_tokens", "temperature", "top_p", "top_k", "num_samples", "seed", "dtype"]
+    if options.temperature > 0 and backend == "transformers":
+        sampling.append("batch_size")  # each batch has a seed of its own
     return {
         "model": named(model, weights_fingerprint(options.model)),
         "data": named(options.data, _digest(asked)),

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from engine.run_folder import RunFolder
+from examples.evaluation import generation
 from examples.evaluation.generation import Request, TransformersGenerator, make_requests
 from examples.evaluation.options import EvaluationError, EvaluationOptions, check_options
 from examples.evaluation.prompting import build_prompts, load_tokenizer
@@ -120,6 +123,13 @@ def test_results_of_another_making_are_set_aside_and_not_replaced(model_dir, dat
     evaluate(options_for(moved, data_file, output, limit=2, max_new_tokens=5))
     said = capsys.readouterr().err
     assert "data: " in said and "max_new_tokens: 12 -> 5" in said and "model: " not in said
+    sampled = {"limit": 2, "max_new_tokens": 5, "temperature": 1.0}
+    for size, temperature, other in ((2, 0.0, False), (4, 1.0, True), (4, 1.0, False), (2, 1.0, True)):
+        evaluate(options_for(moved, data_file, output, **sampled | {"batch_size": size, "temperature": temperature}))
+        assert ("held other results" in (said := capsys.readouterr().err)) == other, "sampled in other batches"
+    assert "(batch_size: 4 -> 2)" in said
+    shutil.rmtree(output / "earlier.4")
+    shutil.rmtree(output / "earlier.3")
     (output / "results.json").write_text("{}")
     evaluate(options_for(moved, data_file, output, limit=2, max_new_tokens=5))
     assert "(they do not say what they were made of); they were moved to" in capsys.readouterr().err
@@ -231,6 +241,27 @@ def test_options_that_cannot_be_are_refused(model_dir, data_file, tmp_path, chan
         check_options(options_for(model_dir, data_file, tmp_path, **changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"watch": Path("/nowhere")}, "--watch /nowhere: there is no such folder; give the --output of a run"),
+        ({"model": "hf"}, "--model hf: with --watch it is the run that says which models are graded"),
+        ({"output": Path("out")}, "--output out: with --watch"),
+        ({"also": (Path("a/x"), Path("b/x"))}, "--also a/x: the last part of its path"),
+        ({"also": (Path("step_000007"),)}, "must be a name that neither another model nor a step has"),
+        ({"name": "a/b"}, "--name a/b must be letters, digits, dots and dashes"),
+        ({"watch": None, "once": True, "model": "hf"}, "--once belongs to --watch RUN"),
+        ({"tensor_parallel_size": 0}, "--tensor-parallel-size 0 must be at least 1"),
+        ({"tensor_parallel_size": 3}, "--tensor-parallel-size 3 does not divide the model's 4 attention heads"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused(tmp_path, changes, sentence):
+    RunFolder(tmp_path).model_files.mkdir()
+    (RunFolder(tmp_path).model_files / "config.json").write_text('{"num_attention_heads": 4}')
+    with pytest.raises(EvaluationError, match=sentence.replace("?", r"\?")):
+        check_options(EvaluationOptions(**{"data": "d", "watch": tmp_path, **changes}))
+
+
 def test_a_turn_that_generation_does_not_end_at_is_warned_about(model_dir, data_file, tmp_path):
     other = tmp_path / "model"
     shutil.copytree(model_dir, other)
@@ -291,3 +322,50 @@ def test_no_chat_template_is_refused_and_one_can_be_given(model_dir, data_file, 
     assert ours == (ROOT / "examples" / "chat_templates" / "chatml.jinja").read_text()
     with pytest.raises(EvaluationError, match=r"--chat-template chatnl: there is no such file, and no template"):
         load_tokenizer(options_for(bare, data_file, tmp_path, chat_template=Path("chatnl")))
+
+
+def test_several_gpus_are_vllms(monkeypatch):
+    def chosen(**changes) -> str:
+        return generation.choose_backend(EvaluationOptions(data="d", **changes))
+
+    monkeypatch.setattr(generation, "find_spec", lambda name: None)
+    with pytest.raises(EvaluationError, match=r"--tensor-parallel-size 2 is vLLM's \(not installed\): leave it out"):
+        chosen(tensor_parallel_size=2)
+    monkeypatch.setattr(generation, "find_spec", lambda name: name)
+    for changes in ({"backend": "transformers"}, {"num_workers": 2}):
+        with pytest.raises(EvaluationError, match=r"is vLLM's \(installed\): leave it out, or --backend transformers"):
+            chosen(tensor_parallel_size=2, **changes)
+    monkeypatch.setattr(generation.torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(EvaluationError, match=r"--tensor-parallel-size 4: this node has 2 GPU\(s\)"):
+        chosen(tensor_parallel_size=4)
+    assert chosen(tensor_parallel_size=2) == chosen(backend="vllm") == "vllm"
+    assert chosen(num_workers=2) == chosen(backend="transformers") == "transformers"
+
+
+def test_vllm_is_told_over_how_many_gpus(monkeypatch):
+    """A stand-in of its engine, which answers each prompt with its own length; vLLM itself was not run yet."""
+    told = {}
+
+    class LLM:
+        def __init__(self, **options):
+            told.update(options, seeds=[])
+
+        def generate(self, prompts, params):
+            told["seeds"].append([one["seed"] for one in params])
+            ids = [prompt["prompt_token_ids"] for prompt in prompts]
+            best = [SimpleNamespace(text=str(len(one)), token_ids=one, finish_reason="stop") for one in ids]
+            return [SimpleNamespace(outputs=[one]) for one in best]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: options))
+    options = EvaluationOptions(data="d", model="hf", tensor_parallel_size=4)
+    requests = [
+        generation.Request(seed=1, rows=[(0, 0)], ids=[[7]]),
+        generation.Request(seed=2, rows=[(1, 0)], ids=[[7, 8]]),
+    ]
+    found = list(generation.generate_vllm(SimpleNamespace(eos=[2]), options, requests))
+    assert [[one.text for one in answers] for _, answers in found] == [["1"], ["2"]]
+    assert (told["tensor_parallel_size"], told["model"]) == (4, "hf")
+    seeds = told["seeds"]
+    together = [generation.Request(seed=3, rows=[(0, 0), (1, 0)], ids=[[7], [7, 8]])]
+    assert list(generation.generate_vllm(SimpleNamespace(eos=[2]), options, together))
+    assert told["seeds"] == seeds and len(set(*seeds)) == 2, "the batches that were asked for change nothing"

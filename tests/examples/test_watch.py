@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from engine.run_folder import RunFolder
 from examples.evaluate import main, read_options
-from examples.evaluation import apart, generation, watch
-from examples.evaluation.options import EvaluationError, EvaluationOptions, check_options
+from examples.evaluation import apart, watch
+from examples.evaluation.options import EvaluationError
 from examples.evaluation.run import RESULTS, Asked
 from examples.evaluation.summary import summarise, summary_text
 from tests.support.evaluating import answering_model, write_problems
@@ -297,27 +297,6 @@ def test_a_job_of_its_own_is_stopped_goes_on_and_ends_with_the_run(inputs, tmp_p
     assert printed.endswith("the run is done, and all is graded\n") and not list(run.evaluation.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"watch": Path("/nowhere")}, "--watch /nowhere: there is no such folder; give the --output of a run"),
-        ({"model": "hf"}, "--model hf: with --watch it is the run that says which models are graded"),
-        ({"output": Path("out")}, "--output out: with --watch"),
-        ({"also": (Path("a/x"), Path("b/x"))}, "--also a/x: the last part of its path"),
-        ({"also": (Path("step_000007"),)}, "must be a name that neither another model nor a step has"),
-        ({"name": "a/b"}, "--name a/b must be letters, digits, dots and dashes"),
-        ({"watch": None, "once": True, "model": "hf"}, "--once belongs to --watch RUN"),
-        ({"tensor_parallel_size": 0}, "--tensor-parallel-size 0 must be at least 1"),
-        ({"tensor_parallel_size": 3}, "--tensor-parallel-size 3 does not divide the model's 4 attention heads"),
-    ],
-)
-def test_what_cannot_be_watched_is_refused(tmp_path, changes, sentence):
-    RunFolder(tmp_path).model_files.mkdir()
-    (RunFolder(tmp_path).model_files / "config.json").write_text('{"num_attention_heads": 4}')
-    with pytest.raises(EvaluationError, match=sentence.replace("?", r"\?")):
-        check_options(EvaluationOptions(**{"data": "d", "watch": tmp_path, **changes}))
-
-
 def test_a_run_that_exports_nothing_is_refused_before_it_is_waited_for(inputs, tmp_path, capsys):
     run = RunFolder(tmp_path)
     assert main(flags(inputs, run, "--once")) == 2
@@ -339,48 +318,6 @@ def test_a_recipe_says_how_and_the_run_says_which(inputs, tmp_path):
     assert (options.max_new_tokens, options.also) == (5, (Path("a"), Path("b")))
     options = read_options([str(recipe)])
     assert (options.model, options.output, options.watch) == ("RUN/final", Path("RUN/evaluation"), None)
-
-
-def test_several_gpus_are_vllms(monkeypatch):
-    def chosen(**changes) -> str:
-        return generation.choose_backend(EvaluationOptions(data="d", **changes))
-
-    monkeypatch.setattr(generation, "find_spec", lambda name: None)
-    with pytest.raises(EvaluationError, match=r"--tensor-parallel-size 2 is vLLM's \(not installed\): leave it out"):
-        chosen(tensor_parallel_size=2)
-    monkeypatch.setattr(generation, "find_spec", lambda name: name)
-    for changes in ({"backend": "transformers"}, {"num_workers": 2}):
-        with pytest.raises(EvaluationError, match=r"is vLLM's \(installed\): leave it out, or --backend transformers"):
-            chosen(tensor_parallel_size=2, **changes)
-    monkeypatch.setattr(generation.torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(EvaluationError, match=r"--tensor-parallel-size 4: this node has 2 GPU\(s\)"):
-        chosen(tensor_parallel_size=4)
-    assert chosen(tensor_parallel_size=2) == chosen(backend="vllm") == "vllm"
-    assert chosen(num_workers=2) == chosen(backend="transformers") == "transformers"
-
-
-def test_vllm_is_told_over_how_many_gpus(monkeypatch):
-    """A stand-in of its engine, which answers each prompt with its own length; vLLM itself was not run yet."""
-    told = {}
-
-    class LLM:
-        def __init__(self, **options):
-            told.update(options)
-
-        def generate(self, prompts, params):
-            ids = [prompt["prompt_token_ids"] for prompt in prompts]
-            best = [SimpleNamespace(text=str(len(one)), token_ids=one, finish_reason="stop") for one in ids]
-            return [SimpleNamespace(outputs=[one]) for one in best]
-
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: options))
-    options = EvaluationOptions(data="d", model="hf", tensor_parallel_size=4)
-    requests = [
-        generation.Request(seed=1, rows=[(0, 0)], ids=[[7]]),
-        generation.Request(seed=2, rows=[(1, 0)], ids=[[7, 8]]),
-    ]
-    found = list(generation.generate_vllm(SimpleNamespace(eos=[2]), options, requests))
-    assert [[one.text for one in answers] for _, answers in found] == [["1"], ["2"]]
-    assert (told["tensor_parallel_size"], told["model"]) == (4, "hf")
 
 
 def test_a_signal_to_all_processes_is_no_failure(monkeypatch):
