@@ -43,10 +43,10 @@ def summarise(run: RunFolder, state: str, failed: dict[str, str]) -> dict[str, A
     the highest pass@1, of equal ones the earlier. Averages and other models are no steps. Only results that were asked
     as the newest of their name are compared; `comparable` says so of each. `failed`: by model, why it has no results.
     """
-    paths = [run.evaluation / RESULTS, *run.evaluation.glob(f"*/*/{RESULTS}")]
+    paths = [path for depth in ("", "*/", "*/*/") for path in run.evaluation.glob(depth + RESULTS)]
     found = [entry for path in paths if (entry := _entry(run, path)) is not None]
     newest: dict[str, dict[str, Any]] = {}
-    for entry in sorted(found, key=lambda entry: entry["graded"]):
+    for entry in sorted(found, key=lambda entry: (entry["step"] is not None, entry["graded"])):
         newest[entry["name"]] = entry
     for entry in found:
         entry["comparable"] = not differences(_asked(entry), _asked(newest[entry["name"]]))
@@ -81,11 +81,11 @@ def _entry(run: RunFolder, path: Path) -> dict[str, Any] | None:
     """What a summary says of one results.json; None for one that is no evaluation's, or was set aside."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        name, model = path.parent.name, path.parents[1].name
-        if path.parent == run.evaluation:
-            name, model = folder_name(results["dataset_name"]), results["model_name"]
-        if name.startswith("earlier."):
+        if any(part.startswith("earlier.") for part in path.relative_to(run.evaluation).parts):
             return None
+        name, model = path.parent.name, path.parents[1].name
+        if run.evaluation in (path.parent, path.parents[1]):
+            name, model = folder_name(results["dataset_name"]), results["model_name"]
         number = model.removeprefix("step_")
         return {
             "model": model,

@@ -22,6 +22,7 @@ from examples.evaluation import apart, watch
 from examples.evaluation.options import EvaluationError
 from examples.evaluation.run import RESULTS, Asked
 from examples.evaluation.summary import summarise, summary_text
+from tests.engine.reporting.test_report import write_metrics
 from tests.support.evaluating import answering_model, write_problems
 
 ROOT = Path(__file__).parents[2]
@@ -129,7 +130,7 @@ def test_a_model_that_is_graded_by_itself_joins_them(inputs, tmp_path, answers):
     run = RunFolder(tmp_path / "run")
     stand(run, "done")
     run.config.write_text("checkpoint: {export_hf: true}\n")
-    run.metrics.write_text(json.dumps({"step": 10, "loss": 1.0}) + "\n")
+    write_metrics(run.path, 10)
     export(inputs, run, 10)
     asked = ["--data", inputs / "heldout.jsonl", "--max-new-tokens", 8, "--batch-size", 4]
     alone = [*map(str, ["--model", inputs / "model", *asked, "--output", run.evaluation])]
@@ -140,6 +141,15 @@ def test_a_model_that_is_graded_by_itself_joins_them(inputs, tmp_path, answers):
     found = summary_of(run)
     assert [(one["model"], one["comparable"]) for one in found["results"]] == [("step_000010", True), ("model", True)]
     assert found["best"]["heldout"]["step"] == 10, "a model of no step is not the best one"
+    asked += ["--num-samples", "2", "--temperature", "0.7"]  # the newest, and no step
+    assert main([*map(str, ["--model", inputs / "model", *asked, "--output", run.evaluation / "sampled"])]) == 0
+    found = summary_of(run)
+    joined = [(one["model"], one["name"], one["num_samples"], one["comparable"]) for one in found["results"]]
+    assert joined[0] == ("step_000010", "heldout", 1, True) and found["best"]["heldout"]["step"] == 10
+    assert sorted(joined[1:]) == [("model", "heldout", 1, True), ("model", "heldout", 2, False)]
+    (run.evaluation / "sampled").rename(run.evaluation / "earlier.1")
+    assert main(alone) == 0 and len(summary_of(run)["results"]) == 2, "what was set aside is not shown"
+    found = summary_of(run)
     assert main([*alone[:-1], str(tmp_path / "elsewhere")]) == 0
     assert not (tmp_path / "summary.json").exists() and summary_of(run) == found
 
