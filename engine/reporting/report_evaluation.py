@@ -1,4 +1,7 @@
-"""The report's card about answers: scores of the exported steps, read off `RUN/evaluation/summary.json`."""
+"""The report's card about answers: scores of the exported steps, and what could not be graded.
+
+Both are read off `RUN/evaluation/summary.json`.
+"""
 
 import json
 from html import escape
@@ -12,19 +15,24 @@ FILE = "summary.json"
 
 
 def evaluation_card(folder: Path) -> str:
-    """Scores by step, and all of them in a table; an empty string where nothing is graded or the file is damaged."""
+    """Scores by step, and all of them in a table; an empty string where nothing was tried or the file is damaged."""
     try:
         summary = json.loads((folder / FILE).read_text(encoding="utf-8"))
         # A run that went back to an earlier step has set aside what it knew of later ones.
         results = [entry for entry in summary["results"] if (folder / entry["results"]).exists()]
         there = {entry["model"] for entry in results}
         best = {name: at for name, at in summary["best"].items() if at["model"] in there}
-        return _card(results, best) if results else ""
-    except (OSError, ValueError, KeyError, TypeError):
+        failed = [
+            (f"{model}, {name}", why)
+            for name, watched in summary.get("watched", {}).items()
+            for model, why in watched["failed"].items()
+        ]
+        return _card(results, best, failed) if results or failed else ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""
 
 
-def _card(results: list[dict[str, Any]], best: dict[str, dict[str, Any]]) -> str:
+def _card(results: list[dict[str, Any]], best: dict[str, dict[str, Any]], failed: list[tuple[str, str]]) -> str:
     names = list(dict.fromkeys(entry["name"] for entry in results))
     curves = []
     for name, colour in zip(names, PALETTE, strict=False):
@@ -35,6 +43,7 @@ def _card(results: list[dict[str, Any]], best: dict[str, dict[str, Any]]) -> str
     said = [f"{name}: step {at['step']:,} is best ({at['score']:.4f})" for name, at in best.items()]
     note = f"{key(curves)} &middot; pass@1 of the exported steps{''.join(f' &middot; {escape(one)}' for one in said)}"
     rows = "".join(f"<div><dt>{escape(_title(entry))}</dt><dd>{_scores(entry, best)}</dd></div>" for entry in results)
+    rows += "".join(f"<div><dt>{escape(of)}</dt><dd>not graded: {escape(why)}</dd></div>" for of, why in failed)
     return card("Answers, graded", note, f"{drawn}<dl>{rows}</dl>")
 
 

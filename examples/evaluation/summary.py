@@ -1,14 +1,16 @@
 """All results in RUN/evaluation beside each other: `summary.json`, and which step is best by them."""
 
+import fcntl
 import json
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from engine.reporting.report import write_report
 from engine.reporting.report_evaluation import FILE as SUMMARY
 from engine.run_folder import RunFolder, read_object, replace_text
-from engine.run_status import DONE
 from examples.evaluation.options import folder_name
 from examples.evaluation.run import RESULTS
 from examples.made_of import differences
@@ -20,28 +22,30 @@ def show_in_run(output: Path) -> None:
     runs = [RunFolder(folder) for folder in output.parents]
     run = next((run for run in runs if run.evaluation in (output, *output.parents) and run.config.exists()), None)
     if run is not None:
-        before = read_object(run.evaluation / SUMMARY)
-        write_summary(run, before.get("state", DONE), before.get("failed", {}))
+        write_summary(run)
 
 
-def write_summary(run: RunFolder, state: str, failed: dict[str, str]) -> dict[str, Any]:
+def write_summary(run: RunFolder, watched: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Writes the summary, see `summarise`, and the run's report with it; returns the summary."""
-    summary = summarise(run, state, failed)
-    if run.metrics.exists() and summary["results"]:
-        try:
-            write_report(run.path, keep_sample=True)
-        except (OSError, ValueError) as error:  # the results are worth more than the page
-            print(f"report.html could not be written: {error}", file=sys.stderr, flush=True)
+    with _alone(run):
+        summary = summarise(run, watched)
+        failed = any(one["failed"] for one in summary["watched"].values())
+        if run.metrics.exists() and (summary["results"] or failed):
+            try:
+                write_report(run.path, keep_sample=True)
+            except (OSError, ValueError) as error:  # the results are worth more than the page
+                print(f"report.html could not be written: {error}", file=sys.stderr, flush=True)
     return summary
 
 
-def summarise(run: RunFolder, state: str, failed: dict[str, str]) -> dict[str, Any]:
+def summarise(run: RunFolder, watched: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write `RUN/evaluation/summary.json` and return what it holds.
 
-    `results`: one entry for each MODEL/NAME/results.json, and for a results.json of one model in `evaluation` itself;
-    steps first, by step and name. `best`: by name, the step with
-    the highest pass@1, of equal ones the earlier. Averages and other models are no steps. Only results that were asked
-    as the newest of their name are compared; `comparable` says so of each. `failed`: by model, why it has no results.
+    `results`: one entry for each MODEL/NAME/results.json, and for a results.json of one model in `evaluation` itself
+    or a folder of it; steps first, by step and name. `best`: by name, the step with the highest pass@1, of equal ones
+    the earlier. Averages and other models are no steps. Only results that were asked as the newest step of their name
+    are compared; `comparable` says so of each. `watched`: by name, in which `state` the watching is, and of the models
+    that `failed` why they have no results. Names that are not given here keep what another process wrote of them.
     """
     paths = [path for depth in ("", "*/", "*/*/") for path in run.evaluation.glob(depth + RESULTS)]
     found = [entry for path in paths if (entry := _entry(run, path)) is not None]
@@ -57,7 +61,8 @@ def summarise(run: RunFolder, state: str, failed: dict[str, str]) -> dict[str, A
             before = best.get(entry["name"])
             if before is None or entry["score"] > before["score"]:
                 best[entry["name"]] = {key: entry[key] for key in ("step", "model", "score")}
-    summary = {"state": state, "best": best, "results": found, "failed": failed}
+    others = read_object(run.evaluation / SUMMARY).get("watched", {})
+    summary = {"best": best, "results": found, "watched": {**others, **(watched or {})}}
     replace_text(run.evaluation / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -69,7 +74,11 @@ def summary_text(summary: dict[str, Any]) -> str:
         scores = "  ".join(f"{name} {value:.4f}" for name, value in entry["scores"].items())
         remark = "" if entry["comparable"] else "  (asked otherwise than the newest: not compared)"
         lines.append(f"{entry['model']:<16} {entry['name']:<16} {scores}{remark}")
-    lines += [f"{model:<16} could not be graded: {why}" for model, why in summary["failed"].items()]
+    lines += [
+        f"{model:<16} {name:<16} could not be graded: {why}"
+        for name, watched in summary["watched"].items()
+        for model, why in watched["failed"].items()
+    ]
     lines += [
         f"best step by pass@1 on {name}: {best['step']:,} ({best['score']:.4f})"
         for name, best in summary["best"].items()
@@ -97,6 +106,15 @@ def _entry(run: RunFolder, path: Path) -> dict[str, Any] | None:
         }
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+@contextmanager
+def _alone(run: RunFolder) -> Iterator[None]:
+    """One process at a time, of those that grade under several names: none writes what it read before another wrote."""
+    with (run.evaluation / "summary.lock").open("a") as file:
+        with suppress(OSError):  # this file system has no locks
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 def _asked(entry: dict[str, Any]) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class Watch:
 
     def note(self, state: str) -> None:
         """Writes the summary, and the run's report with it."""
-        self.summary = write_summary(self.run, state, self.failed)
+        self.summary = write_summary(self.run, {self.name: {"state": state, "failed": self.failed}})
 
     def why_over(self) -> str | None:
         """Why nothing more is to come; None while something may."""

@@ -107,7 +107,7 @@ def test_what_is_there_is_graded_once_and_the_best_step_is_named(inputs, tmp_pat
     rows = [(entry["model"], entry["step"], entry["score"], entry["questions"]) for entry in found["results"]]
     assert rows[0] == ("step_000010", 10, 0.25, 3) and rows[-1] == ("average", None, 0.9, 3) and len(rows) == 4
     assert all((run.evaluation / entry["results"]).is_file() for entry in found["results"])
-    assert found["state"] == "done" and found["failed"] == {} and not list(run.evaluation.rglob("*.tmp"))
+    assert found["watched"] == {"heldout": {"state": "done", "failed": {}}} and not list(run.evaluation.rglob("*.tmp"))
     assert main(once) == 0 and len(answers.graded) == 4, "the same model, data and prompts"
     assert "step_000010: graded before" in capsys.readouterr().out
     shutil.rmtree(run.export(10))
@@ -163,7 +163,7 @@ def test_results_under_several_names_have_a_best_step_each(tmp_path):
         (folder / RESULTS).write_text(json.dumps(results | {"made_of": {"model": model, "data": name}}))
     (run.evaluation / "step_000005" / "c").mkdir()
     (run.evaluation / "step_000005" / "c" / RESULTS).write_text("{")
-    assert {name: at["step"] for name, at in summarise(run, "done", {})["best"].items()} == {"a": 5, "b": 9}
+    assert {name: at["step"] for name, at in summarise(run)["best"].items()} == {"a": 5, "b": 9}
 
 
 def test_a_model_that_cannot_be_graded_does_not_stop_the_others(inputs, tmp_path, answers, capsys):
@@ -178,11 +178,22 @@ def test_a_model_that_cannot_be_graded_does_not_stop_the_others(inputs, tmp_path
     assert main(flags(inputs, run, "--also", str(tmp_path / "nowhere"), "--once")) == 1
     assert answers.graded == ["step_000020"]
     found = summary_of(run)
-    assert found["failed"].keys() == {"step_000010", "nowhere"} and found["state"] == "failed"
+    watched = found["watched"]["heldout"]
+    assert watched["failed"].keys() == {"step_000010", "nowhere"} and watched["state"] == "failed"
     assert not held.exists()
-    assert found["failed"]["step_000010"].startswith(f"--model {run.export(10)} cannot be loaded")
-    assert "step_000010      could not be graded" in capsys.readouterr().out
+    assert watched["failed"]["step_000010"].startswith(f"--model {run.export(10)} cannot be loaded")
+    assert "step_000010      heldout          could not be graded" in capsys.readouterr().out
     assert found["best"]["heldout"]["step"] == 20
+    write_metrics(run.path, 10)
+    assert main(flags(inputs, run, "--name", "second", "--limit", "2", "--once")) == 1
+    (run.export(10) / "tokenizer.json").write_text((inputs / "model" / "tokenizer.json").read_text())
+    (run.export(10) / "tokenizer_config.json").write_text((inputs / "model" / "tokenizer_config.json").read_text())
+    assert main(flags(inputs, run, "--name", "second", "--limit", "2", "--once")) == 0
+    found = summary_of(run)["watched"]
+    assert found == {"heldout": watched, "second": {"state": "done", "failed": {}}}, "each name speaks for itself"
+    page = run.report.read_text(encoding="utf-8")
+    assert "step_000010, heldout" in page and f"not graded: --model {run.export(10)} cannot be loaded" in page
+    assert page.count("not graded: ") == 2
 
 
 def test_an_export_that_is_removed_before_its_turn_is_told(inputs, tmp_path, answers):
@@ -193,7 +204,7 @@ def test_an_export_that_is_removed_before_its_turn_is_told(inputs, tmp_path, ans
     answers.meanwhile += [lambda: export(inputs, run, 20), lambda: run.remove_checkpoint(20)]
     answers.meanwhile += [lambda: stand(run, "done"), answers.meanwhile.clear]
     assert main(flags(inputs, run)) == 1 and answers.graded == ["step_000010"]
-    assert summary_of(run)["failed"] == {
+    assert summary_of(run)["watched"]["heldout"]["failed"] == {
         "step_000020": f"{run.export(20)} was removed before it was graded; keep more (--checkpoint.keep)"
     }
 
@@ -279,7 +290,11 @@ def test_a_job_of_its_own_is_stopped_goes_on_and_ends_with_the_run(inputs, tmp_p
     printed, errors = process.communicate(timeout=20)
     assert process.returncode == 0, errors
     assert printed.endswith("SIGTERM was received: stopped; the same command goes on\n")
-    assert summary_of(run)["state"] == "stopped" and not held.exists() and not list(run.evaluation.rglob(RESULTS))
+    assert (
+        summary_of(run)["watched"]["heldout"]["state"] == "stopped"
+        and not held.exists()
+        and not list(run.evaluation.rglob(RESULTS))
+    )
     assert psutil.wait_procs(children, timeout=10)[1] == []
 
     process = start(inputs, run)
@@ -292,14 +307,17 @@ def test_a_job_of_its_own_is_stopped_goes_on_and_ends_with_the_run(inputs, tmp_p
         weights = torn / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:5000])
         torn.rename(run.export(20))
-        until(process, lambda: "step_000020" in summary_of(run)["failed"])
+        until(process, lambda: "step_000020" in summary_of(run)["watched"]["heldout"]["failed"])
         export(inputs, run, 30)
         stand(run, "done")
         printed, errors = process.communicate(timeout=180)
     finally:
         process.kill()
     assert process.returncode == 1, errors
-    assert "step_000020      could not be graded: --model" in printed and "its weights cannot be loaded" in printed
+    assert (
+        "step_000020      heldout          could not be graded: --model" in printed
+        and "its weights cannot be loaded" in printed
+    )
     assert [entry["model"] for entry in summary_of(run)["results"]] == ["step_000010", "step_000030"]
     results = json.loads((held.parent / RESULTS).read_text())
     assert results["model"] == str(run.export(10)) and results["generations"] == 3

@@ -181,7 +181,15 @@ def test_graded_answers_have_a_card(tmp_path):
     (tmp_path / "evaluation" / "step_000030" / "<b>gsm" / "results.json").unlink()  # the run went back before it
     page = Page(write_report(tmp_path).read_text())
     assert "is best" not in page.words and "step_000030" not in page.words and "step_000020" in page.words
-    for damaged in ('{"results": 7}', "{", '{"results": [{"model": 1}], "best": {}}'):
+    why = "--model <hf> cannot be loaded"
+    failed = {"gsm": {"state": "failed", "failed": {"step_000040": why}}, "aime": {"state": "done", "failed": {}}}
+    for shown, there in ((results, "step_000020"), ([], "pass@1")):  # beside results, and alone
+        file.write_text(json.dumps({"results": shown, "best": {}, "watched": failed}))
+        page = Page(write_report(tmp_path).read_text())
+        assert f"step_000040, gsmnot graded: {why}" in page.words and there in page.words
+        assert page.words.count("not graded") == 1
+    broken = '{"results": [], "best": {}, "watched": {"a": "done"}}'
+    for damaged in ('{"results": 7}', "{", '{"results": [{"model": 1}], "best": {}}', broken):
         file.write_text(damaged)
         assert "Answers" not in Page(write_report(tmp_path).read_text()).words
 
