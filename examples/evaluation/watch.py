@@ -1,6 +1,7 @@
 """`--watch RUN`: a run's exports are graded as they appear, by a job of its own, and the best step is named."""
 
 import fcntl
+import os
 import shutil
 import sys
 import time
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -33,7 +34,7 @@ def watch(options: EvaluationOptions) -> int:
     """Grades what `--watch` and `--also` name; returns the exit status.
 
     It is 0 where all is graded or a signal asked to stop, and 1 where a model could not be graded or the run did not
-    come to its end. Raises `EvaluationError` for a user's mistake.
+    come to its end or was begun anew. Raises `EvaluationError` for a user's mistake.
     """
     assert options.watch is not None
     run, name = RunFolder(options.watch), options.name or folder_name(dataset_name(options.data))
@@ -42,10 +43,10 @@ def watch(options: EvaluationOptions) -> int:
         questions = load_questions(options)
         _check_exports(run, options)
         run.evaluation.mkdir(exist_ok=True)
-        with _alone(run, name):
+        with _alone(run, name) as lock:
             for held in run.evaluation.glob(f"*/{name}/{HELD}"):  # of a process that was killed
                 shutil.rmtree(held, ignore_errors=True)
-            watched = Watch(run, name, options, questions, stop)
+            watched = Watch(run, name, options, questions, stop, lock)
             why = watched.work()
             bad = bool(watched.failed) or watched.gave_up
             watched.note(STOPPED if stop.signal else FAILED if bad else DONE)
@@ -57,14 +58,21 @@ class Watch:
     """What is known of a run's models: which are graded, which cannot be, and since when nothing has moved."""
 
     def __init__(
-        self, run: RunFolder, name: str, options: EvaluationOptions, questions: list[Question], stop: StopRequest
+        self,
+        run: RunFolder,
+        name: str,
+        options: EvaluationOptions,
+        questions: list[Question],
+        stop: StopRequest,
+        lock: TextIO,
     ):
         self.run, self.name, self.options, self.questions, self.stop = run, name, options, questions, stop
+        self.lock = lock
         self.known: dict[str, Path] = {}  # by what results call them: all models that were ever there
         self.seen: dict[str, tuple[int, int] | None] = {}  # by model: its folder as it was when it was graded
         self.failed: dict[str, str] = {}
         self.gave_up = False
-        self.summary: dict[str, Any] = {}
+        self.summary: dict[str, Any] = {"results": [], "watched": {}, "best": {}}
         self._signs: tuple[Any, ...] = ()
         self._since = self._looked = time.monotonic()
 
@@ -75,12 +83,15 @@ class Watch:
             over = self.why_over()  # before the look at what is there: a run is done after its last export
             self.look()
             for model, folder in list(self.known.items()):
-                if self.stop.signal:
+                if self.is_stopped():
                     break
                 if model not in self.seen or _identity(folder) not in (None, self.seen[model]):
                     self.grade(model, folder)
             if self.stop.signal:
                 return f"{reason(self.stop.number())}: stopped; the same command goes on"
+            if self.is_anew():
+                self.gave_up = True
+                return f"{self.run.path} was begun anew, and its results were set aside; the same command goes on"
             if over:
                 return over
             self._sleep()
@@ -91,10 +102,17 @@ class Watch:
         self._looked = time.monotonic()
 
     def is_stopped(self) -> bool:
-        """Whether a signal asks to stop; while a model is graded, this also looks at RUN."""
+        """Whether a signal or the run asks to stop; while a model is graded, this also looks at RUN."""
         if time.monotonic() - self._looked >= POLL:
             self.look()
-        return bool(self.stop.signal)
+        return bool(self.stop.signal) or self.is_anew()
+
+    def is_anew(self) -> bool:
+        """Whether a run that was begun anew has set this one's results aside: then nothing here is of it any more."""
+        try:
+            return not os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.lock.name))
+        except OSError:
+            return True
 
     def models(self) -> dict[str, Path]:
         """The models that are there whole, by what results call them: exports in order of their steps, then others."""
@@ -115,6 +133,8 @@ class Watch:
                 elif not answer_apart(asked, self.is_stopped):
                     return
         except Exception as error:  # whatever the libraries make of a model's files
+            if self.is_anew():
+                return
             if folder.exists():
                 self.failed[model] = str(error).replace(str(output / HELD), str(folder))
             else:
@@ -127,7 +147,13 @@ class Watch:
 
     def note(self, state: str) -> None:
         """Writes the summary, and the run's report with it."""
-        self.summary = write_summary(self.run, {self.name: {"state": state, "failed": self.failed}})
+        try:
+            if not self.is_anew():
+                watched = {self.name: {"state": state, "failed": self.failed}}
+                self.summary = write_summary(self.run, watched)
+        except FileNotFoundError:
+            if not self.is_anew():
+                raise
 
     def why_over(self) -> str | None:
         """Why nothing more is to come; None while something may."""
@@ -190,8 +216,11 @@ def _check_exports(run: RunFolder, options: EvaluationOptions) -> None:
 
 
 @contextmanager
-def _alone(run: RunFolder, name: str) -> Iterator[None]:
-    """One process at a time grades under a name; the kernel drops this lock when the process is gone."""
+def _alone(run: RunFolder, name: str) -> Iterator[TextIO]:
+    """One process at a time grades under a name; the kernel drops this lock when the process is gone.
+
+    Yields the locked file.
+    """
     with (run.evaluation / f".{name}.lock").open("a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -201,4 +230,4 @@ def _alone(run: RunFolder, name: str) -> Iterator[None]:
             ) from None
         except OSError:  # this file system has no locks
             pass
-        yield
+        yield file

@@ -209,6 +209,34 @@ def test_an_export_that_is_removed_before_its_turn_is_told(inputs, tmp_path, ans
     }
 
 
+@pytest.mark.parametrize("midway", [False, True])
+def test_a_run_that_is_begun_anew_ends_it(inputs, tmp_path, answers, monkeypatch, capsys, midway):
+    """While a model is graded, or between two: nothing of the old run is written among the results of the new one."""
+    run = RunFolder(tmp_path / "run")
+    stand(run, "running")
+    export(inputs, run, 10)
+
+    def anew() -> None:
+        aside.append(run.set_aside())
+        stand(run, "running")
+        export(inputs, run, 20)
+
+    def in_the_middle(asked: Asked, is_stopped) -> bool:
+        anew()
+        return not is_stopped()
+
+    aside: list = []
+    if midway:
+        monkeypatch.setattr(watch, "answer_apart", in_the_middle)
+    else:
+        monkeypatch.setattr(watch.Watch, "_sleep", lambda self: anew())
+    assert main(flags(inputs, run)) == 1
+    said = capsys.readouterr()
+    assert said.out.endswith(f"{run.path} was begun anew, and its results were set aside; the same command goes on\n")
+    assert "error" not in said.err and "Traceback" not in said.err
+    assert not list(run.path.glob("evaluation/**/*.json")) and (aside[0] / "evaluation" / "summary.json").exists()
+
+
 def test_when_there_is_nothing_to_wait_for(inputs, tmp_path, answers, monkeypatch, capsys):
     run = RunFolder(tmp_path / "run")
     export(inputs, run, 10)
@@ -221,7 +249,7 @@ def test_when_there_is_nothing_to_wait_for(inputs, tmp_path, answers, monkeypatc
     assert main(flags(inputs, run)) == 0
     assert answers.graded == ["step_000010"]
     options = read_options(flags(inputs, run))
-    waiting = watch.Watch(run, "heldout", options, [], SimpleNamespace(signal=0))
+    waiting = watch.Watch(run, "heldout", options, [], SimpleNamespace(signal=0), SimpleNamespace())
     stand(run, "stopped")  # the next job of a chain goes on
     assert waiting.why_over() is None
     monkeypatch.setattr(watch, "PATIENCE", 5.0)
