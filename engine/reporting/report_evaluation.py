@@ -41,7 +41,7 @@ def _card(results: list[dict[str, Any]], best: dict[str, dict[str, Any]], failed
         curves.append(Curve(label=name, colour=colour, points=points, dots=True))
     drawn = line_chart(curves, label="Scores by step") if any(curve.points for curve in curves) else ""
     said = [f"{name}: step {at['step']:,} is best ({at['score']:.4f})" for name, at in best.items()]
-    note = f"{key(curves)} &middot; pass@1 of the exported steps{''.join(f' &middot; {escape(one)}' for one in said)}"
+    note = " &middot; ".join([key(curves), "pass@1 of the exported steps", *map(escape, said)]) if drawn else "pass@1"
     rows = "".join(f"<div><dt>{escape(_title(entry))}</dt><dd>{_scores(entry, best)}</dd></div>" for entry in results)
     rows += "".join(f"<div><dt>{escape(of)}</dt><dd>not graded: {escape(why)}</dd></div>" for of, why in failed)
     return card("Answers, graded", note, f"{drawn}<dl>{rows}</dl>")

@@ -33,7 +33,7 @@ def write_summary(run: RunFolder, watched: Mapping[str, Any] | None = None) -> d
         if run.metrics.exists() and (summary["results"] or failed):
             try:
                 write_report(run.path, keep_sample=True)
-            except (OSError, ValueError) as error:  # the results are worth more than the page
+            except (OSError, ValueError, KeyError) as error:  # the results are worth more than the page
                 print(f"report.html could not be written: {error}", file=sys.stderr, flush=True)
     return summary
 
