@@ -149,14 +149,15 @@ class Kind:
     time: str = "20"
     saves: bool = True  # whether the run saves before it ends
     fills: bool = False  # whether RUN lies on a small disk
+    hurries: bool = False  # whether KillWait is all the time there is to save
 
 
 KINDS = {
     "time limit": Kind(leave, again=True, time="1"),
     "--signal=USR1@600, scancel --signal": Kind(usr1, again=True),
-    "scancel JOB": Kind(cancel, again=True),
-    "scontrol requeue": Kind(requeue),
-    "preempted at once": Kind(preempt, "low"),
+    "scancel JOB": Kind(cancel, again=True, hurries=True),
+    "scontrol requeue": Kind(requeue, hurries=True),
+    "preempted at once": Kind(preempt, "low", hurries=True),
     "preempted with grace": Kind(preempt, "grace"),
     "preempted at once, no time to save": Kind(preempt_frozen, "low", saves=False),
     "preempted with grace, no time to save": Kind(preempt_frozen, "grace", saves=False),
@@ -185,13 +186,17 @@ def measure(cluster: Cluster, kind: Kind, inputs: Path, run: RunFolder) -> Loss:
     return lose(run, watch)
 
 
-def scaled(kind: Kind, loss: Loss, *, save: float, step: float, start: float, interval: float) -> tuple[float, float]:
+def scaled(
+    kind: Kind, loss: Loss, *, save: float, step: float, start: float, interval: float, kill_wait: float
+) -> tuple[float, float]:
     """Steps made twice and seconds lost by a large run, on average over when it happens.
 
     What SLURM itself took is left as it was measured: a notice that passed in vain and a node's time-out among it.
     """
-    twice = 0.0 if kind.saves else interval / 2
-    return twice / step, (save if kind.saves else 0.0) + loss.away + start + twice
+    saves = kind.saves and not (kind.hurries and save > kill_wait)
+    twice = 0.0 if saves else interval / 2
+    ending = save if saves else kill_wait if kind.saves else 0.0
+    return twice / step, ending + loss.away + start + twice
 
 
 def main(
@@ -201,6 +206,7 @@ def main(
     start: float = 120.0,
     interval: float = 3600.0,
     hours: float = 4.0,
+    kill_wait: float = 30.0,
 ) -> int:
     """Prints what was measured, and what a large run would lose.
 
@@ -211,6 +217,7 @@ def main(
         start: seconds from its job script to the first step, but for reading the checkpoint, taken as long as a save.
         interval: seconds from one checkpoint to the next.
         hours: the time limit of its jobs.
+        kill_wait: seconds that its cluster leaves a job that is cancelled, slurm.conf's KillWait.
     """
     from tests.support.tiny import make_inputs
 
@@ -236,7 +243,8 @@ def main(
     )
     print(f"{'':40}" + "".join(f"{f'save {save:g} s':>24}" for save in saves))
     for what, loss in measured.items():
-        cells = [scaled(KINDS[what], loss, save=s, step=step, start=start + s, interval=interval) for s in saves]
+        large = {"step": step, "interval": interval, "kill_wait": kill_wait}
+        cells = [scaled(KINDS[what], loss, save=save, start=start + save, **large) for save in saves]
         print(f"{what:40}" + "".join(f"{f'{steps:,.0f} steps, {lost:,.0f} s':>24}" for steps, lost in cells))
     limit = TimeLimit(end=hours * 3600, length=hours * 3600)
     notices = [limit.end - limit.stop_at(save, step) for save in saves]
