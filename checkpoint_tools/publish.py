@@ -143,13 +143,11 @@ def _made_of(hf: Path, run: Path | None) -> dict[str, Any]:
 
 
 def _contradictions(said: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """What a model says of its data, settings and course, and a run says otherwise."""
+    """What a model says of its data and course, and a run says otherwise; settings may have changed on the way."""
     trained_on = [[data.get("fingerprint") for data in one.get("data", [])] for one in (said, found)]
     wrong = ["data"] if trained_on[0] and trained_on[0] != trained_on[1] else []
-    for part in ("settings", "course"):
-        there = found[part]
-        wrong += [f"{part}.{name}" for name, value in said.get(part, {}).items() if value != there.get(name)]
-    return wrong
+    course = found["course"]
+    return wrong + [f"course.{name}" for name, value in said.get("course", {}).items() if value != course.get(name)]
 
 
 if __name__ == "__main__":

@@ -76,13 +76,13 @@ class StopRequest:
 
     def __init__(self, limit: TimeLimit = NO_LIMIT, save: float | None = None):
         """save: seconds that a save takes, as an earlier job has seen it."""
-        self._limit, self._stop_at = limit, limit.stop_at(save)
+        self._limit, self._save, self._stop_at = limit, save, limit.stop_at(save)
         self.signal = _early  # the last one, 0 for none
 
     def learn(self, save: float | None, step: float) -> None:
-        """Takes the seconds that a save and a step of this run take."""
-        if save is not None:
-            self._stop_at = self._limit.stop_at(save, step)
+        """Takes the seconds that a step of this run takes, and a save where it has made one."""
+        self._save = self._save if save is None else save
+        self._stop_at = self._limit.stop_at(self._save, step)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 # Seconds since the epoch, which newer releases of SLURM set for their jobs.
 JOB_START, JOB_END = "SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"
 # How long before its end a job stops by default. While no save's time is known: so many minutes, or this share of a
-# shorter job. Then: so many times what a save and a step take, and a minute, or that share, for whatever else there is.
-# At most half of the job: where saves take longer, it would make no step.
+# shorter job, or two steps where they take longer. Then: so many times what a save and a step take, and a minute, or
+# that share, for whatever else there is. At most half of the job: where saves take longer, it would make no
+# step.
 MINUTES, SHARE = 10.0, 0.1
 TIMES, REST = 2.0, 60.0
 MOST = 0.5
@@ -36,8 +37,10 @@ class TimeLimit:
             return math.inf
         share = SHARE * self.length
         if save is None:
-            return self.end - min(MINUTES * 60, share)
-        return self.end - min(TIMES * (save + step) + min(REST, share), MOST * self.length)
+            notice = max(min(MINUTES * 60, share), TIMES * step)
+        else:
+            notice = TIMES * (save + step) + min(REST, share)
+        return self.end - min(notice, MOST * self.length)
 
 
 NO_LIMIT = TimeLimit()

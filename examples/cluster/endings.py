@@ -31,6 +31,8 @@ class Start:
     failures: int = 0  # of the job's earlier starts, see `this_job.Note`
     fruitless: int = 0
     lacking: tuple[str, ...] = ()  # nodes on which the setup or the check has failed
+    nodes: int = 0  # in all
+    lacked_before: int = 0  # training jobs right before this one that ended so
     retries: int = 3
     until_done: bool = False
 
@@ -50,8 +52,12 @@ def decide(status: dict[str, Any], start: Start, srun: int) -> End:
     if state == STOPPED or (not status and srun == 0):
         return End(0, f"the run was told to stop{f' at {at}: {reason}' if state else ' before it began'}")
     if start.lacking:
-        nodes = ",".join(start.lacking)
-        return End(GAVE_UP, f"the setup or the check of {nodes} has failed, see above", failed=True)
+        why = f"the setup or the check of {','.join(start.lacking)} has failed, see above"
+        # A node may be bad; where half of them are, or three jobs in a row find some, it is what they were told to do.
+        many = len(start.lacking) > 1 and 2 * len(start.lacking) >= start.nodes
+        if many or start.lacked_before > 1:
+            return End(FOR_GOOD, f"{why}, and would fail again", cancel="all", failed=True)
+        return End(GAVE_UP, why, failed=True)
     why = f"the run was killed, or failed: {reason or f'srun ended with status {srun}'}"
     if not start.progress:
         return End(GAVE_UP, f"{why}; it wrote no new checkpoint, so the job ends here", failed=True)

@@ -109,6 +109,8 @@ def end(run: RunFolder, srun: int) -> int:
         failures=note.failures,
         fruitless=note.fruitless,
         lacking=tuple(this_job.lacking_nodes(run)),
+        nodes=int(os.environ.get("SLURM_NNODES", "0")),
+        lacked_before=lacked_before(run),
         retries=int(os.environ.get("LATHE_RETRIES", "3")),
         until_done=bool(os.environ.get("LATHE_UNTIL_DONE")),
     )
@@ -116,7 +118,7 @@ def end(run: RunFolder, srun: int) -> int:
     if found.failed:
         with contextlib.suppress(OSError):  # a full disk
             this_job.write_note(run, replace(note, failed=True))
-    if start.lacking and found.failed:
+    if start.lacking and found.exit_status == GAVE_UP and found.failed:
         found = replace(found, sentence=f"{found.sentence}; {leave_out(run, start.lacking)}")
     cancel(run, found.cancel)
     return leave(found, job)
@@ -143,6 +145,20 @@ def stage(srun: int) -> int:
     if not this_job.is_preempted(job):
         return srun
     return leave(End(srun, "the job was preempted, so it goes back to the queue", requeue=True), job)
+
+
+def lacked_before(run: RunFolder) -> int:
+    """How many training jobs of the chain right before this one ended because a node lacked something."""
+    try:
+        jobs = {job.id: job for job in job_record.read(run).jobs if job.stage == job_record.TRAIN}
+    except ValueError:
+        return 0
+    count, own = 0, jobs.get(this_job.recorded_id())
+    while own and (own := next((jobs[id] for id in own.after if id in jobs), None)):
+        if not any(run.logs.glob(f"{own.id}.*/*{this_job.LACKING}")):
+            break
+        count += 1
+    return count
 
 
 def leave_out(run: RunFolder, nodes: Sequence[str]) -> str:

@@ -86,9 +86,17 @@ def release() -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
+def _is_cancelled(partition: str) -> bool:
+    """Whether a partition's jobs are cancelled when they are preempted, as far as it says so itself."""
+    try:
+        return "PreemptMode=CANCEL" in slurm.call("scontrol", "show", "partition", "-o", partition)
+    except ValueError:
+        return False
+
+
 def why_no_requeue(shown: dict[str, str]) -> str:
     """Why this job is not to be put back into the queue; empty where it is."""
-    if is_preempted(shown) and release() >= REQUEUES_AFTER_GRACE:
+    if is_preempted(shown) and release() >= REQUEUES_AFTER_GRACE and not _is_cancelled(shown.get("Partition", "")):
         return "SLURM puts it there itself"  # and would put it there once more if this job did
     if int(shown.get("Restarts", restart())) > restart():
         return "SLURM has put it there itself"

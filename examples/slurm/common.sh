@@ -26,11 +26,11 @@ self=${self:-$SLURM_JOB_ID}
 cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
 export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$cores}
 
-# Waits for the background process $step, to which a signal that reaches this script alone (--signal=B:USR1@600, Ctrl-C
-# inside salloc) goes on as $1; its exit status is left in $status.
+# Waits for the background process $step. At a signal that reaches this script alone (--signal=B:USR1@600, Ctrl-C inside
+# salloc) it calls $1, which passes one on; the step's exit status is left in $status.
 wait_for_step() {
-    # shellcheck disable=SC2064  # the signal is known now
-    trap "kill -s $1 $step 2>/dev/null || true" INT TERM USR1 USR2
+    # shellcheck disable=SC2064  # the command is known now
+    trap "$1 2>/dev/null || true" INT TERM USR1 USR2
     while kill -0 "$step" 2>/dev/null; do
         wait "$step" || true # a signal ends it early
     done

@@ -13,5 +13,5 @@ fi
 srun --nodes 1 --ntasks 1 ${LATHE_SRUN[@]+"${LATHE_SRUN[@]}"} \
     bash -c 'eval "${LATHE_SETUP:-}" && exec "$LATHE_PYTHON" "$LATHE_HOME/examples/lathe.py" "$@"' bash "$@" </dev/null &
 step=$!
-wait_for_step TERM
+wait_for_step "scancel --signal=TERM $self" # srun itself would take it as an order to kill
 exec "${job_end[@]}" stage "$status"

@@ -67,5 +67,5 @@ srun --kill-on-bad-exit=1 --nodes "$SLURM_NNODES" --ntasks "$SLURM_NNODES" --nta
     ${LATHE_SRUN[@]+"${LATHE_SRUN[@]}"} \
     "$LATHE_HOME/examples/slurm/on_node.sh" "$logs" "$endpoint" "$@" </dev/null &
 step=$!
-wait_for_step USR1
+wait_for_step "kill -s USR1 $step"
 exec "${job_end[@]}" end "$run" "$status"

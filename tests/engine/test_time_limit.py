@@ -47,6 +47,15 @@ def test_four_hours_stop_as_saves_take(save, step, notice):
     assert TimeLimit(end=20_000, length=14_400).stop_at(save, step) == 20_000 - notice
 
 
+def test_steps_that_take_long_are_waited_for_before_any_save():
+    assert TimeLimit(end=20_000, length=1_200).stop_at(None, 100) == 20_000 - 200
+    assert TimeLimit(end=20_000, length=14_400).stop_at(None, 100) == 20_000 - 600
+    stop = StopRequest(TimeLimit(end=time.time() + 700, length=14_400))
+    assert not stop.number()
+    stop.learn(None, 400)
+    assert stop.number()
+
+
 def test_a_short_job_keeps_most_of_its_time():
     assert TimeLimit(end=1_000, length=60).stop_at(1, 1) == 1_000 - 2 * 2 - 6
 
@@ -56,8 +65,10 @@ def test_a_run_learns_what_its_saves_take():
     assert StopRequest(in_five_minutes).number(), "ten minutes before the end, as no save's time is known"
     assert not StopRequest(in_five_minutes, save=20).number()
     stop = StopRequest(in_five_minutes, save=20)
-    stop.learn(None, 100)  # no save of this job
+    stop.learn(None, 10)  # no save of this job yet: that of an earlier one holds
     assert not stop.number()
+    stop.learn(None, 150)  # twice 170, and a minute
+    assert stop.number()
     stop.learn(100, 30)
     assert stop.number()
     stop.learn(20, 5)

@@ -45,7 +45,10 @@ CASES = [
     (CRASH, 1, {"progress": True}, (4, True, ""), "RuntimeError: Connection closed by peer; it made progress"),
     (CRASH, 1, {}, (4, False, ""), "no new checkpoint"),
     ({}, 1, {}, (4, False, ""), "srun ended with status 1; it wrote no new checkpoint"),
-    ({}, 1, {"lacking": ("n3", "n7")}, (4, False, ""), "the setup or the check of n3,n7 has failed"),
+    ({}, 1, {"lacking": ("n3", "n7"), "nodes": 64}, (4, False, ""), "the setup or the check of n3,n7 has failed"),
+    ({}, 1, {"lacking": ("n3", "n7"), "nodes": 2}, (3, False, "all"), "has failed, see above, and would fail again"),
+    ({}, 1, {"lacking": ("n3",), "nodes": 1, "lacked_before": 1}, (4, False, ""), "the check of n3 has failed"),
+    ({}, 1, {"lacking": ("n3",), "nodes": 1, "lacked_before": 2}, (3, False, "all"), "and would fail again"),
 ]
 
 
@@ -152,6 +155,18 @@ def test_a_node_that_lacks_something_is_left_out_by_the_jobs_behind(tmp_path, ca
     assert asked(called) == [f"scontrol update JobId={job} ExcNodeList=n[1-2],n3" for job in (8, 9)]
 
 
+def test_a_setup_that_fails_everywhere_is_a_mistake(tmp_path, called, monkeypatch, capsys):
+    """A chain of jobs on one node each does not try it on every node there is."""
+    for job in ("7", "8", "9"):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        run = begun(tmp_path)
+        if job == "7":
+            chain(run)
+        (run.logs / f"{job}.0" / f"n{job}.lacking").touch()
+        assert job_end.end(run, 1) == (3 if job == "9" else 4)
+    assert "would fail again" in capsys.readouterr().out and asked(called)[-1].startswith("scancel")
+
+
 def test_a_preempted_stage_goes_back_and_others_end_as_they_are(called, capsys):
     assert job_end.stage(0) == 0 and called[1:] == []
     assert job_end.stage(2) == 2 and asked(called) == []
@@ -160,9 +175,17 @@ def test_a_preempted_stage_goes_back_and_others_end_as_they_are(called, capsys):
     assert "was preempted, so it goes back" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("release", "by_itself"), [("22.05.8", False), ("24.05.0", True), ("25.11.1", True)])
-def test_newer_releases_put_a_preempted_job_back_themselves(called, capsys, monkeypatch, release, by_itself):
-    shown = called[0].replace("PreemptTime=None", "PreemptTime=2026-01-01T00:00:00")
+@pytest.mark.parametrize(
+    ("release", "mode", "by_itself"),
+    [
+        ("22.05.8", "REQUEUE", False),
+        ("24.05.0", "REQUEUE", True),
+        ("25.11.1", "REQUEUE", True),
+        ("25.11.1", "CANCEL", False),
+    ],
+)
+def test_newer_releases_put_a_preempted_job_back_themselves(called, capsys, monkeypatch, release, mode, by_itself):
+    shown = called[0].replace("PreemptTime=None", f"PreemptTime=2026-01-01T00:00:00 Partition=p PreemptMode={mode}")
     asked = []
 
     def call(*words: str) -> str:
