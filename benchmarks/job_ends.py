@@ -28,7 +28,7 @@ from benchmarks.full_disk import fill, small_disk
 from engine.run_folder import RunFolder, read_object
 from engine.run_status import DONE, read_status
 from engine.time_limit import TimeLimit
-from tests.slurm.cluster import Cluster, flags, kill, start_cluster
+from tests.slurm.cluster import Cluster, flags, kill, kill_node, start_cluster
 
 STEPS, EVERY, DISTURBED = 700, 200, 300  # steps; from one checkpoint to the next; the disturbance comes after this one
 
@@ -122,14 +122,8 @@ def kill_rank(cluster: Cluster, job: str, run: RunFolder) -> None:
     kill(cluster.processes(job, "node2", "RANK")[:1])
 
 
-def kill_node(cluster: Cluster, job: str, run: RunFolder) -> None:
-    """Its daemon and all that it runs; the node comes back once SLURM has missed it."""
-    ranks = cluster.processes(job, "node2")
-    parents = [psutil.Process(one).parent() for one in ranks]
-    daemon = int((cluster.state / "slurmd-node2.pid").read_text())
-    kill([daemon, *(one.pid for one in parents if one and one.name() == "slurmstepd"), *ranks])
-    cluster.wait(lambda: cluster.show(job)["JobState"] != "RUNNING", "the end of a job without its node")
-    cluster.daemons("node", "2")
+def lose_node(cluster: Cluster, job: str, run: RunFolder) -> None:
+    kill_node(cluster, job)
 
 
 def fill_disk(cluster: Cluster, job: str, run: RunFolder) -> None:
@@ -162,7 +156,7 @@ KINDS = {
     "preempted at once, no time to save": Kind(preempt_frozen, "low", saves=False),
     "preempted with grace, no time to save": Kind(preempt_frozen, "grace", saves=False),
     "a killed rank": Kind(kill_rank, saves=False),
-    "a dead node": Kind(kill_node, saves=False),
+    "a dead node": Kind(lose_node, saves=False),
     "a full disk": Kind(fill_disk, again=True, saves=False, fills=True),
 }
 

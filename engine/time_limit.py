@@ -11,8 +11,7 @@ from dataclasses import dataclass
 JOB_START, JOB_END = "SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"
 # How long before its end a job stops by default. While no save's time is known: so many minutes, or this share of a
 # shorter job, or two steps where they take longer. Then: so many times what a save and a step take, and a minute, or
-# that share, for whatever else there is. At most half of the job: where saves take longer, it would make no
-# step.
+# that share, for whatever else there is. At most half of the job: where saves take longer, it would make no step.
 MINUTES, SHARE = 10.0, 0.1
 TIMES, REST = 2.0, 60.0
 MOST = 0.5

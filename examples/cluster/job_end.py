@@ -166,8 +166,7 @@ def leave_out(run: RunFolder, nodes: Sequence[str]) -> str:
     kept = []
     for one in behind(run, "chain"):
         try:
-            words = slurm.call("scontrol", "show", "job", "-o", one).split()
-            said = dict(word.split("=", 1) for word in words if "=" in word).get("ExcNodeList", "(null)")
+            said = slurm.show_job(one).get("ExcNodeList", "(null)")
             others = [] if said == "(null)" else [said]
             slurm.call("scontrol", "update", f"JobId={one}", f"ExcNodeList={','.join([*others, *nodes])}")
             kept.append(one)

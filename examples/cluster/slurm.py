@@ -70,6 +70,12 @@ def submit(script: Path, flags: Sequence[str] = ()) -> str:
     return number
 
 
+def show_job(name: str) -> dict[str, str]:
+    """What SLURM shows of a job, by its own words."""
+    words = call("scontrol", "show", "job", "-o", name).split()
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
 def states(ids: Sequence[str]) -> list[JobState]:
     """How these jobs stand, in their order, task by task for arrays; one that SLURM has forgotten is not among them.
 

@@ -14,8 +14,8 @@ from engine.run_folder import RunFolder, read_object, replace_text
 from examples.cluster import slurm
 
 START = "start.json"  # in the folder of a start's logs
-REQUEUES_AFTER_GRACE = (24, 5)  # earlier releases drop a job that ends within GraceTime
 LACKING = ".lacking"  # the same folder has NODE.lacking for a node whose setup or check has failed
+REQUEUES_AFTER_GRACE = (24, 5)  # earlier releases drop a job that ends within GraceTime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +57,10 @@ def restart() -> int:
 def shown() -> dict[str, str]:
     """What SLURM shows of this job, as far as it can be asked."""
     try:
-        words = slurm.call("scontrol", "show", "job", "-o", name()).split()
+        return slurm.show_job(name())
     except ValueError as error:
         print(f"lathe: {error}", file=sys.stderr)
         return {}
-    return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def submitted() -> float:

@@ -147,6 +147,15 @@ def weights(run: RunFolder) -> dict[str, bytes]:
     return found
 
 
+def kill_node(cluster: Cluster, job: str) -> None:
+    """Kills the daemon of the second node and all that it runs of a job; it comes back once SLURM has missed it."""
+    step = cluster.processes(job, "node2")
+    stepds = [parent.pid for one in step if (parent := psutil.Process(one).parent()).name() == "slurmstepd"]
+    kill([int((cluster.state / "slurmd-node2.pid").read_text()), *stepds, *step])
+    cluster.wait(lambda: cluster.show(job)["JobState"] != "RUNNING", "the end of a job without its node")
+    assert cluster.daemons("node", "2").returncode == 0
+
+
 def kill(processes: Sequence[int]) -> None:
     assert processes
     for process in processes:

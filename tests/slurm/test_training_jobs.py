@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 
-import psutil
 import pytest
 
 from engine.run_folder import RunFolder
@@ -15,7 +14,7 @@ from engine.run_status import read_status
 from examples import submit
 from examples.cluster import job_record
 from examples.cluster.job_record import Job
-from tests.slurm.cluster import ROOT, STEPS, TRAIN_JOB, flags, kill, weights
+from tests.slurm.cluster import ROOT, STEPS, TRAIN_JOB, flags, kill, kill_node, weights
 
 
 @pytest.fixture
@@ -92,11 +91,7 @@ def test_a_rank_that_is_killed_before_a_checkpoint(cluster, inputs, run):
 def test_a_dead_node(cluster, inputs, undisturbed, run):
     job = cluster.submit(*flags(inputs, run))
     cluster.reach(run, 30, checkpoint=20)
-    step = cluster.processes(job, "node2")
-    stepds = [parent.pid for one in step if (parent := psutil.Process(one).parent()).name() == "slurmstepd"]
-    kill([int((cluster.state / "slurmd-node2.pid").read_text()), *stepds, *step])
-    cluster.wait(lambda: cluster.show(job)["JobState"] != "RUNNING", "the end of a job without its node")
-    assert cluster.daemons("node", "2").returncode == 0
+    kill_node(cluster, job)
     goes_on(cluster, job, run, undisturbed)
 
 
